@@ -1,0 +1,67 @@
+"""What can go wrong through no fault of the program, as one tree.
+
+    HalveError                      shown to the user as one message, never as a traceback
+    ├── UsageError                  the call or the input is wrong: exit code 2
+    │   ├── RecipeError             a recipe, a flag or a method name
+    │   ├── SourceError             the model that was given
+    │   ├── CalibrationError        the calibration or evaluation text
+    │   └── OutputError             the place to write to
+    └── CheckError                  a check or a gate failed: exit code 1
+        ├── CorruptCheckpointError  a file is truncated, tampered with or not what it says
+        └── NumericalError          NaN, infinity, or a matrix that stays singular
+
+Every message says what is wrong, where (file, layer, flag), and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HalveError(Exception):
+    """Base of all errors that are explained to the user."""
+
+    exit_code = 1
+
+
+class UsageError(HalveError):
+    """The call or the input is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe, a flag or the name of a method is wrong."""
+
+
+class SourceError(UsageError):
+    """The model that was given cannot be used."""
+
+
+class CalibrationError(UsageError):
+    """The calibration or evaluation text cannot be used."""
+
+
+class OutputError(UsageError):
+    """The output directory cannot be used."""
+
+
+class CheckError(HalveError):
+    """A check or a gate failed."""
+
+
+class CorruptCheckpointError(CheckError):
+    """A file of a checkpoint is truncated, tampered with, or not what it says it is."""
+
+
+class NumericalError(CheckError):
+    """A weight or an activation is not finite, or a matrix cannot be factored."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'wanda'?"`` and the whole list, for the end of a message about an unknown name."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f"{hint} (known: {', '.join(names)})"

@@ -1,0 +1,1 @@
+"""A checkpoint goes in, an endpoint and measured numbers come out."""
