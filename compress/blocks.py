@@ -1,0 +1,277 @@
+"""The decoder blocks of any Hugging Face causal language model, held in memory one at a time.
+
+No names of families here. The blocks are found as the repeated part of the model that holds most linear
+weights; a block's linears are its modules that multiply; what a block is called with (position embeddings,
+masks, cache) is recorded as the model itself passes it, whatever it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compress.errors import SourceError
+from compress.sources import Source
+
+_COMPARED = 8
+"""How many of the latest tensors of a shape a new one is compared with before it is kept as a new one."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a matrix that halve knows how to prune: nn.Linear or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def oriented(weight: Tensor, module: nn.Module) -> Tensor:
+    """A module's weight as [N, K] (output, input features), or back: Conv1D stores it as [K, N]."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and the list of the decoder blocks: of all module lists the one with most linear weights.
+
+    A list inside of a block (experts) has fewer than the list that holds it.
+
+    Raises:
+        SourceError: the model has no list of modules with linears in it.
+    """
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            size = sum(m.weight.numel() for m in module.modules() if is_linear(m))
+            if size and (best is None or size > best[0]):
+                best = (size, name, module)
+    if best is None:
+        raise SourceError(f"{type(model).__name__} has no repeated blocks with linear layers: there is nothing that halve can prune")
+    return best[1], best[2]
+
+
+def linears_of(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """The linears below a module by their full names, in the order of the model."""
+    return {f"{prefix}.{name}": child for name, child in module.named_modules() if is_linear(child)}
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a configuration on the meta device: shapes and names, no memory."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise SourceError(f"transformers cannot build a causal language model of this config.json: {str(error).splitlines()[0]}") from None
+    return model.eval().requires_grad_(False)
+
+
+@dataclass
+class _Call:
+    """What one block was called with for one batch; the hidden states are taken out."""
+
+    leaves: list[Any]
+    spec: Any
+    hidden_at: int
+    """Which of the leaves are the hidden states."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything that was wanted has been seen."""
+
+
+class BlockModel:
+    """A causal language model whose decoder blocks are loaded, run and dropped one by one.
+
+    Args:
+        source: the dense checkpoint.
+        dtype: of weights and activations.
+        device: where blocks are run.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        self.source = source
+        self.dtype = dtype
+        self.device = device
+        self.config = AutoConfig.from_pretrained(source.directory)
+        self.model = skeleton(self.config, dtype)
+        self.block_list_name, blocks = find_blocks(self.model)
+        self.blocks: list[nn.Module] = list(blocks)
+        self._keys = self._match_keys()
+        self._calls: list[list[_Call]] = [[] for _ in self.blocks]
+        self._returns_tuple = False
+        self._rest_of_tuple: tuple[Any, ...] = ()
+        self._shared: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def block_name(self, index: int) -> str:
+        return f"{self.block_list_name}.{index}"
+
+    def linears(self, index: int) -> dict[str, nn.Module]:
+        """The linears of a block by their full names."""
+        return linears_of(self.blocks[index], self.block_name(index))
+
+    def key_of(self, parameter: str) -> str:
+        """The checkpoint's name of a parameter of the model."""
+        return self._keys[parameter]
+
+    def load_block(self, index: int) -> nn.Module:
+        """Reads the weights of a block from disk."""
+        block = self.blocks[index]
+        self._materialize({_join(self.block_name(index), name): module for name, module in block.named_modules()})
+        return block
+
+    def drop_block(self, index: int) -> None:
+        """Gives the memory of a block back."""
+        self.blocks[index].to("meta")
+
+    def record_calls(self, windows: Tensor, batch: int) -> list[Tensor]:
+        """Runs what comes before the blocks, and records what every block is called with.
+
+        The blocks themselves are not run, but for the first one, once, to see what a block returns.
+
+        Args:
+            windows: token ids [samples, length].
+            batch: windows in a forward pass.
+
+        Returns:
+            The inputs of the first block, one tensor [batch, length, hidden] a batch.
+        """
+        surroundings = self._surroundings()
+        self._materialize(surroundings)
+        hidden: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            block.forward = self._recorder(index, hidden)
+        self.load_block(0)
+        try:
+            for tokens in windows.split(batch):
+                try:
+                    self.model(input_ids=tokens.to(self.device), use_cache=False)
+                except _Stop:
+                    continue
+                raise AssertionError("the last block was never called")
+        finally:
+            for block in self.blocks:
+                del block.forward
+        for module in surroundings.values():
+            for owned in (module._parameters, module._buffers):
+                owned.update({key: value.to("meta") for key, value in owned.items() if value is not None})
+        return hidden
+
+    def run_block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """The output of a loaded block for a batch of `record_calls`, [batch, length, hidden]."""
+        call = self._calls[index][batch]
+        leaves = list(call.leaves)
+        leaves[call.hidden_at] = hidden.to(self.device)
+        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+        output = self.blocks[index](*args, **kwargs)
+        return output[0] if self._returns_tuple else output
+
+    def observe_block(self, index: int, batch: int, hidden: Tensor) -> None:
+        """Runs a block for its hooks only; a hook that has seen enough ends it by `stop_forward`."""
+        with contextlib.suppress(_Stop):
+            self.run_block(index, batch, hidden)
+
+    def _recorder(self, index: int, hidden: list[Tensor]) -> Callable[..., Any]:
+        block = self.blocks[index]
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            incoming = args[0] if args else kwargs["hidden_states"]
+            if index == 0:
+                hidden.append(incoming.to("cpu") if self.device.type != "cpu" else incoming)
+                if not self._calls[0]:
+                    output = type(block).forward(block, *args, **kwargs)
+                    self._returns_tuple = isinstance(output, tuple)
+                    self._rest_of_tuple = output[1:] if self._returns_tuple else ()
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            hidden_at = next(i for i, leaf in enumerate(leaves) if leaf is incoming)
+            leaves = [None if leaf is incoming else self._share(leaf) for leaf in leaves]
+            self._calls[index].append(_Call(leaves, spec, hidden_at))
+            if index == len(self.blocks) - 1:
+                raise _Stop
+            return (incoming, *self._rest_of_tuple) if self._returns_tuple else incoming
+
+        return record
+
+    def _share(self, leaf: Any) -> Any:
+        """The same tensor object for equal tensors, so that masks and position embeddings are kept once."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        known = self._shared.setdefault((leaf.shape, leaf.dtype), [])
+        for other in known[-_COMPARED:]:
+            if other is leaf or torch.equal(other, leaf):
+                return other
+        known.append(leaf)
+        return leaf
+
+    def _surroundings(self) -> dict[str, nn.Module]:
+        """Every module outside of the blocks that is needed before them: all but the output embeddings."""
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        head = self.model.get_output_embeddings()
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if id(module) not in inside and (head is None or module is not head)
+        }
+
+    def _materialize(self, modules: dict[str, nn.Module]) -> None:
+        """Gives modules on the meta device their memory: derived buffers are computed, parameters read from disk.
+
+        Each module gets what it owns itself; its children have to be among the modules, too.
+        """
+        for name, module in modules.items():
+            derived = [
+                key for key, buffer in module._buffers.items() if buffer is not None and _join(name, key) not in self._keys
+            ]
+            for key in derived:
+                module._buffers[key] = torch.empty_like(module._buffers[key], device=self.device)
+            if derived:
+                # The parameters are still on the meta device here, so this fills the buffers and nothing else.
+                self.model._init_weights(module)
+        for name, module in modules.items():
+            for owned in (module._parameters, module._buffers):
+                for key, target in owned.items():
+                    if target is not None and target.is_meta:
+                        value = self._read(_join(name, key), target)
+                        owned[key] = nn.Parameter(value, requires_grad=False) if owned is module._parameters else value
+
+    def _read(self, name: str, target: Tensor) -> Tensor:
+        if name not in self._keys:
+            raise SourceError(
+                f"{self.source.directory} has no tensor for {name}; either a file is missing, or this family stores its "
+                "weights in another layout than the model holds them (as mixtures of experts do), which is not supported yet"
+            )
+        key = self._keys[name]
+        value = self.source.tensors.read(key)
+        if value.shape != target.shape:
+            raise SourceError(f"{self.source.directory}: {key} is {list(value.shape)}, and config.json says {list(target.shape)}")
+        return value.to(device=self.device, dtype=target.dtype)
+
+    def _match_keys(self) -> dict[str, str]:
+        """Which tensor of the checkpoint belongs to which parameter or buffer of the model.
+
+        Checkpoints of a bare base model lack its prefix ("h.0" for "transformer.h.0"), others carry one that
+        the class does not have.
+        """
+        prefix = f"{self.model.base_model_prefix}."
+        keys = {}
+        for name in self.model.state_dict():
+            for candidate in (name, name.removeprefix(prefix), prefix + name):
+                if candidate in self.source.tensors:
+                    keys[name] = candidate
+                    break
+        for tied, owner in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            if owner in keys:
+                keys.setdefault(tied, keys[owner])
+        return keys
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def stop_forward() -> None:
+    """For a hook: ends the forward pass of `BlockModel.observe_block`."""
+    raise _Stop

@@ -1,0 +1,149 @@
+"""Texts to token windows: what calibration and evaluation read.
+
+Calibration packs the documents (joined by two newlines), cuts them into windows that do not overlap, at a
+random phase, and draws among them with a fixed seed. Few documents of C4 are as long as a window, so drawing
+windows inside of single documents, as the papers' codes do, would use only the longest ones.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import CalibrationError
+
+BUILTIN = {"c4": "c4.jsonl.gz", "wikitext2": "wikitext2-test.txt.gz"}
+_CHARACTERS_PER_TOKEN = 40
+"""How many characters are read at most per token asked for: ten times what English takes."""
+
+
+def load_windows(source: str, tokenizer: Any, *, samples: int, length: int, seed: int) -> Tensor:
+    """Token windows [samples, length] int64 for calibration.
+
+    Args:
+        source: ``c4``, a ``.txt`` or ``.jsonl`` file (``.gz`` too), or a Hugging Face data set (needs ``datasets``).
+        tokenizer: of transformers.
+
+    Raises:
+        CalibrationError: the text cannot be read, or holds fewer windows than asked for.
+    """
+    text = "\n\n".join(_until(read_documents(source), samples * length * _CHARACTERS_PER_TOKEN))
+    tokens = tokenize(text, tokenizer)
+    available = len(tokens) // length
+    if available < samples:
+        raise CalibrationError(
+            f"calibration text {source!r} has {len(tokens)} tokens, which is {available} windows of {length}, and {samples} "
+            f"were asked for; give a longer text, or --samples {available}" + (f" or a --length below {length}" if not available else "")
+        )
+    generator = torch.Generator().manual_seed(seed)
+    slack = len(tokens) - available * length
+    phase = int(torch.randint(slack + 1, (), generator=generator))
+    windows = tokens[phase : phase + available * length].view(available, length)
+    chosen = torch.randperm(available, generator=generator)[:samples]
+    return windows[chosen].clone()
+
+
+def evaluation_windows(source: str, tokenizer: Any, *, length: int, windows: int | None = None) -> Tensor:
+    """Token windows [n, length] int64 for perplexity: from the start, no overlap, the remainder dropped.
+
+    For ``wikitext2`` this is the protocol of the papers: the lines of the raw test file, where a line that is
+    a single space is an empty row, joined by two newlines and tokenized once.
+
+    Raises:
+        CalibrationError: the text holds no window, or fewer than asked for.
+    """
+    tokens = tokenize("\n\n".join(read_documents(source)), tokenizer)
+    available = len(tokens) // length
+    wanted = available if windows is None else windows
+    if available == 0 or available < wanted:
+        raise CalibrationError(
+            f"evaluation text {source!r} has {len(tokens)} tokens, which is {available} windows of {length}"
+            + (f", and {windows} were asked for" if windows is not None else "")
+        )
+    return tokens[: wanted * length].view(wanted, length)
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """[tokens] int64; the tokenizer adds what it adds at the start of a text."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def digest(windows: Tensor) -> str:
+    """SHA-256 of the windows' token ids; equal digests mean the same calibration."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+
+
+def read_documents(source: str) -> Iterator[str]:
+    """The documents of a text source, in order; see `load_windows`."""
+    if source in BUILTIN:
+        path = Path(str(importlib.resources.files("compress") / "data" / BUILTIN[source]))
+    else:
+        path = Path(source).expanduser()
+    if not path.is_file():
+        yield from _read_dataset(source, path)
+        return
+    opener = gzip.open if path.suffix == ".gz" else open
+    kind = path.name.removesuffix(".gz")
+    try:
+        with opener(path, "rt", encoding="utf-8") as handle:
+            if kind.endswith((".jsonl", ".json")):
+                for number, line in enumerate(handle, 1):
+                    if line.strip():
+                        yield _text_of(line, path, number)
+            elif source == "wikitext2":
+                for line in handle:
+                    row = line[:-1] if line.endswith("\n") else line
+                    yield "" if row == " " else row
+            else:
+                yield handle.read()
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise CalibrationError(f"cannot read the text {path}: {error}") from None
+
+
+def _text_of(line: str, path: Path, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise CalibrationError(f"{path}, line {number}: each line must be a JSON object with a string 'text'")
+    return text
+
+
+def _read_dataset(source: str, path: Path) -> Iterator[str]:
+    looks_like_file = path.suffix in {".txt", ".json", ".jsonl", ".gz"} or source.startswith((".", "/", "~"))
+    if looks_like_file and not path.is_dir():
+        raise CalibrationError(f"there is no text file {path}")
+    if not path.is_dir() and source.count("/") != 1:
+        raise CalibrationError(
+            f"unknown calibration text {source!r}: it is neither built in ({', '.join(BUILTIN)}), nor a file, "
+            "nor a Hugging Face data set such as 'allenai/c4'"
+        )
+    try:
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise CalibrationError(f"reading the data set {source!r} needs the package 'datasets': pip install 'halve[hub]'") from None
+    try:
+        for row in load_dataset(source, split="train", streaming=True):
+            if not isinstance(row.get("text"), str):
+                raise CalibrationError(f"the data set {source!r} has no column 'text' (it has: {', '.join(row)})")
+            yield row["text"]
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"cannot read the data set {source!r}: {str(error).splitlines()[0]}") from None
+
+
+def _until(documents: Iterable[str], characters: int) -> Iterator[str]:
+    total = 0
+    for document in documents:
+        yield document
+        total += len(document)
+        if total >= characters:
+            return

@@ -1,0 +1,117 @@
+"""The two slots that carry the science, and the catalogue of what fits into them.
+
+A **metric** says which weights matter; a **reconstruction** repairs the survivors. Any metric goes with any
+reconstruction. A method is one file that builds one `Metric` or one `Reconstruction` and is listed in
+``METRICS`` or ``RECONSTRUCTIONS`` of its package. Each declares which statistics it needs, so that one pass
+over the calibration set gathers the union.
+
+Axes: ``N`` output features, ``K`` input features. Weights are float32 here whatever the checkpoint stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from compress.errors import RecipeError, did_you_mean
+from compress.patterns import Group, Pattern
+from compress.statistics import InputStatistics
+
+MethodT = TypeVar("MethodT", "Metric", "Reconstruction")
+
+
+class Options(BaseModel):
+    """The options of a method: a subclass adds its fields; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Which weights matter.
+
+    ``score(weight [N, K], statistics, options) -> [N, K]`` is pure; larger is more important.
+    ``group`` is the comparison group of the method's paper for unstructured patterns.
+    """
+
+    name: str
+    score: Callable[[Tensor, InputStatistics, Any], Tensor]
+    paper: str
+    cost: str
+    needs: frozenset[str] = frozenset()
+    group: Group = "row"
+    options: type[Options] = Options
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a reconstruction is asked to do with one layer."""
+
+    pattern: Pattern
+    group: Group
+    mask: Tensor | None
+    """[N, K], True where a weight is kept; None when the reconstruction shall choose it by its own metric."""
+
+
+@dataclass
+class Reconstructed:
+    """The new weights of one layer; zero wherever ``mask`` is False."""
+
+    weight: Tensor
+    mask: Tensor
+    bias: Tensor | None = None
+    """The new bias [N], or None to leave it as it is."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What was decided on the way and belongs into the report, such as a damping that had to be raised."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How the surviving weights are repaired.
+
+    ``run(weight [N, K], pruning, statistics, options) -> Reconstructed`` is pure.
+    ``own_metric`` is True when the method can choose the mask itself; it then does so unless a metric is given.
+    """
+
+    name: str
+    run: Callable[[Tensor, Pruning, InputStatistics, Any], Reconstructed]
+    paper: str
+    cost: str
+    needs: frozenset[str] = frozenset()
+    own_metric: bool = False
+    group: Group = "row"
+    options: type[Options] = Options
+
+
+def find(kind: Literal["metric", "reconstruction"], name: str, table: Mapping[str, MethodT]) -> MethodT:
+    """The method of that name.
+
+    Raises:
+        RecipeError: there is none; the message names the near ones.
+    """
+    if name not in table:
+        raise RecipeError(f"unknown {kind} {name!r}{did_you_mean(name, table)}")
+    return table[name]
+
+
+def parse_options(method: Metric | Reconstruction, given: Mapping[str, Any]) -> Options:
+    """The options of a method, checked and filled up with its defaults.
+
+    Raises:
+        RecipeError: an option that the method does not know, or a value it cannot take.
+    """
+    known = method.options.model_fields
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known) if known else " (it has none)"
+            raise RecipeError(f"{method.name} has no option {name!r}{hint}")
+    try:
+        return method.options.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"option {where!r} of {method.name}: {first['msg']} (got {first['input']!r})") from None

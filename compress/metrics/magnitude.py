@@ -1,0 +1,22 @@
+"""Magnitude: a weight matters as much as it is large."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compress.methods import Metric, Options
+from compress.statistics import InputStatistics
+
+
+def magnitude(weight: Tensor, statistics: InputStatistics | None = None, options: Options | None = None) -> Tensor:
+    """S_ij = |W_ij|. ``weight`` [N, K] -> [N, K]; no data are used."""
+    return weight.abs()
+
+
+MAGNITUDE = Metric(
+    name="magnitude",
+    score=magnitude,
+    paper="Han et al. 2015, Learning both Weights and Connections (arXiv 1506.02626)",
+    cost="one pass over the weights; no calibration",
+    group="layer",
+)

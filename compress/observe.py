@@ -1,0 +1,79 @@
+"""Watches the inputs of a block's linears during the calibration pass; layers that read one input share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress.blocks import BlockModel, oriented, stop_forward
+from compress.statistics import InputStatistics
+
+
+class InputObserver:
+    """Gathers the statistics of every linear of a block, once for all that read the same tensor.
+
+    Which layers share an input is seen in the first batch, from the tensors themselves (q, k and v; gate and
+    up), and must stay so. From the second batch on, the forward pass ends as soon as every linear has been
+    called as often as in the first: what comes after the last input is not needed.
+
+    Args:
+        linears: by full name.
+        needs: names of statistics.
+        tokens: how many tokens will come in all.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module], needs: Iterable[str], tokens: int) -> None:
+        self.linears = linears
+        self._needs = frozenset(needs)
+        self._tokens = tokens
+        self._leader: dict[str, str] = {}
+        self._statistics: dict[str, InputStatistics] = {}
+        self._calls_of_first_batch: int | None = None
+        self._calls = 0
+        self._seen: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+
+    def statistics(self, name: str) -> InputStatistics | None:
+        """The statistics of a linear's input, or None where it was never called (an expert that got no token)."""
+        leader = self._leader.get(name)
+        return None if leader is None else self._statistics[leader]
+
+    def run(self, model: BlockModel, index: int, hidden: list[Tensor]) -> None:
+        """Passes all batches through a loaded block."""
+        handles = [
+            module.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, module in self.linears.items()
+        ]
+        try:
+            for batch, states in enumerate(hidden):
+                self._calls = 0
+                self._seen = {}
+                model.observe_block(index, batch, states)
+                if self._calls_of_first_batch is None:
+                    self._calls_of_first_batch = self._calls
+        finally:
+            self._seen = {}
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            # The tensor is held until the batch is over, so its address belongs to no other.
+            key = (x.data_ptr(), x.shape, x.stride(), x._version)
+            leader, _ = self._seen.setdefault(key, (name, x))
+            if self._calls_of_first_batch is None or name not in self._leader:
+                self._leader.setdefault(name, leader)
+            if self._leader[name] == name:
+                if name not in self._statistics:
+                    self._statistics[name] = InputStatistics(
+                        self._needs, features=oriented(module.weight, module).shape[1], device=x.device, tokens=self._tokens
+                    )
+                self._statistics[name].update(x)
+            elif self._leader[name] != leader:
+                raise AssertionError(f"{name} shared its input with {self._leader[name]} in the first batch and does not any more")
+            self._calls += 1
+            if self._calls == self._calls_of_first_batch:
+                stop_forward()
+
+        return observe

@@ -1,0 +1,138 @@
+"""The packed 2:4 format, version 1: the kept half of the values and one bit a column.
+
+For a weight [N, K] (output, input features), K a multiple of 8:
+
+- ``weight_packed`` [N, K/2]: the kept values, row-major, in column order;
+- ``weight_mask`` [N, K/8] uint8: bit ``k % 8`` (least significant first) of byte ``k // 8`` is set where column
+  ``k`` is kept.
+
+Exactly two bits are set in every aligned group of four columns: where fewer than two values are non-zero,
+the lowest zero columns are kept explicitly. −0.0 is stored as +0.0. NaN and infinity are refused. So a dense
+2:4 weight has one packed form, and packing and unpacking are inverse to the bit. For 16-bit values it takes
+9/16 of the dense bytes. Rows concatenate and columns slice at multiples of 8 without repacking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import CorruptCheckpointError, NumericalError
+from compress.patterns import NMPattern
+
+PATTERN = NMPattern(2, 4)
+COLUMN_MULTIPLE = 8
+VALUES_SUFFIX = ".weight_packed"
+MASK_SUFFIX = ".weight_mask"
+DENSE_SUFFIX = ".weight"
+VALUE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_BIT_VALUES = [1 << bit for bit in range(8)]
+_TWO_OF_FOUR = [bin(byte & 15).count("1") == 2 and bin(byte >> 4).count("1") == 2 for byte in range(256)]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One packed weight: ``values`` [N, K/2] and ``mask`` [N, K/8] uint8."""
+
+    values: Tensor
+    mask: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the dense weight."""
+        return self.values.shape[0], self.values.shape[1] * 2
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.mask.nbytes
+
+
+def why_not(columns: int) -> str | None:
+    """Why a weight of that many input features cannot be packed, or None."""
+    if columns % COLUMN_MULTIPLE:
+        return f"{columns} input features are not a multiple of {COLUMN_MULTIPLE}, which the packed format needs"
+    return None
+
+
+def pack(weight: Tensor, name: str = "weight") -> PackedWeight:
+    """Packs a dense ``weight`` [N, K] that is 2:4 already. Nothing is rounded or dropped.
+
+    Raises:
+        NumericalError: a value is NaN or infinite.
+        CorruptCheckpointError: a group of four has more than two non-zero values, or K is not a multiple of 8.
+    """
+    if reason := why_not(weight.shape[1]):
+        raise CorruptCheckpointError(f"{name}: {reason}")
+    require_finite(weight, name)
+    nonzero = weight != 0
+    kept = PATTERN.mask(nonzero.to(torch.uint8))  # ties go to the lower column, so missing ones are filled with the lowest zeros
+    if lost := int((nonzero & ~kept).sum()):
+        row, column = (nonzero & ~kept).nonzero()[0].tolist()
+        raise CorruptCheckpointError(
+            f"{name} is not 2:4: {lost} groups of four have more than two non-zero values "
+            f"(the first in row {row}, columns {column // 4 * 4} to {column // 4 * 4 + 3})"
+        )
+    values = canonical(weight)[kept].view(weight.shape[0], -1)
+    return PackedWeight(values, pack_bits(kept))
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """The dense weight [N, K] with its zeros. The mask must be valid (see `validate`)."""
+    kept = unpack_bits(packed.mask)
+    dense = torch.zeros(kept.shape, dtype=packed.values.dtype, device=packed.values.device)
+    return dense.masked_scatter_(kept, packed.values)
+
+
+def pack_bits(kept: Tensor) -> Tensor:
+    """[N, K] bool -> [N, K/8] uint8, least significant bit first."""
+    weights = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=kept.device)
+    return (kept.unflatten(-1, (-1, 8)) * weights).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_bits(mask: Tensor) -> Tensor:
+    """[N, K/8] uint8 -> [N, K] bool."""
+    weights = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=mask.device)
+    return mask.unsqueeze(-1).bitwise_and(weights).ne(0).flatten(-2)
+
+
+def canonical(weight: Tensor) -> Tensor:
+    """The same values with −0.0 as +0.0."""
+    return weight + torch.zeros((), dtype=weight.dtype, device=weight.device)
+
+
+def require_finite(weight: Tensor, name: str) -> None:
+    """Raises NumericalError naming the tensor if a value is NaN or infinite."""
+    if not bool(torch.isfinite(weight).all()):
+        bad = (~torch.isfinite(weight)).nonzero()
+        raise NumericalError(f"{name}: {len(bad)} values are NaN or infinite (the first at {bad[0].tolist()})")
+
+
+def validate(packed: PackedWeight, name: str) -> None:
+    """Checks a packed weight that was read from somewhere: shapes, dtypes, two bits a group, finite values.
+
+    Raises:
+        CorruptCheckpointError: names the layer and what is wrong with it.
+    """
+    values, mask = packed.values, packed.mask
+    if mask.dtype != torch.uint8 or values.dtype not in VALUE_DTYPES.values():
+        raise CorruptCheckpointError(f"{name}: values are {values.dtype} and the mask is {mask.dtype}; expected floating-point and uint8")
+    if values.ndim != 2 or mask.ndim != 2 or mask.shape != (values.shape[0], values.shape[1] // 4) or values.shape[1] % 4:
+        raise CorruptCheckpointError(
+            f"{name}: values {list(values.shape)} and mask {list(mask.shape)} do not belong together; "
+            "a weight [N, K] has values [N, K/2] and a mask [N, K/8]"
+        )
+    table = torch.tensor(_TWO_OF_FOUR, device=mask.device)
+    valid = table[mask.int()]
+    if not bool(valid.all()):
+        bad = (~valid).nonzero()
+        row, byte = bad[0].tolist()
+        raise CorruptCheckpointError(
+            f"{name}: the mask does not have two bits in every group of four ({len(bad)} bytes are wrong, the first in "
+            f"row {row}, columns {byte * 8} to {byte * 8 + 7}); the file is damaged, get it again"
+        )
+    if not bool(torch.isfinite(values).all()):
+        bad = (~torch.isfinite(values)).nonzero()
+        raise CorruptCheckpointError(f"{name}: {len(bad)} packed values are NaN or infinite (the first at {bad[0].tolist()})")

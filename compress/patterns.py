@@ -1,0 +1,127 @@
+"""Masks from scores: which weights of a matrix are kept.
+
+Axes: ``N`` output features (rows), ``K`` input features (columns), ``M`` the length of a group.
+
+The literature disagrees on what the first number of "N:M" counts (Wanda's code: the pruned; NVIDIA's: the
+kept; both agree on 2:4). Here it is always the number of weights that are **kept**, and is called ``keep_n``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compress.errors import RecipeError
+
+Group = Literal["row", "block", "layer"]
+"""Which weights compete with each other in an unstructured pattern: one output row, all rows of a block of
+columns (SparseGPT's choice), or the whole matrix. An N:M pattern fixes its own groups."""
+
+
+@dataclass(frozen=True)
+class NMPattern:
+    """Of every ``m`` consecutive weights along the input dimension of a row, ``keep_n`` are kept."""
+
+    keep_n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.keep_n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.keep_n / self.m
+
+    def why_not(self, columns: int) -> str | None:
+        """The reason why a matrix of that many columns cannot have this pattern, or None."""
+        if columns % self.m:
+            return f"{columns} input features are not a multiple of {self.m}"
+        return None
+
+    def mask(self, scores: Tensor, group: Group = "row") -> Tensor:
+        """True where a weight is kept; exactly ``keep_n`` in every group, whatever the ties.
+
+        ``scores`` [..., K], larger is kept. ``group`` is ignored: N:M groups lie inside a row. Of equal scores
+        the lower column is kept.
+        """
+        kept = self.keep(scores.unflatten(-1, (-1, self.m)).unbind(-1))  # m times [..., K/m]
+        return torch.stack(kept, dim=-1).flatten(-2)
+
+    def keep(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """The same for groups laid out as ``m`` tensors of any one shape, the first members, the second, and so on.
+
+        No sort: the rank of a member is the number of members that beat it, m (m - 1) / 2 comparisons.
+        """
+        rank = [torch.zeros(scores[0].shape, dtype=torch.int8, device=scores[0].device) for _ in scores]
+        for i in range(self.m):
+            for j in range(i + 1, self.m):
+                later_wins = scores[j] > scores[i]
+                rank[i] += later_wins
+                rank[j] += ~later_wins
+        return [r < self.keep_n for r in rank]
+
+
+@dataclass(frozen=True)
+class UnstructuredPattern:
+    """The given share of weights is pruned wherever they are, within each comparison group."""
+
+    sparsity: float
+
+    def __str__(self) -> str:
+        return f"unstructured {self.sparsity:g}"
+
+    def why_not(self, columns: int) -> str | None:
+        return None
+
+    def pruned(self, size: int) -> int:
+        """How many of ``size`` competing weights are pruned."""
+        return int(round(self.sparsity * size))
+
+    def mask(self, scores: Tensor, group: Group = "row") -> Tensor:
+        """True where a weight is kept. ``scores`` [N, K], larger is kept; of equal scores the first is kept.
+
+        Group "block" means that the caller hands over one block of columns at a time, so here it is the
+        whole of ``scores``.
+        """
+        competing = scores if group == "row" else scores.reshape(1, -1)
+        order = competing.argsort(dim=-1, descending=True, stable=True)
+        kept = competing.shape[-1] - self.pruned(competing.shape[-1])
+        mask = torch.zeros_like(competing, dtype=torch.bool)
+        mask.scatter_(-1, order[:, :kept], True)
+        return mask.view(scores.shape)
+
+
+Pattern = NMPattern | UnstructuredPattern
+
+
+def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
+    """``"2:4"``, ``"4:8"``, any ``"N:M"`` with N kept of M, or ``"unstructured"`` with a sparsity.
+
+    Raises:
+        RecipeError: the text is neither, or a sparsity is missing, out of place or out of range.
+    """
+    if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
+        keep_n, m = int(match[1]), int(match[2])
+        if not 0 < keep_n < m:
+            raise RecipeError(f"pattern {text!r}: N weights of M are kept, so 0 < N < M must hold; 2:4 is the usual one")
+        if sparsity is not None and abs(sparsity - (1 - keep_n / m)) > 1e-9:
+            raise RecipeError(
+                f"pattern {text!r} has a sparsity of {1 - keep_n / m:g}, but sparsity={sparsity:g} was asked for; "
+                "leave sparsity out, or use pattern 'unstructured'"
+            )
+        return NMPattern(keep_n, m)
+    if text == "unstructured":
+        if sparsity is None:
+            raise RecipeError("pattern 'unstructured' needs a sparsity, for example sparsity=0.5 (flag --sparsity 0.5)")
+        if not 0 < sparsity < 1:
+            raise RecipeError(f"sparsity={sparsity:g} must lie between 0 and 1 (0.5 prunes half of the weights)")
+        return UnstructuredPattern(sparsity)
+    near = "; did you mean '2:4'?" if re.search(r"\d\D+\d|of", text) else ""
+    near = "; did you mean 'unstructured'?" if text.lower().startswith("un") else near
+    raise RecipeError(f"unknown pattern {text!r}{near} (known: '2:4', '4:8', any 'N:M' with N kept of M, 'unstructured')")
+

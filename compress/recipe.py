@@ -1,0 +1,144 @@
+"""The recipe: one schema for the Python arguments, the flags, the YAML file and the record in the artefact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from compress.errors import RecipeError, did_you_mean
+from compress.methods import Metric, Reconstruction, find, parse_options
+from compress.metrics import METRICS
+from compress.patterns import NMPattern, Pattern, parse_pattern
+from compress.reconstruction import RECONSTRUCTIONS
+
+Scalar = bool | int | float | str
+
+
+class Recipe(BaseModel):
+    """How a model is pruned. Frozen; the same names everywhere."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str | None = Field(
+        None,
+        description="which weights matter (see `halve methods`); left out: the reconstruction's own, or wanda",
+    )
+    reconstruction: str = Field("sparsegpt", description="how the surviving weights are repaired (see `halve methods`)")
+    pattern: str = Field("2:4", description="2:4, any N:M with N kept of M, or unstructured")
+    sparsity: float | None = Field(None, description="share of weights to prune, for pattern unstructured")
+    group: Literal["auto", "row", "block", "layer"] = Field(
+        "auto", description="which weights compete in an unstructured pattern; auto: as in the method's paper"
+    )
+    metric_options: dict[str, Scalar] = Field(default_factory=dict, description="options of the metric, NAME=VALUE")
+    reconstruction_options: dict[str, Scalar] = Field(
+        default_factory=dict, description="options of the reconstruction, NAME=VALUE"
+    )
+    calibration: str = Field(
+        "c4", description="c4 (a part of C4 that comes with halve), a .txt or .jsonl[.gz] file, or a Hugging Face data set"
+    )
+    samples: int = Field(128, ge=1, description="calibration windows")
+    length: int = Field(2048, ge=1, description="tokens in a calibration window")
+    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    ignore: tuple[str, ...] = Field((), description="linear layers to leave dense: names or globs such as '*.k_proj'")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="dtype of the run and of the saved weights; auto: the checkpoint's own"
+    )
+    format: Literal["packed", "dense"] = Field(
+        "packed", description="packed: 2:4 in 9/16 of the bytes; dense: an ordinary checkpoint with zeros"
+    )
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_exists(cls, name: str | None) -> str | None:
+        if name is not None:
+            find("metric", name, METRICS)
+        return name
+
+    @field_validator("reconstruction")
+    @classmethod
+    def _reconstruction_exists(cls, name: str) -> str:
+        find("reconstruction", name, RECONSTRUCTIONS)
+        return name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        pattern = self.parsed_pattern
+        if self.format == "packed" and pattern != NMPattern(2, 4):
+            raise RecipeError(
+                f"only 2:4 can be packed, and the pattern is {self.pattern!r}; add format='dense' (flag --format dense)"
+            )
+        metric = self.chosen_metric
+        if metric is not None:
+            parse_options(metric, self.metric_options)
+        elif self.metric_options:
+            raise RecipeError(f"metric_options were given, but no metric: {self.reconstruction} uses its own")
+        parse_options(self.chosen_reconstruction, self.reconstruction_options)
+        return self
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        return parse_pattern(self.pattern, self.sparsity)
+
+    @property
+    def chosen_reconstruction(self) -> Reconstruction:
+        return RECONSTRUCTIONS[self.reconstruction]
+
+    @property
+    def chosen_metric(self) -> Metric | None:
+        """The metric that makes the mask, or None when the reconstruction chooses by its own."""
+        if self.metric is not None:
+            return METRICS[self.metric]
+        return None if self.chosen_reconstruction.own_metric else METRICS["wanda"]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that the metric and the reconstruction need together."""
+        metric = self.chosen_metric
+        return self.chosen_reconstruction.needs | (metric.needs if metric else frozenset())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all fields; two recipes with one digest prune alike."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def create(cls, **fields: Any) -> Recipe:
+        """A checked recipe; a wrong field is explained in one line.
+
+        Raises:
+            RecipeError: names the field, the value and what it could be.
+        """
+        for name in fields:
+            if name not in cls.model_fields:
+                raise RecipeError(f"a recipe has no field {name!r}{did_you_mean(name, cls.model_fields)}")
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "recipe"
+            raise RecipeError(f"{where}: {first['msg']} (got {first['input']!r})") from None
+
+    @classmethod
+    def load(cls, path: Path, **overrides: Any) -> Recipe:
+        """Reads a YAML file; what is given beside it wins. Reads a saved ``recipe.yaml`` of an artefact, too."""
+        try:
+            data = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {path} is not YAML: {error}") from None
+        if isinstance(data, dict) and isinstance(data.get("recipe"), dict):
+            data = data["recipe"]
+        if not isinstance(data, dict):
+            raise RecipeError(f"the recipe {path} must be a mapping of fields, such as 'metric: wanda'")
+        return cls.create(**{**{str(key): value for key, value in data.items()}, **overrides})
+
+    def differences(self, other: Recipe) -> list[str]:
+        """``"samples: 64 instead of 128"`` for each field in which this one differs from the other."""
+        mine, its = self.model_dump(mode="json"), other.model_dump(mode="json")
+        return [f"{name}: {mine[name]!r} instead of {its[name]!r}" for name in mine if mine[name] != its[name]]

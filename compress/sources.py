@@ -1,0 +1,134 @@
+"""Where the dense model comes from: a local Hugging Face directory, a hub id, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import CorruptCheckpointError, SourceError
+from compress.files import TensorFiles
+
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "additional_chat_templates/*"]
+
+
+class Source:
+    """A dense Hugging Face checkpoint on disk.
+
+    Raises:
+        SourceError: nothing usable is there, or it is packed already.
+        CorruptCheckpointError: a file is truncated or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = read_config(directory)
+        quantization = self.config.get("quantization_config")
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method", "an unknown method")
+            if method == "halve":
+                raise SourceError(f"{directory} is packed by halve already; `halve unpack` makes a dense checkpoint of it")
+            raise SourceError(f"{directory} is quantized ({method}); pruning needs the unquantized model")
+        if self.config.get("is_encoder_decoder"):
+            raise SourceError(f"{directory} is an encoder-decoder model; halve prunes decoder-only causal language models")
+        self.tensors = TensorFiles(directory)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the weights without reading them all: the names, sizes and times of the files."""
+        return {
+            file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+            for file in [self.directory / "config.json", *self.tensors.files]
+        }
+
+
+def resolve(model: str, scratch: Path) -> Path:
+    """The local directory of a model given as a directory, a ``.gguf`` file or a hub id.
+
+    Args:
+        scratch: where a GGUF file is converted to.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SourceError(f"there is no file {path}")
+        if not (scratch / "config.json").is_file():
+            from_gguf(path, scratch)
+        return scratch
+    if path.exists():
+        raise SourceError(f"{path} is a file; a model is a directory with config.json and safetensors, or a .gguf file")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise SourceError(f"there is no model directory {path}")
+    return _download(model)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_HUB_PATTERNS))
+    except RepositoryNotFoundError:
+        raise SourceError(f"{repository!r} is neither a directory here nor a model on the hub (is it private? see `hf auth login`)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise SourceError(f"{repository!r} is not a directory here, and the hub cannot be reached: {_first_line(error)}") from None
+
+
+def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Dequantizes a GGUF file into a Hugging Face directory with its tokenizer. Needs the ``gguf`` package.
+
+    Raises:
+        SourceError: the file cannot be read, or its architecture is unknown to transformers.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not gguf.is_file():
+        raise SourceError(f"there is no file {gguf}")
+    partial = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+        if hasattr(model, "hf_quantizer"):
+            model.hf_quantizer.remove_quantization_config(model)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    except (ImportError, ValueError, KeyError, OSError) as error:
+        raise SourceError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from None
+    finally:
+        if not (partial / "config.json").is_file():
+            shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.replace(directory)
+    return directory
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a model directory.
+
+    Raises:
+        SourceError: there is none; CorruptCheckpointError: it is not JSON.
+    """
+    if not directory.is_dir():
+        raise SourceError(f"there is no model directory {directory}")
+    path = directory / "config.json"
+    if not path.is_file():
+        content = "is empty" if not any(directory.iterdir()) else "has no config.json"
+        raise SourceError(f"{directory} {content}; a model is a directory with config.json and safetensors files")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CorruptCheckpointError(f"{path} is not a JSON object")
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

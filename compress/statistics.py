@@ -1,0 +1,190 @@
+"""What one pass over the inputs of a linear layer gathers for the methods that come after it.
+
+Axes: ``T`` tokens, ``K`` input features. Everything is a sum with a count, never a running mean: sums of
+unequal batches add up exactly, and several reference codes get the running mean wrong.
+
+A method declares which of the statistics below it needs; the pipeline gathers the union once for all layers
+that read the same input (q, k and v share one; gate and up share one).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from compress.errors import NumericalError, did_you_mean
+
+SAMPLE_TOKENS = 1024
+"""How many tokens, spread evenly over the calibration set, are kept as they are to measure a layer's output error."""
+
+
+class TokenCount:
+    """Number of tokens seen, T."""
+
+    def __init__(self, features: int, device: torch.device, tokens: int) -> None:
+        self.value = 0
+
+    def update(self, x: Tensor) -> None:
+        self.value += x.shape[0]
+
+
+class Sum:
+    """Σ_t x_t, [K] float64."""
+
+    def __init__(self, features: int, device: torch.device, tokens: int) -> None:
+        self.value = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        self.value += x.sum(dim=0, dtype=torch.float32)
+
+
+class SumOfSquares:
+    """Σ_t x_t², [K] float64."""
+
+    def __init__(self, features: int, device: torch.device, tokens: int) -> None:
+        self.value = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        self.value += x.float().square_().sum(dim=0)  # many times faster than vector_norm over bfloat16
+
+
+class Gram:
+    """XᵀX, [K, K] float32: the Hessian of the layer's squared output error, up to a factor.
+
+    Products are accumulated in float32. Inputs that are bfloat16 go through the bfloat16 units, which is
+    exact for the products and halves the time; no other input is ever rounded.
+    """
+
+    panel = 512
+    """Only the lower triangle is computed, in panels of this many columns."""
+
+    def __init__(self, features: int, device: torch.device, tokens: int) -> None:
+        self._lower = torch.zeros(features, features, dtype=torch.float32, device=device)
+
+    def update(self, x: Tensor) -> None:
+        exact_in_bfloat16 = x.dtype == torch.bfloat16
+        x = x.float()
+        with _bfloat16_products() if exact_in_bfloat16 else contextlib.nullcontext():
+            for start in range(0, x.shape[1], self.panel):
+                stop = start + self.panel
+                self._lower[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+
+    @property
+    def value(self) -> Tensor:
+        lower = self._lower.tril_()
+        return lower + lower.tril(-1).T
+
+
+class Sample:
+    """About ``SAMPLE_TOKENS`` rows of X as they came, spread evenly over the calibration set."""
+
+    def __init__(self, features: int, device: torch.device, tokens: int) -> None:
+        self._stride = max(1, tokens // SAMPLE_TOKENS)
+        self._seen = 0
+        self._rows: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        first = -self._seen % self._stride
+        self._rows.append(x[first :: self._stride].clone())
+        self._seen += x.shape[0]
+
+    @property
+    def value(self) -> Tensor:
+        return torch.cat(self._rows)
+
+
+ACCUMULATORS = {
+    "count": TokenCount,
+    "sum": Sum,
+    "sum_of_squares": SumOfSquares,
+    "gram": Gram,
+    "sample": Sample,
+}
+
+
+class InputStatistics:
+    """The statistics of one input that one or several linear layers read.
+
+    Args:
+        needs: names out of ``ACCUMULATORS``.
+        features: K.
+        device: where the sums live.
+        tokens: how many tokens will come in all (the sample is spread over them).
+    """
+
+    def __init__(self, needs: Iterable[str], features: int, *, device: torch.device | str = "cpu", tokens: int) -> None:
+        self.features = features
+        self._accumulators = {}
+        for name in sorted({"count", *needs}):
+            if name not in ACCUMULATORS:
+                raise KeyError(f"no statistic {name!r}{did_you_mean(name, ACCUMULATORS)}")
+            self._accumulators[name] = ACCUMULATORS[name](features, torch.device(device), tokens)
+
+    def update(self, x: Tensor) -> None:
+        """Adds the inputs ``x`` [..., K] of one call."""
+        x = x.detach().reshape(-1, self.features)  # [T, K]
+        for accumulator in self._accumulators.values():
+            accumulator.update(x)
+
+    def _get(self, name: str) -> Tensor:
+        try:
+            return self._accumulators[name].value
+        except KeyError:
+            raise KeyError(f"the statistic {name!r} was not gathered: the method has to declare that it needs it") from None
+
+    @property
+    def count(self) -> int:
+        """T."""
+        return self._accumulators["count"].value
+
+    @cached_property
+    def sum(self) -> Tensor:
+        return self._get("sum")
+
+    @cached_property
+    def sum_of_squares(self) -> Tensor:
+        return self._get("sum_of_squares")
+
+    @cached_property
+    def gram(self) -> Tensor:
+        return self._get("gram")
+
+    @cached_property
+    def sample(self) -> Tensor:
+        return self._get("sample")
+
+    @cached_property
+    def factors(self) -> dict[object, object]:
+        """Where a reconstruction keeps what it derived from the Gram matrix (a factorization), for the next
+        layer that reads the same input."""
+        return {}
+
+    def require_finite(self, layer: str) -> None:
+        """Raises NumericalError, naming the layer, if an input had a NaN or an infinity (or its sums overflowed)."""
+        for name, accumulator in self._accumulators.items():
+            value = accumulator.value if name != "gram" else accumulator._lower.diagonal()
+            if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+                bad = int((~torch.isfinite(value)).sum())
+                raise NumericalError(
+                    f"{layer}: the calibration activations contain NaN or infinity ({bad} of {value.numel()} entries of "
+                    f"the statistic {name!r}). Check the model in this dtype (try --dtype float32) and the calibration text."
+                )
+
+
+@contextlib.contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Lets float32 matmuls of the CPU multiply in bfloat16 and accumulate in float32.
+
+    Only for operands that are exactly bfloat16 already, for which nothing is lost.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
