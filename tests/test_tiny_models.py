@@ -50,7 +50,8 @@ def test_builds_reloads_and_generates(family: str, tmp_path: Path) -> None:
 
     generated = model.generate(prompt, min_new_tokens=12, max_new_tokens=12)[0, length:]
     assert len(generated) == 12
-    assert len(set(generated.tolist())) >= 3
+    # (greedy random models soon run in circles, so variety is asked of the prompt's positions)
+    assert len(logits(model, prompt)[0].argmax(dim=-1).unique()) > length / 4
 
     widths = [
         module.weight.shape for module in model.modules() if type(module).__name__ in ("Linear", "Conv1D")
