@@ -56,7 +56,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def linears_of(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
     """The linears below a module by their full names, in the order of the model."""
-    return {f"{prefix}.{name}": child for name, child in module.named_modules() if is_linear(child)}
+    return {_join(prefix, name): child for name, child in module.named_modules() if is_linear(child)}
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -85,9 +85,9 @@ class TensorFiles:
         CorruptCheckpointError: a file is truncated or is not safetensors.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: list[Path] | None = None) -> None:
         self.directory = directory
-        self.files = _find_files(directory)
+        self.files = _find_files(directory) if files is None else files
         self.info: dict[str, TensorInfo] = {}
         for file in self.files:
             for name, info in read_header(file)[0].items():
@@ -109,6 +109,12 @@ class TensorFiles:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CorruptCheckpointError(f"{info.file}: cannot read {name}: {error}") from None
+
+    def entry(self, name: str, dtype: torch.dtype | None = None) -> Entry:
+        """The tensor as something to write, cast to ``dtype`` if it is a floating-point one."""
+        info = self.info[name]
+        to = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
+        return Entry(name, to, info.shape, lambda: self.read(name).to(to))
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str], int]:

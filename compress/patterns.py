@@ -22,6 +22,9 @@ Group = Literal["row", "block", "layer"]
 """Which weights compete with each other in an unstructured pattern: one output row, all rows of a block of
 columns (SparseGPT's choice), or the whole matrix. An N:M pattern fixes its own groups."""
 
+BLOCK_COLUMNS = 128
+"""Columns in a comparison group of the kind "block"."""
+
 
 @dataclass(frozen=True)
 class NMPattern:
@@ -83,11 +86,9 @@ class UnstructuredPattern:
         return int(round(self.sparsity * size))
 
     def mask(self, scores: Tensor, group: Group = "row") -> Tensor:
-        """True where a weight is kept. ``scores`` [N, K], larger is kept; of equal scores the first is kept.
-
-        Group "block" means that the caller hands over one block of columns at a time, so here it is the
-        whole of ``scores``.
-        """
+        """True where a weight is kept. ``scores`` [N, K], larger is kept; of equal scores the first is kept."""
+        if group == "block":
+            return torch.cat([self.mask(block, "layer") for block in scores.split(BLOCK_COLUMNS, dim=1)], dim=1)
         competing = scores if group == "row" else scores.reshape(1, -1)
         order = competing.argsort(dim=-1, descending=True, stable=True)
         kept = competing.shape[-1] - self.pruned(competing.shape[-1])

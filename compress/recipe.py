@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from compress.errors import RecipeError, did_you_mean
 from compress.methods import Metric, Reconstruction, find, parse_options
 from compress.metrics import METRICS
-from compress.patterns import NMPattern, Pattern, parse_pattern
+from compress.patterns import Group, NMPattern, Pattern, parse_pattern
 from compress.reconstruction import RECONSTRUCTIONS
 
 Scalar = bool | int | float | str
@@ -78,7 +78,19 @@ class Recipe(BaseModel):
         elif self.metric_options:
             raise RecipeError(f"metric_options were given, but no metric: {self.reconstruction} uses its own")
         parse_options(self.chosen_reconstruction, self.reconstruction_options)
+        if metric is None and self.group == "layer" and not isinstance(pattern, NMPattern):
+            raise RecipeError(
+                f"{self.reconstruction} goes through a layer by blocks of columns, so its own metric cannot compare a whole "
+                "layer; use group 'block' or 'row', or choose a metric"
+            )
         return self
+
+    @property
+    def chosen_group(self) -> Group:
+        """The comparison group, with "auto" resolved to that of the method's paper."""
+        if self.group != "auto":
+            return self.group
+        return self.chosen_metric.group if self.chosen_metric else self.chosen_reconstruction.group
 
     @property
     def parsed_pattern(self) -> Pattern:

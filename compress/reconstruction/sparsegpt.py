@@ -80,7 +80,8 @@ def _prune_columns(
         stop = min(start + block_size, width)
         if given is None and not grouped:
             scores = (columns[start:stop] * inverse_diagonal[start:stop, None]).square_()
-            mask[start:stop] = pattern.mask(scores.T, pruning.group).T
+            # Inside of this loop the block of columns is the whole that competes.
+            mask[start:stop] = pattern.mask(scores.T, "row" if pruning.group == "row" else "layer").T
         errors = torch.empty_like(columns[start:stop])  # [block, N]
         for first in range(start, stop, panel):
             last = min(first + panel, stop)

@@ -1,0 +1,148 @@
+"""Puts a finished artefact together: shards with an index, config, recipe, report and model card, accounted to the byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from compress import packed
+from compress.card import model_card
+from compress.errors import CorruptCheckpointError
+from compress.files import INDEX_NAME, SINGLE_NAME, Entry, explain_os_error, file_digest, read_header, write_shard, write_text
+from compress.packed import MASK_SUFFIX, VALUES_SUFFIX
+
+FORMAT_VERSION = 1
+REPORT_NAME = "report.json"
+RECIPE_NAME = "recipe.yaml"
+CARD_NAME = "README.md"
+SHARD_BYTES = 5 * 10**9
+
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*")
+_OURS = {"config.json", INDEX_NAME, REPORT_NAME, RECIPE_NAME, CARD_NAME}
+
+
+def quantization_config(value_dtype: torch.dtype, ignore: Iterable[str]) -> dict[str, Any]:
+    """What ``config.json`` says about a packed checkpoint: data only.
+
+    Every linear module of the model is packed but those in ``ignore`` (full module names).
+    """
+    return {
+        "quant_method": "halve",
+        "format_version": FORMAT_VERSION,
+        "sparsity": "2:4",
+        "value_dtype": str(value_dtype).removeprefix("torch."),
+        "ignore": sorted(ignore),
+    }
+
+
+def write_weights(directory: Path, entries: list[Entry], written: Callable[[Iterable[str]], None] = lambda names: None) -> None:
+    """Writes all tensors into shards with an index; shards that are there already (of an interrupted run) stay.
+
+    Args:
+        written: called with the names of a shard's tensors when it is safe on disk.
+    """
+    shards = _split(entries, SHARD_BYTES)
+    names = [SINGLE_NAME] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        if not (directory / name).is_file():
+            write_shard(directory / name, shard)
+        written([entry.name for entry in shard])
+    if len(shards) > 1:
+        weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        index = {
+            "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copies tokenizer, generation config, chat templates and licences as they are."""
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name not in _OURS:
+                target = directory / path.relative_to(source)
+                try:
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, target)
+                except OSError as error:
+                    raise explain_os_error(error, target) from None
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def write_records(directory: Path, recipe: dict[str, Any], report: dict[str, Any]) -> None:
+    """Writes ``recipe.yaml``, the model card, and last ``report.json``, which accounts for every file beside it."""
+    write_text(directory / RECIPE_NAME, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    write_text(directory / CARD_NAME, model_card(recipe, report))
+    write_text(directory / REPORT_NAME, account(directory, report))
+
+
+def account(directory: Path, report: dict[str, Any]) -> str:
+    """The report as JSON, with the bytes of every file of the directory, itself included, and of every kind of tensor."""
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != REPORT_NAME
+    }
+    tensors = {"packed_values": 0, "packed_masks": 0, "dense": 0}
+    headers = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        info, _, header = read_header(path)
+        headers += header
+        for name, tensor in info.items():
+            kind = "packed_values" if name.endswith(VALUES_SUFFIX) else "packed_masks" if name.endswith(MASK_SUFFIX) else "dense"
+            tensors[kind] += tensor.nbytes
+    others = sum(entry["bytes"] for name, entry in files.items() if not name.endswith(".safetensors"))
+    size = 0
+    while True:  # the report contains its own size, whose digits change it at most twice
+        total = sum(tensors.values()) + headers + others + size
+        accounted = {
+            **report,
+            "bytes": {**tensors, "safetensors_headers": headers, "other_files": others, "this_report": size, "total": total},
+            "files": files,
+        }
+        text = json.dumps(accounted, indent=2) + "\n"
+        if len(text.encode()) == size:
+            return text
+        size = len(text.encode())
+
+
+def packed_entries(key: str, weight: Tensor, name: str) -> dict[str, Tensor]:
+    """The two tensors that stand for the checkpoint's tensor ``key`` ("….weight"), from the dense [N, K] weight."""
+    both = packed.pack(weight, name)
+    stem = key.removesuffix(packed.DENSE_SUFFIX)
+    return {stem + VALUES_SUFFIX: both.values, stem + MASK_SUFFIX: both.mask}
+
+
+def read_report(directory: Path) -> dict[str, Any] | None:
+    """``report.json``, or None where there is none."""
+    path = directory / REPORT_NAME
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{path} is not JSON: {error}") from None
+
+
+def _split(entries: list[Entry], limit: int) -> list[list[Entry]]:
+    """Consecutive entries in shards of at most ``limit`` bytes (a larger tensor gets its own)."""
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    return shards

@@ -1,0 +1,81 @@
+"""The model card, README.md of an artefact: what was done, what it costs, how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}, {{ pattern }}
+
+Pruned to **{{ pattern }}** by [halve](https://pypi.org/project/halve/) {{ version }} without retraining, and stored {{ stored }}.
+
+| | |
+|---|---|
+| source | `{{ model }}` |
+| metric | {{ metric }} |
+| reconstruction | {{ reconstruction }} |
+| calibration | {{ samples }} windows of {{ length }} tokens of `{{ calibration }}`, seed {{ seed }} |
+| layers pruned | {{ pruned }} of {{ layers }} |
+| their weights | {{ before }} bytes dense, {{ after }} bytes here |
+| relative output error | {{ error }} on average over the pruned layers |
+
+Exact settings are in `recipe.yaml`; every layer, every byte and every file in `report.json`. Accuracy was not
+measured by the run that made this: `halve eval` does.
+
+## Load it
+
+{{ usage }}
+"""
+
+_USAGE_PACKED = """```python
+import serve.transformers_plugin  # pip install halve
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID")
+```
+
+or `halve serve PATH_OR_ID` for an OpenAI-compatible endpoint. Without the plugin the weights cannot be read;
+`halve unpack` makes an ordinary checkpoint of them."""
+
+_USAGE_DENSE = """An ordinary Hugging Face checkpoint with zeros in it; it loads anywhere, in its full size.
+`halve pack` stores it in 9/16 of the bytes."""
+
+
+def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
+    """The text of the card from the saved recipe and report."""
+    settings, summary = recipe["recipe"], report["summary"]
+    model = recipe["model"]
+    is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["halve", "pruned", "sparse", settings["pattern"]],
+        base_model=model if is_hub_id else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        name=report["name"],
+        pattern=settings["pattern"],
+        version=recipe["versions"]["halve"],
+        stored="packed, in 9/16 of the bytes of 16-bit weights" if settings["format"] == "packed" else "as a dense checkpoint with zeros",
+        model=model,
+        metric=summary["metric"],
+        reconstruction=settings["reconstruction"],
+        samples=settings["samples"],
+        length=settings["length"],
+        calibration=settings["calibration"],
+        seed=settings["seed"],
+        pruned=summary["layers_pruned"],
+        layers=summary["layers"],
+        before=f"{summary['pruned_bytes_before']:,}",
+        after=f"{summary['pruned_bytes_after']:,}",
+        error=f"{summary['mean_relative_output_error']:.4f}",
+        usage=_USAGE_PACKED if settings["format"] == "packed" else _USAGE_DENSE,
+    )
+    return str(card)

@@ -1,0 +1,176 @@
+"""The work directory of a run: what is done already, so that a run that is killed at any moment can go on.
+
+``OUT.partial/`` holds a manifest, one file for each finished block, and from time to time the activations
+that go into the next block. Everything is written under a temporary name, synced and renamed, and the
+manifest is replaced last, so whatever the manifest names is whole. Blocks after the last saved activations
+are done again; a run is deterministic, so they come out the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compress.errors import CorruptCheckpointError, OutputError
+from compress.files import Entry, check_digest, explain_os_error, write_shard, write_text
+
+MANIFEST = "manifest.json"
+
+
+class Journal:
+    """The state of one run on disk.
+
+    Args:
+        out: the directory that the run will make; the work directory is its sibling ``OUT.partial``.
+        identity: what must be the same for a run to go on: recipe, source, calibration.
+        resume: go on with what is there.
+        interval: seconds between saved activations.
+
+    Raises:
+        OutputError: the output directory is not empty, an interrupted run is in the way, or (resuming) there is
+            none or it was made with another recipe or source.
+    """
+
+    def __init__(self, out: Path, *, resume: bool, interval: float = 60.0) -> None:
+        self.out = out
+        self.directory = work_directory(out)
+        self._interval = interval
+        self._saved_at = time.monotonic()
+        self._manifest: dict[str, Any] = {}
+        self._lock = None
+        existing = self.directory / MANIFEST
+        occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if resume and existing.is_file():
+            self._manifest = json.loads(existing.read_text())
+        self.completed = occupied and self._manifest.get("assembled", False)
+        if occupied and not self.completed:
+            raise OutputError(f"{out} is there already and is not empty; choose another --out, or remove it")
+        if resume:
+            if not self._manifest:
+                raise OutputError(f"there is nothing to resume: {self.directory} holds no interrupted run; run without --resume")
+        elif existing.is_file():
+            raise OutputError(f"an interrupted run is in {self.directory}; go on with --resume, or remove that directory")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.directory / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"another run is writing to {self.directory} right now") from None
+        except OSError as error:
+            raise explain_os_error(error, self.directory) from None
+
+    def open(self, identity: dict[str, Any]) -> None:
+        """Starts the manifest, or compares the resumed one with this run."""
+        if not self._manifest:
+            self._manifest = {"identity": identity, "blocks": {}, "activations": None, "assembled": False}
+            self._write()
+            return
+        before = self._manifest["identity"]
+        if before != identity:
+            changes = _differences(before, json.loads(json.dumps(identity)))
+            raise OutputError(
+                f"the interrupted run in {self.directory} was made differently: {'; '.join(changes)}. "
+                "Repeat the call as it was, or remove that directory and start again"
+            )
+
+    def abandon_if_new(self) -> None:
+        """Removes the work directory of a run that failed before it did anything worth keeping."""
+        if not self._manifest.get("blocks"):
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    @property
+    def next_block(self) -> int:
+        """The block to go on with: the first one, or the one that saved activations go into."""
+        saved = self._manifest["activations"]
+        return saved["block"] if saved else 0
+
+    def finished(self, blocks: int) -> bool:
+        """Whether all blocks are on disk, so that no activations are needed any more."""
+        return all(str(index) in self._manifest["blocks"] for index in range(blocks))
+
+    def block_file(self, index: int) -> Path:
+        return self.directory / f"block-{index:05d}.safetensors"
+
+    def record(self, index: int) -> list[dict[str, Any]]:
+        """The layer records of a finished block."""
+        return self._manifest["blocks"][str(index)]
+
+    def save_block(self, index: int, tensors: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
+        """Writes a finished block and notes it."""
+        write_shard(self.block_file(index), _entries(tensors))
+        self._manifest["blocks"][str(index)] = records
+        self._write()
+
+    def save_activations(self, index: int, hidden: list[Tensor]) -> None:
+        """Writes the activations that go into block ``index``, if the last ones are old enough."""
+        if time.monotonic() - self._saved_at < self._interval:
+            return
+        file = self.directory / f"activations-{index:05d}.safetensors"
+        write_shard(file, _entries({f"{batch:06d}": states for batch, states in enumerate(hidden)}))
+        before = self._manifest["activations"]
+        self._manifest["activations"] = {"block": index, "file": file.name}
+        self._write()
+        if before and before["file"] != file.name:
+            (self.directory / before["file"]).unlink(missing_ok=True)
+        self._saved_at = time.monotonic()
+
+    def load_activations(self) -> list[Tensor] | None:
+        """The saved activations of `next_block`, or None where none were saved yet."""
+        saved = self._manifest["activations"]
+        if not saved:
+            return None
+        file = self.directory / saved["file"]
+        if not file.is_file():
+            raise CorruptCheckpointError(f"{file} is missing; remove {self.directory} and start again")
+        check_digest(file)
+        with safe_open(file, framework="pt") as handle:
+            return [handle.get_tensor(name) for name in sorted(handle.keys())]
+
+    def finish(self, final: Path) -> None:
+        """Gives the assembled directory ``final`` its name and removes the work directory."""
+        if not self.completed:
+            self._manifest["assembled"] = True
+            self._write()
+            try:
+                if self.out.is_dir():
+                    self.out.rmdir()  # empty, as checked at the start
+                final.replace(self.out)
+            except OSError as error:
+                raise explain_os_error(error, self.out) from None
+        self.close()
+        shutil.rmtree(self.directory)
+
+    def close(self) -> None:
+        """Lets another process resume the run."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _write(self) -> None:
+        write_text(self.directory / MANIFEST, json.dumps(self._manifest))
+
+
+def work_directory(out: Path) -> Path:
+    """``OUT.partial``."""
+    return out.with_name(out.name + ".partial")
+
+
+def _entries(tensors: dict[str, Tensor]) -> list[Entry]:
+    return [Entry(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()]
+
+
+def _differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """``"recipe.samples: 64 instead of 128"`` for each leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted({*before, *now}):
+            found += _differences(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+        return found
+    return [] if before == now else [f"{where}: {now!r} instead of {before!r}"]

@@ -1,0 +1,75 @@
+"""One layer through metric, mask and reconstruction, and what it did to the layer's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import NumericalError
+from compress.methods import Pruning, parse_options
+from compress.packed import canonical, require_finite
+from compress.patterns import NMPattern
+from compress.recipe import Recipe
+from compress.statistics import InputStatistics, exact_products
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """``weight`` [N, K] in the dtype it is saved in, ``bias`` [N] where it changed, ``record`` for the report."""
+
+    weight: Tensor
+    bias: Tensor | None
+    record: dict[str, Any]
+
+
+def prune_layer(name: str, weight: Tensor, statistics: InputStatistics, recipe: Recipe) -> PrunedLayer:
+    """Prunes a ``weight`` [N, K] by the recipe; computes in float32 and rounds once, at the end.
+
+    Raises:
+        NumericalError: the weight, the statistics or the result are not finite, or the Gram matrix is singular;
+            the message names the layer.
+    """
+    require_finite(weight, name)
+    statistics.require_finite(name)
+    metric, reconstruction, pattern = recipe.chosen_metric, recipe.chosen_reconstruction, recipe.parsed_pattern
+    dense = weight.float()
+    mask = None
+    if metric is not None:
+        scores = metric.score(dense, statistics, parse_options(metric, recipe.metric_options))
+        mask = pattern.mask(scores, recipe.chosen_group)
+    options = parse_options(reconstruction, recipe.reconstruction_options)
+    try:
+        result = reconstruction.run(dense, Pruning(pattern, recipe.chosen_group, mask), statistics, options)
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}") from None
+    pruned = canonical(result.weight.to(weight.dtype))
+    require_finite(pruned, f"{name} after {reconstruction.name}")
+    _check_mask(name, pruned, result.mask, pattern.keep_n / pattern.m if isinstance(pattern, NMPattern) else None)
+    record = {
+        "metric": metric.name if metric else reconstruction.name,
+        "reconstruction": reconstruction.name,
+        "sparsity": 1 - float(result.mask.float().mean()),
+        "relative_output_error": relative_output_error(weight, pruned, statistics.sample),
+        **result.notes,
+    }
+    return PrunedLayer(pruned, result.bias, record)
+
+
+def relative_output_error(dense: Tensor, pruned: Tensor, inputs: Tensor) -> float:
+    """‖X (V − W)ᵀ‖² / ‖X Wᵀ‖² for ``dense`` W and ``pruned`` V [N, K] over ``inputs`` X [T, K]; 0 for no output at all."""
+    with exact_products(inputs.dtype, dense.dtype):
+        before = inputs.float() @ dense.float().T  # [T, N]
+        after = inputs.float() @ pruned.float().T
+    energy = float(before.square().sum(dtype=torch.float64))
+    return float((after - before).square().sum(dtype=torch.float64)) / energy if energy else 0.0
+
+
+def _check_mask(name: str, pruned: Tensor, mask: Tensor, keep: float | None) -> None:
+    """A method's promise, checked on what will be saved: zero where the mask says so, and as many as the pattern says."""
+    if bool(pruned[~mask].any()):
+        raise AssertionError(f"{name}: the reconstruction left a weight where its mask says that it is pruned")
+    if keep is not None and int(mask.sum()) != round(keep * mask.numel()):
+        raise AssertionError(f"{name}: the mask keeps {int(mask.sum())} of {mask.numel()} weights, the pattern {keep:g} of them")

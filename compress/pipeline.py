@@ -1,0 +1,345 @@
+"""The run: for each decoder block load, observe, prune, save, propagate.
+
+At no time are more than the embeddings, one block (two copies of its linears while it is written) and the
+calibration activations in memory, whatever the number of blocks. Everything is deterministic: the same
+recipe on the same machine gives the same bytes, so an interrupted run can go on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from compress import artefact, calibration, packed
+from compress.blocks import BlockModel, linears_of, oriented
+from compress.errors import CalibrationError, HalveError, NumericalError, OutputError, RecipeError, SourceError, did_you_mean
+from compress.files import Entry, TensorFiles
+from compress.journal import Journal
+from compress.layers import prune_layer
+from compress.observe import InputObserver
+from compress.quiet import quiet_transformers
+from compress.recipe import Recipe
+from compress.sources import Source, resolve
+from compress.version import versions
+
+BATCH_TOKENS = 4096
+"""Calibration tokens in one forward pass: enough to keep the matmuls busy, few enough for small memories."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with the blocks done, the blocks in all, and what is happening."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A finished run: where the artefact lies, and its report (the content of ``report.json``)."""
+
+    directory: Path
+    report: dict[str, Any]
+
+
+def compress_model(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 60.0,
+    device: str = "auto",
+    progress: Progress | None = None,
+    **fields: Any,
+) -> Compressed:
+    """Prunes a model and writes a verified artefact.
+
+    Args:
+        model: a Hugging Face directory, a hub id, or a GGUF file.
+        out: the directory to make; it must not exist or be empty. It appears when everything is done; until
+            then the work is in ``OUT.partial``.
+        recipe: how to prune; or give its fields as keyword arguments (``metric="wanda"``).
+        resume: go on with the interrupted run in ``OUT.partial``; the artefact is the same to the bit as that
+            of a run that was never interrupted.
+        checkpoint_seconds: how often the activations are saved, for a later resume.
+        device: where blocks are run: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``.
+        progress: called after each step.
+
+    Raises:
+        HalveError: with one message for the user; see `compress.errors`.
+    """
+    if recipe is not None and fields:
+        raise RecipeError(f"give either a recipe or its fields, not both (got {', '.join(fields)})")
+    recipe = recipe or Recipe.create(**fields)
+    run = _Run(str(model), Path(out), recipe, resume, checkpoint_seconds, choose_device(device), progress or (lambda *_: None))
+    try:
+        with torch.no_grad(), quiet_transformers():
+            return run.run()
+    finally:
+        run.journal.close()
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is a CUDA device where there is one.
+
+    Raises:
+        RecipeError: the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"unknown device {name!r} (known: auto, cpu, cuda, cuda:N)") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device {name!r} was asked for, and this torch ({torch.__version__}) finds no CUDA device")
+    return device
+
+
+class _Run:
+    def __init__(
+        self, model: str, out: Path, recipe: Recipe, resume: bool, interval: float, device: torch.device, progress: Progress
+    ) -> None:
+        self.model_name = model
+        self.recipe = recipe
+        self.device = device
+        self.progress = progress
+        if not resume and not Path(model).expanduser().exists() and model.startswith((".", "/", "~")):
+            resolve(model, Path())  # raises before a work directory is made
+        self.journal = Journal(out, resume=resume, interval=interval)
+        self.final = self.journal.directory / "final"
+
+    def run(self) -> Compressed:
+        if self.journal.completed:  # killed between the last rename and the clean-up
+            self.journal.finish(self.final)
+            return self._result()
+        try:
+            self.source = Source(resolve(self.model_name, self.journal.directory / "source"))
+            windows = self._windows()
+            self.model = BlockModel(self.source, self._dtype(), self.device)
+            self.decisions = self._decide()
+            self.journal.open(self._identity(windows))
+        except HalveError:
+            self.journal.abandon_if_new()
+            raise
+        count = len(self.model.blocks)
+        if not self.journal.finished(count):
+            self._require_space()
+            self._prune_blocks(windows)
+        self.progress(count, count, "writing the checkpoint")
+        self._assemble(windows)
+        self.journal.finish(self.final)
+        return self._result()
+
+    def _result(self) -> Compressed:
+        report = artefact.read_report(self.journal.out)
+        assert report is not None, "the artefact was just written"
+        return Compressed(self.journal.out, report)
+
+    def _dtype(self) -> torch.dtype:
+        name = self.recipe.dtype
+        if name == "auto":
+            name = self.source.config.get("dtype") or self.source.config.get("torch_dtype") or "float32"
+        if name not in packed.VALUE_DTYPES:
+            raise SourceError(f"the checkpoint's dtype is {name!r}; choose one of {', '.join(packed.VALUE_DTYPES)} with --dtype")
+        return packed.VALUE_DTYPES[name]
+
+    def _windows(self) -> Tensor:
+        recipe = self.recipe
+        limit = self.source.config.get("max_position_embeddings") or self.source.config.get("n_positions")
+        if isinstance(limit, int) and recipe.length > limit:
+            raise CalibrationError(f"the model reads at most {limit} tokens; --length {recipe.length} is more than that")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.source.directory)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"{self.source.directory} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+        windows = calibration.load_windows(
+            recipe.calibration, tokenizer, samples=recipe.samples, length=recipe.length, seed=recipe.seed
+        )
+        vocabulary = self.source.config.get("vocab_size")
+        if isinstance(vocabulary, int) and int(windows.max()) >= vocabulary:
+            raise SourceError(f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together")
+        return windows
+
+    def _decide(self) -> dict[str, str | None]:
+        """For every linear of every block: None if it is pruned, or the reason why it stays dense."""
+        decisions: dict[str, str | None] = {}
+        used: set[str] = set()
+        for index in range(len(self.model.blocks)):
+            for name, module in self.model.linears(index).items():
+                columns = oriented(module.weight, module).shape[1]
+                matching = [pattern for pattern in self.recipe.ignore if fnmatchcase(name, pattern)]
+                used.update(matching)
+                reason = f"ignored by the recipe ({matching[0]})" if matching else self.recipe.parsed_pattern.why_not(columns)
+                if reason is None and self.recipe.format == "packed":
+                    reason = packed.why_not(columns)
+                decisions[name] = reason
+        if unused := [pattern for pattern in self.recipe.ignore if pattern not in used]:
+            raise RecipeError(f"ignore {unused[0]!r} matches no linear layer{did_you_mean(unused[0], _generic(decisions))}")
+        if all(decisions.values()):
+            name, reason = next(iter(decisions.items()))
+            raise SourceError(f"no layer of {self.source.directory} can be pruned to {self.recipe.pattern}: {name}: {reason}")
+        return decisions
+
+    def _identity(self, windows: Tensor) -> dict[str, Any]:
+        return {
+            "model": self.model_name,
+            "source": self.source.fingerprint,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "calibration": calibration.digest(windows),
+            "device": self.device.type,
+            "versions": versions(),
+        }
+
+    def _require_space(self) -> None:
+        size = sum(info.nbytes for info in self.source.tensors.info.values())
+        if self.recipe.format == "packed":
+            pruned = {self.model.key_of(f"{name}.weight") for name, reason in self.decisions.items() if reason is None}
+            size -= sum(self.source.tensors.info[key].nbytes for key in pruned) * 7 // 16
+        activations = self.recipe.samples * self.recipe.length * self._hidden_size() * self.model.dtype.itemsize
+        free = shutil.disk_usage(self.journal.directory).free
+        if free < size + activations:
+            self.journal.abandon_if_new()
+            raise OutputError(
+                f"not enough disk space at {self.journal.directory.parent}: the run needs about {(size + activations) / 1e9:.2f} GB, "
+                f"and {free / 1e9:.2f} GB are free"
+            )
+
+    def _hidden_size(self) -> int:
+        embedding = self.model.model.get_input_embeddings()
+        return int(getattr(embedding, "embedding_dim", 0))
+
+    def _prune_blocks(self, windows: Tensor) -> None:
+        count = len(self.model.blocks)
+        self.progress(self.journal.next_block, count, "reading the calibration text")
+        batch = max(1, BATCH_TOKENS // windows.shape[1])
+        hidden = self.model.record_calls(windows, batch)
+        hidden = self.journal.load_activations() or hidden
+        for index in range(self.journal.next_block, count):
+            self.journal.save_activations(index, hidden)
+            records = self._prune_block(index, hidden, windows.numel())
+            errors = [record["relative_output_error"] for record in records if "relative_output_error" in record]
+            mean = f"{sum(errors) / len(errors):.4f}" if errors else "none pruned"
+            self.progress(index + 1, count, f"{self.model.block_name(index)}, relative output error {mean}")
+
+    def _prune_block(self, index: int, hidden: list[Tensor], tokens: int) -> list[dict[str, Any]]:
+        """One block from its inputs to its outputs; ``hidden`` is overwritten with the outputs of the pruned block."""
+        block = self.model.load_block(index)
+        linears = self.model.linears(index)
+        observed = {name: module for name, module in linears.items() if self.decisions[name] is None}
+        observer = InputObserver(observed, self.recipe.needs | {"sample"}, tokens)
+        if observed:
+            observer.run(self.model, index, hidden)
+        tensors: dict[str, Tensor] = {}
+        records = []
+        for name, module in linears.items():
+            records.append(self._prune_linear(name, module, observer, tensors))
+        del observer
+        for batch, states in enumerate(hidden):
+            output = self.model.run_block(index, batch, states)
+            if not bool(torch.isfinite(output).all()):
+                raise NumericalError(
+                    f"{self.model.block_name(index)}: its output contains NaN or infinity (in {self.model.dtype}); "
+                    "check the model in this dtype, or try --dtype float32"
+                )
+            hidden[batch] = output.to(states.device)
+        self.model.drop_block(index)
+        del block
+        self.journal.save_block(index, tensors, records)
+        return records
+
+    def _prune_linear(
+        self, name: str, module: nn.Module, observer: InputObserver, tensors: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """Prunes one linear in place, adds what is to be saved to ``tensors``, and returns its record."""
+        weight = oriented(module.weight, module)
+        record: dict[str, Any] = {"name": name, "shape": list(weight.shape), "bytes_before": weight.nbytes}
+        reason = self.decisions[name]
+        statistics = observer.statistics(name)
+        if reason is None and statistics is None:
+            reason = "it never got a token in the calibration"
+        if reason is not None or statistics is None:
+            packed.require_finite(weight, name)
+            return {**record, "status": "dense", "reason": reason, "bytes_after": weight.nbytes}
+        result = prune_layer(name, weight, statistics, self.recipe)
+        module.weight.data = oriented(result.weight, module).contiguous()
+        key = self.model.key_of(f"{name}.weight")
+        if self.recipe.format == "packed":
+            saved = artefact.packed_entries(key, result.weight.cpu(), name)
+        else:
+            saved = {key: module.weight.data.cpu()}
+        if result.bias is not None:
+            bias_key = self.model.key_of(f"{name}.bias")
+            module.bias.data = result.bias.to(module.bias.dtype)
+            tensors[bias_key] = module.bias.data.cpu()
+        tensors.update(saved)
+        return {**record, "status": "pruned", "bytes_after": sum(t.nbytes for t in saved.values()), **result.record}
+
+    def _assemble(self, windows: Tensor) -> None:
+        self.final.mkdir(exist_ok=True)
+        records = [record for index in range(len(self.model.blocks)) for record in self.journal.record(index)]
+        pruned = [record for record in records if record["status"] == "pruned"]
+        artefact.write_weights(self.final, self._entries())
+        artefact.copy_companions(self.source.directory, self.final)
+        config = dict(self.source.config)
+        if self.recipe.dtype != "auto":
+            config["dtype"] = self.recipe.dtype
+            config.pop("torch_dtype", None)
+        if self.recipe.format == "packed":
+            names = {record["name"] for record in pruned}
+            ignore = [name for name in linears_of(self.model.model, "") if name not in names]
+            config["quantization_config"] = artefact.quantization_config(self.model.dtype, ignore)
+        artefact.write_config(self.final, config)
+        metric = self.recipe.chosen_metric
+        recipe = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "model": self.model_name,
+            "versions": versions(),
+            "device": self.device.type,
+            "calibration": {"tokens": windows.numel(), "sha256": calibration.digest(windows)},
+        }
+        report = {
+            "report_version": 1,
+            "name": Path(self.model_name.rstrip("/")).name.removesuffix(".gguf"),
+            "model": self.model_name,
+            "recipe_sha256": self.recipe.digest,
+            "summary": {
+                "pattern": self.recipe.pattern,
+                "metric": metric.name if metric else f"{self.recipe.reconstruction}'s own",
+                "reconstruction": self.recipe.reconstruction,
+                "layers": len(records),
+                "layers_pruned": len(pruned),
+                "mean_relative_output_error": sum(r["relative_output_error"] for r in pruned) / max(len(pruned), 1),
+                "pruned_bytes_before": sum(r["bytes_before"] for r in pruned),
+                "pruned_bytes_after": sum(r["bytes_after"] for r in pruned),
+            },
+            "layers": records,
+        }
+        artefact.write_records(self.final, recipe, report)
+
+    def _entries(self) -> list[Entry]:
+        """All tensors of the artefact in the order of the source: replaced ones from the blocks' files, others as they were."""
+        replaced: dict[str, tuple[TensorFiles, list[str]]] = {}
+        for index in range(len(self.model.blocks)):
+            part = TensorFiles(self.journal.directory, [self.journal.block_file(index)])
+            for name in part:
+                stem = name.removesuffix(packed.VALUES_SUFFIX).removesuffix(packed.MASK_SUFFIX)
+                original = name if stem == name else stem + packed.DENSE_SUFFIX
+                replaced.setdefault(original, (part, []))[1].append(name)
+        cast = None if self.recipe.dtype == "auto" else self.model.dtype
+        entries = []
+        for key in self.source.tensors:
+            files, names = replaced.get(key, (self.source.tensors, [key]))
+            for name in sorted(names, reverse=True):  # the values before their mask
+                entries.append(files.entry(name, cast if files is self.source.tensors else None))
+        return entries
+
+
+def _generic(names: dict[str, Any]) -> list[str]:
+    """Layer names with their block number as a star, each once."""
+    return sorted({".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names})
+

@@ -1,0 +1,36 @@
+#!/bin/sh
+# Makes the virtual environment .venv with everything that the project, its demo and its tests need.
+# torch comes from the wheels in UV_FIND_LINKS or PIP_FIND_LINKS where there is one, else as the build that fits
+# this machine: CUDA where a driver is found, CPU elsewhere.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "halve needs Python 3.11 or newer; $python is $("$python" --version 2>&1). Set PYTHON to a newer one." >&2
+    exit 2
+}
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv || {
+    echo "cannot make .venv: on Debian and Ubuntu, 'apt install python3-venv' first." >&2
+    exit 2
+}
+.venv/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+UV_FIND_LINKS=${UV_FIND_LINKS:-$(echo "${PIP_FIND_LINKS:-}" | tr ' ' ',')}
+export UV_FIND_LINKS
+install() { .venv/bin/uv pip install --quiet --python .venv/bin/python "$@"; }
+
+torch='torch>=2.11'
+if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+    if nvidia-smi -L >/dev/null 2>&1; then backend=auto; else backend=cpu; fi
+    if [ "$backend" = cpu ] && [ -n "$UV_FIND_LINKS" ] && install --no-deps --no-index "$torch" 2>/dev/null; then
+        echo "torch: a local wheel"
+    elif install --torch-backend="$backend" "$torch"; then
+        echo "torch: the $backend build"
+    else
+        echo "torch: the $backend build cannot be had here, so the package index's default build is installed" >&2
+        install "$torch"
+    fi
+fi
+install --constraints deploy/constraints.txt --editable '.[dev]'
+.venv/bin/python -c 'import torch; print("environment ready: torch", torch.__version__)'
