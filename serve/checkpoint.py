@@ -1,0 +1,71 @@
+"""What a packed checkpoint says of itself, validated strictly before anything is built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from compress.artefact import FORMAT_VERSION
+from compress.errors import CorruptCheckpointError, did_you_mean
+from compress.files import check_digest
+from compress.packed import MASK_SUFFIX, VALUE_DTYPES, VALUES_SUFFIX
+
+
+class PackedConfig(BaseModel):
+    """``quantization_config`` of a packed checkpoint: data only, nothing in it is ever imported or run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    quant_method: Literal["halve"]
+    format_version: int
+    sparsity: Literal["2:4"]
+    value_dtype: Literal["bfloat16", "float16", "float32"]
+    ignore: list[str]
+
+
+def parse_config(config: Mapping[str, Any]) -> PackedConfig:
+    """Reads ``quantization_config``.
+
+    Raises:
+        CorruptCheckpointError: an unknown version, an unknown key, or a wrong value; the message names it.
+    """
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CorruptCheckpointError(
+            f"config.json: the packed format has version {version!r}, and this halve reads version {FORMAT_VERSION}; "
+            "a newer halve may read it"
+        )
+    known = PackedConfig.model_fields
+    for key in config:
+        if key not in known:
+            raise CorruptCheckpointError(f"config.json: quantization_config has an unknown key {key!r}{did_you_mean(str(key), known)}")
+    try:
+        return PackedConfig.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptCheckpointError(f"config.json: quantization_config.{where}: {first['msg']}") from None
+
+
+def check_files(files: list[Path]) -> None:
+    """Compares every file with the digest that it carries (files without one pass).
+
+    Raises:
+        CorruptCheckpointError: a file is truncated or was changed.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(check_digest, files))
+
+
+def expected_tensors(module_name: str, n: int, k: int, value_dtype: str) -> dict[str, tuple[Any, tuple[int, int]]]:
+    """The tensors that stand for a packed linear [n, k], with dtype and shape."""
+    import torch
+
+    return {
+        module_name + VALUES_SUFFIX: (VALUE_DTYPES[value_dtype], (n, k // 2)),
+        module_name + MASK_SUFFIX: (torch.uint8, (n, k // 8)),
+    }

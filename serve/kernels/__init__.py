@@ -1,0 +1,5 @@
+"""One function, `sparse24_linear`, over several backends, and the choice between them, with its reason."""
+
+from serve.kernels.dispatch import Backend, Choice, choose, sparse24_linear
+
+__all__ = ["Backend", "Choice", "choose", "sparse24_linear"]
