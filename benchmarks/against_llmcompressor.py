@@ -42,6 +42,7 @@ from typing import Any
 # below what its parent held when it was started, so this process stays small.
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 LLMCOMPRESSOR = "0.14.0.1"
 OUR_PACKAGES = ("halve", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -128,12 +129,10 @@ def find_uv(given: str | None) -> str:
 
 
 def halve_command() -> list[str]:
-    beside = Path(sys.executable).with_name("halve")
-    if beside.exists():
-        return [str(beside)]
-    if importlib.util.find_spec("serve.cli"):
+    """The `halve` of this checkout (commands run in its root), whichever one may be installed."""
+    if importlib.util.find_spec("serve.cli") and importlib.util.find_spec("transformers"):
         return [sys.executable, "-c", "from serve.cli import main; main()"]
-    raise Failure("halve is not installed beside this Python: pip install -e '.[dev]' first")
+    raise Failure(f"{sys.executable} lacks what halve needs: pip install -e '.[dev]' first")
 
 
 def find_gguf() -> Path:
@@ -149,7 +148,7 @@ def make_environment(uv: str, work: Path) -> Path:
     directory = work / "llmcompressor-env"
     python = directory / "bin" / "python"
     torch = importlib.metadata.version("torch").partition("+")[0]
-    wanted = [f"llmcompressor=={LLMCOMPRESSOR}", f"torch=={torch}", "gguf"]
+    wanted = [f"llmcompressor=={LLMCOMPRESSOR}", f"torch=={torch}"]
     stamp = directory / "halve-made-this.json"
     if stamp.exists() and json.loads(stamp.read_text()) == wanted:
         return python
@@ -318,7 +317,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     for number in range(arguments.rounds):
         for method in arguments.methods:
             # Turn and turn about; the order turns round from one round to the next.
-            for side in sides if number % 2 else reversed(sides):
+            for side in reversed(sides) if number % 2 else sides:
                 out = work / f"{method}-{side.replace(' ', '-')}"
                 shutil.rmtree(out, ignore_errors=True)
                 load = os.getloadavg()[0]
@@ -523,13 +522,17 @@ def main() -> None:
         "--smoke", action="store_true", help="a few tokens, results into the work directory: does it all run?"
     )
     arguments = parser.parse_args()
+
+    from compress.errors import HalveError
+
     try:
         document = compare(arguments)
-    except Failure as failure:
+    except (Failure, HalveError) as failure:
         print(f"error: {failure}\nno results were written", file=sys.stderr)
         raise SystemExit(1) from None
     results = arguments.work.resolve() / "results" if arguments.smoke else RESULTS
-    write(results, "against_llmcompressor.json", json.dumps(document, indent=2) + "\n")
+    recorded = json.dumps(document, indent=2).replace(str(arguments.work.resolve()), "WORK")
+    write(results, "against_llmcompressor.json", recorded.replace(str(ROOT), ".") + "\n")
     write(results, "against_llmcompressor.md", as_markdown(document))
     print(as_markdown(document))
     say(f"written: {results / 'against_llmcompressor.md'} and .json")
