@@ -7,7 +7,7 @@ the same number of threads, calibrated on one file of 64 windows of 512 C4 token
 own virtual environment (made here with uv), once with fp32 forwards and once with bf16 forwards, which is
 what it picks by itself for a bf16 checkpoint. Then one evaluator measures the WikiText-2 perplexity of the
 dense model and of every result, and every result is read from disk and checked: 2:4 in all linears of all
-blocks, and nothing else changed.
+blocks, nothing else changed, and calibrated on the windows of that file (by their hash).
 
 Seconds are those of the pruning as each side reports them; the wall time of the whole process and its peak
 resident memory are measured here for both alike. Results go to benchmarks/results/, and only when all of it
@@ -37,6 +37,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 # torch is imported in child processes only: on Linux the peak memory that wait4 reports of a child is never
 # below what its parent held when it was started, so this process stays small.
@@ -241,6 +243,17 @@ def run_ours(
     }
 
 
+def check_windows(out: Path, expected: str) -> None:
+    """What `halve compress` says it calibrated on must be the very tokens that the other side was given."""
+    record = out / "recipe.yaml"
+    try:
+        found = yaml.safe_load(record.read_text())["calibration"]["sha256"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise Failure(f"{record} does not say which windows halve calibrated on ({error!r})") from error
+    if found != expected:
+        raise Failure(f"halve calibrated on other windows ({found}) than llm-compressor ({expected})")
+
+
 def check_24(directory: Path, model: Path) -> dict[str, Any]:
     """Read the files: at most two of four in every block linear, and every other tensor as it was."""
     import torch
@@ -324,6 +337,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 say(f"round {number + 1} of {arguments.rounds}: {method}, {side}")
                 if side == "halve":
                     measured = run_ours(halve, model, protocol, method, out, environment)
+                    check_windows(out, windows_sha256)
                 else:
                     dtype = side.rpartition(" ")[2]
                     measured = run_theirs(python, model, windows, method, dtype, out, environment)

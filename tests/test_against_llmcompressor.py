@@ -59,6 +59,15 @@ def test_check_refuses(
         comparison.check_24(pruned, dense)
 
 
+def test_other_windows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(comparison.Failure, match="does not say which windows"):
+        comparison.check_windows(tmp_path, "ab")
+    (tmp_path / "recipe.yaml").write_text("recipe: {seed: 0}\ncalibration: {tokens: 512, sha256: ab}\n")
+    comparison.check_windows(tmp_path, "ab")
+    with pytest.raises(comparison.Failure, match="other windows"):
+        comparison.check_windows(tmp_path, "cd")
+
+
 def test_a_failing_child_is_explained(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; sys.exit('out of luck')"]
     with pytest.raises(comparison.Failure, match=r"(?s)the side ended with exit code 1.*out of luck"):
