@@ -7,7 +7,7 @@ the same number of threads, calibrated on one file of 64 windows of 512 C4 token
 own virtual environment (made here with uv), once with fp32 forwards and once with bf16 forwards, which is
 what it picks by itself for a bf16 checkpoint. Then one evaluator measures the WikiText-2 perplexity of the
 dense model and of every result, and every result is read from disk and checked: 2:4 in all linears of all
-blocks, and nothing else changed.
+blocks, nothing else changed, and calibrated on the windows of that file (by their hash).
 
 Seconds are those of the pruning as each side reports them; the wall time of the whole process and its peak
 resident memory are measured here for both alike. Results go to benchmarks/results/, and only when all of it
@@ -38,10 +38,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 # torch is imported in child processes only: on Linux the peak memory that wait4 reports of a child is never
 # below what its parent held when it was started, so this process stays small.
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 LLMCOMPRESSOR = "0.14.0.1"
 OUR_PACKAGES = ("halve", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -128,12 +131,10 @@ def find_uv(given: str | None) -> str:
 
 
 def halve_command() -> list[str]:
-    beside = Path(sys.executable).with_name("halve")
-    if beside.exists():
-        return [str(beside)]
-    if importlib.util.find_spec("serve.cli"):
+    """The `halve` of this checkout (commands run in its root), whichever one may be installed."""
+    if importlib.util.find_spec("serve.cli") and importlib.util.find_spec("transformers"):
         return [sys.executable, "-c", "from serve.cli import main; main()"]
-    raise Failure("halve is not installed beside this Python: pip install -e '.[dev]' first")
+    raise Failure(f"{sys.executable} lacks what halve needs: pip install -e '.[dev]' first")
 
 
 def find_gguf() -> Path:
@@ -149,7 +150,7 @@ def make_environment(uv: str, work: Path) -> Path:
     directory = work / "llmcompressor-env"
     python = directory / "bin" / "python"
     torch = importlib.metadata.version("torch").partition("+")[0]
-    wanted = [f"llmcompressor=={LLMCOMPRESSOR}", f"torch=={torch}", "gguf"]
+    wanted = [f"llmcompressor=={LLMCOMPRESSOR}", f"torch=={torch}"]
     stamp = directory / "halve-made-this.json"
     if stamp.exists() and json.loads(stamp.read_text()) == wanted:
         return python
@@ -242,6 +243,17 @@ def run_ours(
     }
 
 
+def check_windows(out: Path, expected: str) -> None:
+    """What `halve compress` says it calibrated on must be the very tokens that the other side was given."""
+    record = out / "recipe.yaml"
+    try:
+        found = yaml.safe_load(record.read_text())["calibration"]["sha256"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise Failure(f"{record} does not say which windows halve calibrated on ({error!r})") from error
+    if found != expected:
+        raise Failure(f"halve calibrated on other windows ({found}) than llm-compressor ({expected})")
+
+
 def check_24(directory: Path, model: Path) -> dict[str, Any]:
     """Read the files: at most two of four in every block linear, and every other tensor as it was."""
     import torch
@@ -318,13 +330,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     for number in range(arguments.rounds):
         for method in arguments.methods:
             # Turn and turn about; the order turns round from one round to the next.
-            for side in sides if number % 2 else reversed(sides):
+            for side in reversed(sides) if number % 2 else sides:
                 out = work / f"{method}-{side.replace(' ', '-')}"
                 shutil.rmtree(out, ignore_errors=True)
                 load = os.getloadavg()[0]
                 say(f"round {number + 1} of {arguments.rounds}: {method}, {side}")
                 if side == "halve":
                     measured = run_ours(halve, model, protocol, method, out, environment)
+                    check_windows(out, windows_sha256)
                 else:
                     dtype = side.rpartition(" ")[2]
                     measured = run_theirs(python, model, windows, method, dtype, out, environment)
@@ -523,13 +536,17 @@ def main() -> None:
         "--smoke", action="store_true", help="a few tokens, results into the work directory: does it all run?"
     )
     arguments = parser.parse_args()
+
+    from compress.errors import HalveError
+
     try:
         document = compare(arguments)
-    except Failure as failure:
+    except (Failure, HalveError) as failure:
         print(f"error: {failure}\nno results were written", file=sys.stderr)
         raise SystemExit(1) from None
     results = arguments.work.resolve() / "results" if arguments.smoke else RESULTS
-    write(results, "against_llmcompressor.json", json.dumps(document, indent=2) + "\n")
+    recorded = json.dumps(document, indent=2).replace(str(arguments.work.resolve()), "WORK")
+    write(results, "against_llmcompressor.json", recorded.replace(str(ROOT), ".") + "\n")
     write(results, "against_llmcompressor.md", as_markdown(document))
     print(as_markdown(document))
     say(f"written: {results / 'against_llmcompressor.md'} and .json")
