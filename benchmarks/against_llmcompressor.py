@@ -218,9 +218,7 @@ def run_theirs(
     return {
         "seconds": reported["seconds"],
         "wall_seconds": finished.wall_seconds,
-        "peak_rss_bytes": reported[
-            "peak_rss_bytes"
-        ],  # up to the end of oneshot: saving is not held against it
+        "peak_rss_bytes": reported["peak_rss_bytes"],  # up to the end of oneshot: saving is not held against it
         "process_peak_rss_bytes": finished.peak_rss_bytes,
         "reported": reported,
     }
@@ -272,9 +270,7 @@ def check_24(directory: Path, model: Path) -> dict[str, Any]:
 
     before, after = tensors(model), tensors(directory)
     if before.keys() != after.keys():
-        raise Failure(
-            f"{directory} has other tensors than {model}: {sorted(before.keys() ^ after.keys())[:6]}"
-        )
+        raise Failure(f"{directory} has other tensors than {model}: {sorted(before.keys() ^ after.keys())[:6]}")
     linears = zeros = weights = 0
     for name, path in after.items():
         new, old = read(name, path), read(name, before[name])
@@ -294,9 +290,7 @@ def check_24(directory: Path, model: Path) -> dict[str, Any]:
     return {"block_linears": linears, "sparsity": zeros / weights}
 
 
-def evaluate(
-    halve: list[str], directory: Path, protocol: Protocol, work: Path, environment: dict[str, str]
-) -> float:
+def evaluate(halve: list[str], directory: Path, protocol: Protocol, work: Path, environment: dict[str, str]) -> float:
     command = [*halve, "eval", str(directory), "--windows", str(protocol.evaluation_windows)]
     command += ["--length", str(protocol.evaluation_length), "--json"]
     finished = run(command, work / f"eval-{directory.name}.log", environment, f"halve eval {directory.name}")
@@ -343,8 +337,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                     measured = run_theirs(python, model, windows, method, dtype, out, environment)
                 say(f"  {measured['seconds']:.1f} s, peak {measured['peak_rss_bytes'] / 1e9:.2f} GB")
                 runs.append(
-                    {"round": number, "method": method, "side": side, "load_before": load, "out": out}
-                    | measured
+                    {"round": number, "method": method, "side": side, "load_before": load, "out": out} | measured
                 )
 
     say("checking the files and measuring perplexity")
@@ -369,9 +362,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": {"halve": our_versions(), "llm-compressor": theirs[0]},
         "dense_perplexity": dense,
         "results": [summary(method, side, runs, outcomes) for method in arguments.methods for side in sides],
-        "ratios": [
-            ratios(method, side, runs, outcomes) for method in arguments.methods for side in sides[1:]
-        ],
+        "ratios": [ratios(method, side, runs, outcomes) for method in arguments.methods for side in sides[1:]],
         "runs": [{**run, "out": run["out"].name} for run in runs],
     }
 
@@ -380,9 +371,7 @@ def select(method: str, side: str, runs: list[dict[str, Any]]) -> list[dict[str,
     return [run for run in runs if run["method"] == method and run["side"] == side]
 
 
-def summary(
-    method: str, side: str, runs: list[dict[str, Any]], outcomes: dict[Path, dict[str, Any]]
-) -> dict[str, Any]:
+def summary(method: str, side: str, runs: list[dict[str, Any]], outcomes: dict[Path, dict[str, Any]]) -> dict[str, Any]:
     """Medians over the rounds; the checkpoint that was evaluated is that of the last round."""
     chosen = select(method, side, runs)
     measures = ("seconds", "wall_seconds", "peak_rss_bytes", "process_peak_rss_bytes")
@@ -390,9 +379,7 @@ def summary(
     return {"method": method, "side": side, **medians, **outcomes[chosen[-1]["out"]]}
 
 
-def ratios(
-    method: str, side: str, runs: list[dict[str, Any]], outcomes: dict[Path, dict[str, Any]]
-) -> dict[str, Any]:
+def ratios(method: str, side: str, runs: list[dict[str, Any]], outcomes: dict[Path, dict[str, Any]]) -> dict[str, Any]:
     """halve divided by `side`, round by round: [smallest, median, largest]; below 1 is better for halve."""
     ours, theirs = select(method, "halve", runs), select(method, side, runs)
 
@@ -521,15 +508,11 @@ def names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 def main() -> None:
     assert __doc__
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "against_llmcompressor")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--methods", type=names(tuple(OUR_FLAGS)), default=list(OUR_FLAGS))
-    parser.add_argument(
-        "--their-dtypes", type=names(("float32", "bfloat16")), default=["float32", "bfloat16"]
-    )
+    parser.add_argument("--their-dtypes", type=names(("float32", "bfloat16")), default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2, help="of each side")
     parser.add_argument("--uv", help="where uv is, if not on the path")
     parser.add_argument(

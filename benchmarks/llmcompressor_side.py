@@ -56,15 +56,11 @@ def installed_versions() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--windows", required=True, help=".npy, int64 [windows, length]")
     parser.add_argument("--method", required=True, choices=("sparsegpt", "wanda"))
-    parser.add_argument(
-        "--dtype", required=True, choices=("float32", "bfloat16"), help="dtype of the forwards"
-    )
+    parser.add_argument("--dtype", required=True, choices=("float32", "bfloat16"), help="dtype of the forwards")
     parser.add_argument("--batch-size", type=int, default=1, help="windows a forward (its default is 1)")
     parser.add_argument("--out", required=True, help="where the dense checkpoint with zeros goes")
     parser.add_argument("--result", required=True, help="where the JSON goes")
@@ -91,13 +87,9 @@ def main() -> None:
 
     windows = np.load(arguments.windows)
     saved_dtype = transformers.AutoConfig.from_pretrained(arguments.model).dtype
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=getattr(torch, arguments.dtype)
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
-    dataset = Dataset.from_dict(
-        {"input_ids": windows.tolist(), "attention_mask": np.ones_like(windows).tolist()}
-    )
+    dataset = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": np.ones_like(windows).tolist()})
     modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[arguments.method]
     recipe = modifier(sparsity=0.5, mask_structure="2:4", targets=[BLOCKS], ignore=["re:.*lm_head"])
     peak_before = peak_rss_bytes()

@@ -15,7 +15,16 @@ from torch import Tensor
 from compress import packed
 from compress.card import model_card
 from compress.errors import CorruptCheckpointError
-from compress.files import INDEX_NAME, SINGLE_NAME, Entry, explain_os_error, file_digest, read_header, write_shard, write_text
+from compress.files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Entry,
+    explain_os_error,
+    file_digest,
+    read_header,
+    write_shard,
+    write_text,
+)
 from compress.packed import MASK_SUFFIX, VALUES_SUFFIX
 
 FORMAT_VERSION = 1
@@ -42,14 +51,20 @@ def quantization_config(value_dtype: torch.dtype, ignore: Iterable[str]) -> dict
     }
 
 
-def write_weights(directory: Path, entries: list[Entry], written: Callable[[Iterable[str]], None] = lambda names: None) -> None:
+def write_weights(
+    directory: Path, entries: list[Entry], written: Callable[[Iterable[str]], None] = lambda names: None
+) -> None:
     """Writes all tensors into shards with an index; shards that are there already (of an interrupted run) stay.
 
     Args:
         written: called with the names of a shard's tensors when it is safe on disk.
     """
     shards = _split(entries, SHARD_BYTES)
-    names = [SINGLE_NAME] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = (
+        [SINGLE_NAME]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     for name, shard in zip(names, shards, strict=True):
         if not (directory / name).is_file():
             write_shard(directory / name, shard)
@@ -100,7 +115,13 @@ def account(directory: Path, report: dict[str, Any]) -> str:
         info, _, header = read_header(path)
         headers += header
         for name, tensor in info.items():
-            kind = "packed_values" if name.endswith(VALUES_SUFFIX) else "packed_masks" if name.endswith(MASK_SUFFIX) else "dense"
+            kind = (
+                "packed_values"
+                if name.endswith(VALUES_SUFFIX)
+                else "packed_masks"
+                if name.endswith(MASK_SUFFIX)
+                else "dense"
+            )
             tensors[kind] += tensor.nbytes
     others = sum(entry["bytes"] for name, entry in files.items() if not name.endswith(".safetensors"))
     size = 0
@@ -108,7 +129,13 @@ def account(directory: Path, report: dict[str, Any]) -> str:
         total = sum(tensors.values()) + headers + others + size
         accounted = {
             **report,
-            "bytes": {**tensors, "safetensors_headers": headers, "other_files": others, "this_report": size, "total": total},
+            "bytes": {
+                **tensors,
+                "safetensors_headers": headers,
+                "other_files": others,
+                "this_report": size,
+                "total": total,
+            },
             "files": files,
         }
         text = json.dumps(accounted, indent=2) + "\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,23 @@ _COMPARED = 8
 """How many of the latest tensors of a shape a new one is compared with before it is kept as a new one."""
 
 
-def is_linear(module: nn.Module) -> bool:
+LinearModule = nn.Linear | Conv1D
+
+
+def is_linear(module: nn.Module) -> TypeGuard[LinearModule]:
     """Whether the module is a matrix that halve knows how to prune: nn.Linear or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def oriented(weight: Tensor, module: nn.Module) -> Tensor:
+def oriented(weight: Tensor, module: LinearModule) -> Tensor:
     """A module's weight as [N, K] (output, input features), or back: Conv1D stores it as [K, N]."""
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def shape_of(module: LinearModule) -> tuple[int, int]:
+    """(N, K) of a linear module."""
+    n, k = oriented(module.weight, module).shape
+    return n, k
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -50,11 +59,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             if size and (best is None or size > best[0]):
                 best = (size, name, module)
     if best is None:
-        raise SourceError(f"{type(model).__name__} has no repeated blocks with linear layers: there is nothing that halve can prune")
+        raise SourceError(
+            f"{type(model).__name__} has no repeated blocks with linear layers: there is nothing that halve can prune"
+        )
     return best[1], best[2]
 
 
-def linears_of(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+def linears_of(module: nn.Module, prefix: str) -> dict[str, LinearModule]:
     """The linears below a module by their full names, in the order of the model."""
     return {_join(prefix, name): child for name, child in module.named_modules() if is_linear(child)}
 
@@ -65,7 +76,9 @@ def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise SourceError(f"transformers cannot build a causal language model of this config.json: {str(error).splitlines()[0]}") from None
+        raise SourceError(
+            f"transformers cannot build a causal language model of this config.json: {str(error).splitlines()[0]}"
+        ) from None
     return model.eval().requires_grad_(False)
 
 
@@ -109,7 +122,7 @@ class BlockModel:
     def block_name(self, index: int) -> str:
         return f"{self.block_list_name}.{index}"
 
-    def linears(self, index: int) -> dict[str, nn.Module]:
+    def linears(self, index: int) -> dict[str, LinearModule]:
         """The linears of a block by their full names."""
         return linears_of(self.blocks[index], self.block_name(index))
 
@@ -156,8 +169,11 @@ class BlockModel:
             for block in self.blocks:
                 del block.forward
         for module in surroundings.values():
-            for owned in (module._parameters, module._buffers):
-                owned.update({key: value.to("meta") for key, value in owned.items() if value is not None})
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = None if buffer is None else buffer.to("meta")
         return hidden
 
     def run_block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
@@ -223,19 +239,23 @@ class BlockModel:
         """
         for name, module in modules.items():
             derived = [
-                key for key, buffer in module._buffers.items() if buffer is not None and _join(name, key) not in self._keys
+                (key, buffer)
+                for key, buffer in module._buffers.items()
+                if buffer is not None and _join(name, key) not in self._keys
             ]
-            for key in derived:
-                module._buffers[key] = torch.empty_like(module._buffers[key], device=self.device)
+            for key, buffer in derived:
+                module._buffers[key] = torch.empty_like(buffer, device=self.device)
             if derived:
                 # The parameters are still on the meta device here, so this fills the buffers and nothing else.
                 self.model._init_weights(module)
         for name, module in modules.items():
-            for owned in (module._parameters, module._buffers):
-                for key, target in owned.items():
-                    if target is not None and target.is_meta:
-                        value = self._read(_join(name, key), target)
-                        owned[key] = nn.Parameter(value, requires_grad=False) if owned is module._parameters else value
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    value = self._read(_join(name, key), parameter)
+                    module._parameters[key] = nn.Parameter(value, requires_grad=False)
+            for key, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[key] = self._read(_join(name, key), buffer)
 
     def _read(self, name: str, target: Tensor) -> Tensor:
         if name not in self._keys:
@@ -246,7 +266,9 @@ class BlockModel:
         key = self._keys[name]
         value = self.source.tensors.read(key)
         if value.shape != target.shape:
-            raise SourceError(f"{self.source.directory}: {key} is {list(value.shape)}, and config.json says {list(target.shape)}")
+            raise SourceError(
+                f"{self.source.directory}: {key} is {list(value.shape)}, and config.json says {list(target.shape)}"
+            )
         return value.to(device=self.device, dtype=target.dtype)
 
     def _match_keys(self) -> dict[str, str]:

@@ -41,7 +41,8 @@ def load_windows(source: str, tokenizer: Any, *, samples: int, length: int, seed
     if available < samples:
         raise CalibrationError(
             f"calibration text {source!r} has {len(tokens)} tokens, which is {available} windows of {length}, and {samples} "
-            f"were asked for; give a longer text, or --samples {available}" + (f" or a --length below {length}" if not available else "")
+            f"were asked for; give a longer text, or --samples {available}"
+            + (f" or a --length below {length}" if not available else "")
         )
     generator = torch.Generator().manual_seed(seed)
     slack = len(tokens) - available * length
@@ -130,7 +131,9 @@ def _read_dataset(source: str, path: Path) -> Iterator[str]:
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise CalibrationError(f"reading the data set {source!r} needs the package 'datasets': pip install 'halve[hub]'") from None
+        raise CalibrationError(
+            f"reading the data set {source!r} needs the package 'datasets': pip install 'halve[hub]'"
+        ) from None
     try:
         for row in load_dataset(source, split="train", streaming=True):
             if not isinstance(row.get("text"), str):

@@ -63,7 +63,9 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         name=report["name"],
         pattern=settings["pattern"],
         version=recipe["versions"]["halve"],
-        stored="packed, in 9/16 of the bytes of 16-bit weights" if settings["format"] == "packed" else "as a dense checkpoint with zeros",
+        stored="packed, in 9/16 of the bytes of 16-bit weights"
+        if settings["format"] == "packed"
+        else "as a dense checkpoint with zeros",
         model=model,
         metric=summary["metric"],
         reconstruction=settings["reconstruction"],

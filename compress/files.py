@@ -92,7 +92,9 @@ class TensorFiles:
         for file in self.files:
             for name, info in read_header(file)[0].items():
                 if name in self.info:
-                    raise CorruptCheckpointError(f"{name} is both in {self.info[name].file} and in {file}; one of them is stale")
+                    raise CorruptCheckpointError(
+                        f"{name} is both in {self.info[name].file} and in {file}; one of them is stale"
+                    )
                 self.info[name] = info
 
     def __contains__(self, name: str) -> bool:
@@ -170,8 +172,10 @@ def write_shard(path: Path, entries: Iterable[Entry], metadata: dict[str, str] |
         for entry in ordered:
             tensor = entry.read()
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
-                raise AssertionError(f"{entry.name}: announced {entry.dtype} {entry.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-            data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                raise AssertionError(
+                    f"{entry.name}: announced {entry.dtype} {entry.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+                )
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(data)
             handle.write(data)
         handle.seek(8 + text.index(_NO_DIGEST.encode()))
@@ -236,11 +240,10 @@ def explain_os_error(error: OSError, path: Path) -> Exception:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
-    with replacing(path) as temporary:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _find_files(directory: Path) -> list[Path]:
@@ -251,13 +254,19 @@ def _find_files(directory: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CorruptCheckpointError(f"{index} is not a safetensors index: {error}") from None
         if missing := [name for name in names if not (directory / name).is_file()]:
-            raise CorruptCheckpointError(f"{index} names {missing[0]}, which is not there ({len(missing)} of {len(names)} files are missing)")
+            raise CorruptCheckpointError(
+                f"{index} names {missing[0]}, which is not there ({len(missing)} of {len(names)} files are missing)"
+            )
         return [directory / name for name in names]
     files = sorted(directory.glob("*.safetensors"))
     if (directory / SINGLE_NAME) in files:
         return [directory / SINGLE_NAME]
     if not files:
-        others = [path.name for path in sorted(directory.glob("*")) if path.suffix in {".bin", ".pt", ".pth", ".h5", ".msgpack"}]
+        others = [
+            path.name
+            for path in sorted(directory.glob("*"))
+            if path.suffix in {".bin", ".pt", ".pth", ".h5", ".msgpack"}
+        ]
         hint = f"; {others[0]} has to be converted to safetensors first" if others else ""
         raise SourceError(f"{directory} has no .safetensors files{hint}")
     return files

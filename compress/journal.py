@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -55,9 +54,13 @@ class Journal:
             raise OutputError(f"{out} is there already and is not empty; choose another --out, or remove it")
         if resume:
             if not self._manifest:
-                raise OutputError(f"there is nothing to resume: {self.directory} holds no interrupted run; run without --resume")
+                raise OutputError(
+                    f"there is nothing to resume: {self.directory} holds no interrupted run; run without --resume"
+                )
         elif existing.is_file():
-            raise OutputError(f"an interrupted run is in {self.directory}; go on with --resume, or remove that directory")
+            raise OutputError(
+                f"an interrupted run is in {self.directory}; go on with --resume, or remove that directory"
+            )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / "lock").open("w")
@@ -163,7 +166,9 @@ def work_directory(out: Path) -> Path:
 
 
 def _entries(tensors: dict[str, Tensor]) -> list[Entry]:
-    return [Entry(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()]
+    return [
+        Entry(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in tensors.items()
+    ]
 
 
 def _differences(before: Any, now: Any, where: str = "") -> list[str]:

@@ -34,7 +34,11 @@ def prune_layer(name: str, weight: Tensor, statistics: InputStatistics, recipe: 
     """
     require_finite(weight, name)
     statistics.require_finite(name)
-    metric, reconstruction, pattern = recipe.chosen_metric, recipe.chosen_reconstruction, recipe.parsed_pattern
+    metric, reconstruction, pattern = (
+        recipe.chosen_metric,
+        recipe.chosen_reconstruction,
+        recipe.parsed_pattern,
+    )
     dense = weight.float()
     mask = None
     if metric is not None:
@@ -72,4 +76,6 @@ def _check_mask(name: str, pruned: Tensor, mask: Tensor, keep: float | None) -> 
     if bool(pruned[~mask].any()):
         raise AssertionError(f"{name}: the reconstruction left a weight where its mask says that it is pruned")
     if keep is not None and int(mask.sum()) != round(keep * mask.numel()):
-        raise AssertionError(f"{name}: the mask keeps {int(mask.sum())} of {mask.numel()} weights, the pattern {keep:g} of them")
+        raise AssertionError(
+            f"{name}: the mask keeps {int(mask.sum())} of {mask.numel()} weights, the pattern {keep:g} of them"
+        )

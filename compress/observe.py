@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from compress.blocks import BlockModel, oriented, stop_forward
+from compress.blocks import BlockModel, LinearModule, shape_of, stop_forward
 from compress.statistics import InputStatistics
 
 
@@ -24,7 +24,7 @@ class InputObserver:
         tokens: how many tokens will come in all.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module], needs: Iterable[str], tokens: int) -> None:
+    def __init__(self, linears: Mapping[str, LinearModule], needs: Iterable[str], tokens: int) -> None:
         self.linears = linears
         self._needs = frozenset(needs)
         self._tokens = tokens
@@ -42,7 +42,8 @@ class InputObserver:
     def run(self, model: BlockModel, index: int, hidden: list[Tensor]) -> None:
         """Passes all batches through a loaded block."""
         handles = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, module in self.linears.items()
+            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            for name, module in self.linears.items()
         ]
         try:
             for batch, states in enumerate(hidden):
@@ -57,7 +58,7 @@ class InputObserver:
                 handle.remove()
 
     def _hook(self, name: str) -> Any:
-        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def observe(module: LinearModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
             # The tensor is held until the batch is over, so its address belongs to no other.
             key = (x.data_ptr(), x.shape, x.stride(), x._version)
@@ -67,11 +68,16 @@ class InputObserver:
             if self._leader[name] == name:
                 if name not in self._statistics:
                     self._statistics[name] = InputStatistics(
-                        self._needs, features=oriented(module.weight, module).shape[1], device=x.device, tokens=self._tokens
+                        self._needs,
+                        features=shape_of(module)[1],
+                        device=x.device,
+                        tokens=self._tokens,
                     )
                 self._statistics[name].update(x)
             elif self._leader[name] != leader:
-                raise AssertionError(f"{name} shared its input with {self._leader[name]} in the first batch and does not any more")
+                raise AssertionError(
+                    f"{name} shared its input with {self._leader[name]} in the first batch and does not any more"
+                )
             self._calls += 1
             if self._calls == self._calls_of_first_batch:
                 stop_forward()

@@ -57,6 +57,13 @@ def why_not(columns: int) -> str | None:
     return None
 
 
+def is_two_of_four(weight: Tensor) -> bool:
+    """Whether no aligned group of four columns of ``weight`` [N, K] has more than two non-zero values."""
+    if weight.shape[1] % 4:
+        return False
+    return int((weight != 0).unflatten(-1, (-1, 4)).sum(dim=-1, dtype=torch.uint8).max()) <= 2
+
+
 def pack(weight: Tensor, name: str = "weight") -> PackedWeight:
     """Packs a dense ``weight`` [N, K] that is 2:4 already. Nothing is rounded or dropped.
 
@@ -68,7 +75,9 @@ def pack(weight: Tensor, name: str = "weight") -> PackedWeight:
         raise CorruptCheckpointError(f"{name}: {reason}")
     require_finite(weight, name)
     nonzero = weight != 0
-    kept = PATTERN.mask(nonzero.to(torch.uint8))  # ties go to the lower column, so missing ones are filled with the lowest zeros
+    kept = PATTERN.mask(
+        nonzero.to(torch.uint8)
+    )  # ties go to the lower column, so missing ones are filled with the lowest zeros
     if lost := int((nonzero & ~kept).sum()):
         row, column = (nonzero & ~kept).nonzero()[0].tolist()
         raise CorruptCheckpointError(
@@ -118,8 +127,15 @@ def validate(packed: PackedWeight, name: str) -> None:
     """
     values, mask = packed.values, packed.mask
     if mask.dtype != torch.uint8 or values.dtype not in VALUE_DTYPES.values():
-        raise CorruptCheckpointError(f"{name}: values are {values.dtype} and the mask is {mask.dtype}; expected floating-point and uint8")
-    if values.ndim != 2 or mask.ndim != 2 or mask.shape != (values.shape[0], values.shape[1] // 4) or values.shape[1] % 4:
+        raise CorruptCheckpointError(
+            f"{name}: values are {values.dtype} and the mask is {mask.dtype}; expected floating-point and uint8"
+        )
+    if (
+        values.ndim != 2
+        or mask.ndim != 2
+        or mask.shape != (values.shape[0], values.shape[1] // 4)
+        or values.shape[1] % 4
+    ):
         raise CorruptCheckpointError(
             f"{name}: values {list(values.shape)} and mask {list(mask.shape)} do not belong together; "
             "a weight [N, K] has values [N, K/2] and a mask [N, K/8]"
@@ -135,4 +151,6 @@ def validate(packed: PackedWeight, name: str) -> None:
         )
     if not bool(torch.isfinite(values).all()):
         bad = (~torch.isfinite(values)).nonzero()
-        raise CorruptCheckpointError(f"{name}: {len(bad)} packed values are NaN or infinite (the first at {bad[0].tolist()})")
+        raise CorruptCheckpointError(
+            f"{name}: {len(bad)} packed values are NaN or infinite (the first at {bad[0].tolist()})"
+        )

@@ -83,7 +83,7 @@ class UnstructuredPattern:
 
     def pruned(self, size: int) -> int:
         """How many of ``size`` competing weights are pruned."""
-        return int(round(self.sparsity * size))
+        return round(self.sparsity * size)
 
     def mask(self, scores: Tensor, group: Group = "row") -> Tensor:
         """True where a weight is kept. ``scores`` [N, K], larger is kept; of equal scores the first is kept."""
@@ -109,7 +109,9 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
     if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
         keep_n, m = int(match[1]), int(match[2])
         if not 0 < keep_n < m:
-            raise RecipeError(f"pattern {text!r}: N weights of M are kept, so 0 < N < M must hold; 2:4 is the usual one")
+            raise RecipeError(
+                f"pattern {text!r}: N weights of M are kept, so 0 < N < M must hold; 2:4 is the usual one"
+            )
         if sparsity is not None and abs(sparsity - (1 - keep_n / m)) > 1e-9:
             raise RecipeError(
                 f"pattern {text!r} has a sparsity of {1 - keep_n / m:g}, but sparsity={sparsity:g} was asked for; "
@@ -124,5 +126,6 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
         return UnstructuredPattern(sparsity)
     near = "; did you mean '2:4'?" if re.search(r"\d\D+\d|of", text) else ""
     near = "; did you mean 'unstructured'?" if text.lower().startswith("un") else near
-    raise RecipeError(f"unknown pattern {text!r}{near} (known: '2:4', '4:8', any 'N:M' with N kept of M, 'unstructured')")
-
+    raise RecipeError(
+        f"unknown pattern {text!r}{near} (known: '2:4', '4:8', any 'N:M' with N kept of M, 'unstructured')"
+    )

@@ -15,12 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from compress import artefact, calibration, packed
-from compress.blocks import BlockModel, linears_of, oriented
-from compress.errors import CalibrationError, HalveError, NumericalError, OutputError, RecipeError, SourceError, did_you_mean
+from compress.blocks import BlockModel, LinearModule, linears_of, oriented, shape_of
+from compress.errors import (
+    CalibrationError,
+    HalveError,
+    NumericalError,
+    OutputError,
+    RecipeError,
+    SourceError,
+    did_you_mean,
+)
 from compress.files import Entry, TensorFiles
 from compress.journal import Journal
 from compress.layers import prune_layer
@@ -75,7 +83,15 @@ def compress_model(
     if recipe is not None and fields:
         raise RecipeError(f"give either a recipe or its fields, not both (got {', '.join(fields)})")
     recipe = recipe or Recipe.create(**fields)
-    run = _Run(str(model), Path(out), recipe, resume, checkpoint_seconds, choose_device(device), progress or (lambda *_: None))
+    run = _Run(
+        str(model),
+        Path(out),
+        recipe,
+        resume,
+        checkpoint_seconds,
+        choose_device(device),
+        progress or (lambda *_: None),
+    )
     try:
         with torch.no_grad(), quiet_transformers():
             return run.run()
@@ -102,7 +118,14 @@ def choose_device(name: str) -> torch.device:
 
 class _Run:
     def __init__(
-        self, model: str, out: Path, recipe: Recipe, resume: bool, interval: float, device: torch.device, progress: Progress
+        self,
+        model: str,
+        out: Path,
+        recipe: Recipe,
+        resume: bool,
+        interval: float,
+        device: torch.device,
+        progress: Progress,
     ) -> None:
         self.model_name = model
         self.recipe = recipe
@@ -145,24 +168,32 @@ class _Run:
         if name == "auto":
             name = self.source.config.get("dtype") or self.source.config.get("torch_dtype") or "float32"
         if name not in packed.VALUE_DTYPES:
-            raise SourceError(f"the checkpoint's dtype is {name!r}; choose one of {', '.join(packed.VALUE_DTYPES)} with --dtype")
+            raise SourceError(
+                f"the checkpoint's dtype is {name!r}; choose one of {', '.join(packed.VALUE_DTYPES)} with --dtype"
+            )
         return packed.VALUE_DTYPES[name]
 
     def _windows(self) -> Tensor:
         recipe = self.recipe
         limit = self.source.config.get("max_position_embeddings") or self.source.config.get("n_positions")
         if isinstance(limit, int) and recipe.length > limit:
-            raise CalibrationError(f"the model reads at most {limit} tokens; --length {recipe.length} is more than that")
+            raise CalibrationError(
+                f"the model reads at most {limit} tokens; --length {recipe.length} is more than that"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.source.directory)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"{self.source.directory} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+            raise SourceError(
+                f"{self.source.directory} has no usable tokenizer: {str(error).splitlines()[0]}"
+            ) from None
         windows = calibration.load_windows(
             recipe.calibration, tokenizer, samples=recipe.samples, length=recipe.length, seed=recipe.seed
         )
         vocabulary = self.source.config.get("vocab_size")
         if isinstance(vocabulary, int) and int(windows.max()) >= vocabulary:
-            raise SourceError(f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together")
+            raise SourceError(
+                f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together"
+            )
         return windows
 
     def _decide(self) -> dict[str, str | None]:
@@ -171,18 +202,26 @@ class _Run:
         used: set[str] = set()
         for index in range(len(self.model.blocks)):
             for name, module in self.model.linears(index).items():
-                columns = oriented(module.weight, module).shape[1]
+                columns = shape_of(module)[1]
                 matching = [pattern for pattern in self.recipe.ignore if fnmatchcase(name, pattern)]
                 used.update(matching)
-                reason = f"ignored by the recipe ({matching[0]})" if matching else self.recipe.parsed_pattern.why_not(columns)
+                reason = (
+                    f"ignored by the recipe ({matching[0]})"
+                    if matching
+                    else self.recipe.parsed_pattern.why_not(columns)
+                )
                 if reason is None and self.recipe.format == "packed":
                     reason = packed.why_not(columns)
                 decisions[name] = reason
         if unused := [pattern for pattern in self.recipe.ignore if pattern not in used]:
-            raise RecipeError(f"ignore {unused[0]!r} matches no linear layer{did_you_mean(unused[0], _generic(decisions))}")
+            raise RecipeError(
+                f"ignore {unused[0]!r} matches no linear layer{did_you_mean(unused[0], _generic(decisions))}"
+            )
         if all(decisions.values()):
             name, reason = next(iter(decisions.items()))
-            raise SourceError(f"no layer of {self.source.directory} can be pruned to {self.recipe.pattern}: {name}: {reason}")
+            raise SourceError(
+                f"no layer of {self.source.directory} can be pruned to {self.recipe.pattern}: {name}: {reason}"
+            )
         return decisions
 
     def _identity(self, windows: Tensor) -> dict[str, Any]:
@@ -253,7 +292,7 @@ class _Run:
         return records
 
     def _prune_linear(
-        self, name: str, module: nn.Module, observer: InputObserver, tensors: dict[str, Tensor]
+        self, name: str, module: LinearModule, observer: InputObserver, tensors: dict[str, Tensor]
     ) -> dict[str, Any]:
         """Prunes one linear in place, adds what is to be saved to ``tensors``, and returns its record."""
         weight = oriented(module.weight, module)
@@ -274,10 +313,15 @@ class _Run:
             saved = {key: module.weight.data.cpu()}
         if result.bias is not None:
             bias_key = self.model.key_of(f"{name}.bias")
-            module.bias.data = result.bias.to(module.bias.dtype)
+            module.bias.data = result.bias.to(self.model.dtype)
             tensors[bias_key] = module.bias.data.cpu()
         tensors.update(saved)
-        return {**record, "status": "pruned", "bytes_after": sum(t.nbytes for t in saved.values()), **result.record}
+        return {
+            **record,
+            "status": "pruned",
+            "bytes_after": sum(t.nbytes for t in saved.values()),
+            **result.record,
+        }
 
     def _assemble(self, windows: Tensor) -> None:
         self.final.mkdir(exist_ok=True)
@@ -342,4 +386,3 @@ class _Run:
 def _generic(names: dict[str, Any]) -> list[str]:
     """Layer names with their block number as a star, each once."""
     return sorted({".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names})
-

@@ -39,7 +39,8 @@ class Recipe(BaseModel):
         default_factory=dict, description="options of the reconstruction, NAME=VALUE"
     )
     calibration: str = Field(
-        "c4", description="c4 (a part of C4 that comes with halve), a .txt or .jsonl[.gz] file, or a Hugging Face data set"
+        "c4",
+        description="c4 (a part of C4 that comes with halve), a .txt or .jsonl[.gz] file, or a Hugging Face data set",
     )
     samples: int = Field(128, ge=1, description="calibration windows")
     length: int = Field(2048, ge=1, description="tokens in a calibration window")

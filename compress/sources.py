@@ -12,7 +12,15 @@ import torch
 from compress.errors import CorruptCheckpointError, SourceError
 from compress.files import TensorFiles
 
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "additional_chat_templates/*"]
+_HUB_PATTERNS = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "additional_chat_templates/*",
+]
 
 
 class Source:
@@ -30,10 +38,14 @@ class Source:
         if isinstance(quantization, dict):
             method = quantization.get("quant_method", "an unknown method")
             if method == "halve":
-                raise SourceError(f"{directory} is packed by halve already; `halve unpack` makes a dense checkpoint of it")
+                raise SourceError(
+                    f"{directory} is packed by halve already; `halve unpack` makes a dense checkpoint of it"
+                )
             raise SourceError(f"{directory} is quantized ({method}); pruning needs the unquantized model")
         if self.config.get("is_encoder_decoder"):
-            raise SourceError(f"{directory} is an encoder-decoder model; halve prunes decoder-only causal language models")
+            raise SourceError(
+                f"{directory} is an encoder-decoder model; halve prunes decoder-only causal language models"
+            )
         self.tensors = TensorFiles(directory)
 
     @property
@@ -74,9 +86,13 @@ def _download(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=_HUB_PATTERNS))
     except RepositoryNotFoundError:
-        raise SourceError(f"{repository!r} is neither a directory here nor a model on the hub (is it private? see `hf auth login`)") from None
+        raise SourceError(
+            f"{repository!r} is neither a directory here nor a model on the hub (is it private? see `hf auth login`)"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise SourceError(f"{repository!r} is not a directory here, and the hub cannot be reached: {_first_line(error)}") from None
+        raise SourceError(
+            f"{repository!r} is not a directory here, and the hub cannot be reached: {_first_line(error)}"
+        ) from None
 
 
 def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -86,6 +102,7 @@ def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) 
         SourceError: the file cannot be read, or its architecture is unknown to transformers.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.quantizers.base import HfQuantizer
 
     if not gguf.is_file():
         raise SourceError(f"there is no file {gguf}")
@@ -95,8 +112,8 @@ def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) 
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
-        if hasattr(model, "hf_quantizer"):
-            model.hf_quantizer.remove_quantization_config(model)
+        if isinstance(quantizer := getattr(model, "hf_quantizer", None), HfQuantizer):
+            quantizer.remove_quantization_config(model)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     except (ImportError, ValueError, KeyError, OSError) as error:

@@ -134,7 +134,9 @@ class InputStatistics:
         try:
             return self._accumulators[name].value
         except KeyError:
-            raise KeyError(f"the statistic {name!r} was not gathered: the method has to declare that it needs it") from None
+            raise KeyError(
+                f"the statistic {name!r} was not gathered: the method has to declare that it needs it"
+            ) from None
 
     @property
     def count(self) -> int:
@@ -185,7 +187,7 @@ def exact_products(*dtypes: torch.dtype) -> Iterator[None]:
     if any(dtype != torch.bfloat16 for dtype in dtypes):
         yield
         return
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

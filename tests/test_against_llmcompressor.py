@@ -85,9 +85,7 @@ def test_a_child_is_measured_and_its_json_read(tmp_path: Path) -> None:
 
 def test_ratios_pair_the_rounds(tmp_path: Path) -> None:
     def one(number: int, side: str, value: float) -> dict:
-        measures = dict.fromkeys(
-            ("seconds", "wall_seconds", "peak_rss_bytes", "process_peak_rss_bytes"), value
-        )
+        measures = dict.fromkeys(("seconds", "wall_seconds", "peak_rss_bytes", "process_peak_rss_bytes"), value)
         return {"round": number, "method": "wanda", "side": side, "out": tmp_path / side, **measures}
 
     runs = [one(0, "halve", 1), one(0, "other", 4), one(1, "halve", 2), one(1, "other", 4)]

@@ -53,9 +53,7 @@ def test_builds_reloads_and_generates(family: str, tmp_path: Path) -> None:
     # (greedy random models soon run in circles, so variety is asked of the prompt's positions)
     assert len(logits(model, prompt)[0].argmax(dim=-1).unique()) > length / 4
 
-    widths = [
-        module.weight.shape for module in model.modules() if type(module).__name__ in ("Linear", "Conv1D")
-    ]
+    widths = [module.weight.shape for module in model.modules() if type(module).__name__ in ("Linear", "Conv1D")]
     assert all(size % 8 == 0 for shape in widths for size in shape)
 
 

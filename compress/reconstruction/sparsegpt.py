@@ -40,7 +40,9 @@ class SparseGPTOptions(Options):
     block_size: int = Field(128, ge=1, description="columns whose errors are carried to the rest of the matrix at once")
 
 
-def sparsegpt(weight: Tensor, pruning: Pruning, statistics: InputStatistics, options: SparseGPTOptions) -> Reconstructed:
+def sparsegpt(
+    weight: Tensor, pruning: Pruning, statistics: InputStatistics, options: SparseGPTOptions
+) -> Reconstructed:
     """Prunes ``weight`` [N, K] by the given mask, or by SparseGPT's own metric where the mask is None.
 
     Inputs that were always zero (dead) are pruned to zero first, as the paper's code does: their weights

@@ -42,7 +42,9 @@ def parse_config(config: Mapping[str, Any]) -> PackedConfig:
     known = PackedConfig.model_fields
     for key in config:
         if key not in known:
-            raise CorruptCheckpointError(f"config.json: quantization_config has an unknown key {key!r}{did_you_mean(str(key), known)}")
+            raise CorruptCheckpointError(
+                f"config.json: quantization_config has an unknown key {key!r}{did_you_mean(str(key), known)}"
+            )
     try:
         return PackedConfig.model_validate(dict(config))
     except ValidationError as error:

@@ -1,0 +1,283 @@
+"""The commands that make checkpoints: compress, methods, verify, pack, unpack.
+
+The flags of ``compress`` are the fields of `Recipe`, taken from its schema: a new field is a new flag.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+import yaml
+
+from compress.console import Json, emit, human_bytes, out, progress_bar, table
+from compress.errors import RecipeError
+from compress.metrics import METRICS
+from compress.recipe import Recipe
+from compress.reconstruction import RECONSTRUCTIONS
+
+Model = Annotated[str, typer.Argument(help="a Hugging Face directory, a hub id, or a .gguf file", show_default=False)]
+Directory = Annotated[Path, typer.Argument(help="a checkpoint directory", show_default=False)]
+Out = Annotated[Path, typer.Option(help="the directory to make", show_default=False)]
+
+
+def compress(
+    model: str,
+    out_directory: Path,
+    recipe_file: Path | None,
+    resume: bool,
+    checkpoint_seconds: float,
+    device: str,
+    as_json: bool,
+    **fields: Any,
+) -> None:
+    """Prune a model block by block, repair it, and write a verified checkpoint."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in ("metric_options", "reconstruction_options"):
+        if name in given:
+            given[name] = _parse_options(name, given[name])
+    recipe = Recipe.load(recipe_file, **given) if recipe_file else Recipe.create(**given)
+    started = time.perf_counter()
+
+    from compress.pipeline import compress_model  # torch takes seconds to import, and --help should not wait for it
+
+    with progress_bar("pruning") as progress:
+        done = compress_model(
+            model,
+            out_directory,
+            recipe=recipe,
+            resume=resume,
+            checkpoint_seconds=checkpoint_seconds,
+            device=device,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - started
+    summary = done.report["summary"]
+    document = {"out": str(done.directory), "seconds": round(seconds, 3), **summary, "bytes": done.report["bytes"]}
+
+    def human() -> None:
+        out.print(
+            table(
+                f"{done.directory}",
+                "",
+                "",
+                rows=[
+                    ["layers pruned", f"{summary['layers_pruned']} of {summary['layers']}"],
+                    ["metric, reconstruction", f"{summary['metric']}, {summary['reconstruction']}"],
+                    ["relative output error, mean", f"{summary['mean_relative_output_error']:.4f}"],
+                    ["their weights, before", human_bytes(summary["pruned_bytes_before"])],
+                    ["their weights, after", human_bytes(summary["pruned_bytes_after"])],
+                    ["the whole directory", human_bytes(done.report["bytes"]["total"])],
+                    ["time", f"{seconds:.1f} s"],
+                ],
+            )
+        )
+        kept = [layer for layer in done.report["layers"] if layer["status"] == "dense"]
+        if kept:
+            out.print(
+                f"dense: {len(kept)} layers, the first is {kept[0]['name']}: {kept[0]['reason']}", highlight=False
+            )
+        out.print(f"next: halve verify {done.directory}, halve serve {done.directory}", highlight=False)
+
+    emit(document, as_json, human)
+
+
+def methods(as_json: Json = False) -> None:
+    """What there is: every metric and reconstruction, its paper, what it needs, what it costs."""
+    catalogue = []
+    for kind, table_of in (("metric", METRICS), ("reconstruction", RECONSTRUCTIONS)):
+        for method in table_of.values():
+            options = {
+                name: {"default": field.default, "description": field.description or ""}
+                for name, field in method.options.model_fields.items()
+            }
+            catalogue.append(
+                {
+                    "kind": kind,
+                    "name": method.name,
+                    "paper": method.paper,
+                    "needs": sorted(method.needs),
+                    "cost": method.cost,
+                    "group": method.group,
+                    "options": options,
+                }
+            )
+
+    def human() -> None:
+        rows = [
+            [
+                m["name"],
+                m["kind"],
+                ", ".join(m["needs"]) or "-",
+                m["cost"],
+                ", ".join(m["options"]) or "-",
+                m["paper"] or "-",
+            ]
+            for m in catalogue
+        ]
+        result = table(
+            "methods: any metric goes with any reconstruction",
+            *["name", "kind", "needs", "cost", "options", "paper"],
+            rows=rows,
+        )
+        for column in result.columns:
+            column.justify = "left"
+        out.print(result)
+
+    emit({"methods": catalogue}, as_json, human)
+
+
+def verify(directory: Directory, as_json: Json = False) -> None:
+    """Is it really 2:4, whole, finite and loadable; which layers are dense and why; how many bytes."""
+    from compress.verify import verify as run
+
+    with progress_bar("verifying") as progress:
+        verdict = run(directory, progress)
+    dense = [layer for layer in verdict.layers if layer["status"] == "dense"]
+    document = {
+        "directory": str(directory),
+        "kind": verdict.kind,
+        "ok": True,
+        "layers_2_4": len(verdict.sparse),
+        "layers_dense": len(dense),
+        "dense": dense,
+        "bytes": verdict.bytes,
+        "files": verdict.files,
+        "sealed_files": verdict.sealed_files,
+        "notes": verdict.notes,
+    }
+
+    def human() -> None:
+        rows = [
+            ["kind", verdict.kind],
+            ["layers that are 2:4", len(verdict.sparse)],
+            ["layers that are dense", len(dense)],
+            ["bytes of the 2:4 layers", f"{verdict.bytes['sparse_layers']:,}"],
+            ["bytes of the dense layers", f"{verdict.bytes['dense_layers']:,}"],
+            ["bytes of the directory", f"{verdict.bytes['directory']:,}"],
+            ["weight files, with a digest", f"{verdict.files}, {verdict.sealed_files}"],
+        ]
+        out.print(table(f"{directory} is whole", "", "", rows=rows))
+        for layer in dense[:20]:
+            out.print(f"dense: {layer['name']}: {layer['reason']}", highlight=False)
+        if len(dense) > 20:
+            out.print(f"... and {len(dense) - 20} more (--json lists all)", highlight=False)
+        for note in verdict.notes:
+            out.print(f"note: {note}", highlight=False)
+
+    emit(document, as_json, human)
+
+
+def pack(
+    directory: Directory,
+    out_directory: Annotated[Path, typer.Option("--out", help="the directory to make")],
+    as_json: Json = False,
+) -> None:
+    """Store a dense checkpoint that is 2:4 already in 9/16 of the bytes, to the bit."""
+    from compress.convert import pack_checkpoint
+
+    counts = pack_checkpoint(directory, out_directory)
+    emit(
+        {"out": str(out_directory), **counts},
+        as_json,
+        lambda: out.print(f"{out_directory}: {counts['packed']} layers packed, {counts['dense']} stay dense"),
+    )
+
+
+def unpack(
+    directory: Directory,
+    out_directory: Annotated[Path, typer.Option("--out", help="the directory to make")],
+    as_json: Json = False,
+) -> None:
+    """Write a packed checkpoint as an ordinary dense one with zeros, to the bit."""
+    from compress.convert import unpack_checkpoint
+
+    counts = unpack_checkpoint(directory, out_directory)
+    emit(
+        {"out": str(out_directory), **counts},
+        as_json,
+        lambda: out.print(f"{out_directory}: {counts['unpacked']} layers unpacked"),
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands of this module to an application."""
+    app.command("compress")(_with_recipe_flags(compress))
+    for command in (methods, verify, pack, unpack):
+        app.command(command.__name__)(command)
+
+
+def _with_recipe_flags(function: Any) -> Any:
+    """Gives ``compress`` the signature that typer reads its flags from: one flag for each field of `Recipe`."""
+    parameter = inspect.Parameter
+    keyword = parameter.KEYWORD_ONLY
+    parameters = [
+        parameter("model", keyword, annotation=Model),
+        parameter(
+            "out_directory",
+            keyword,
+            annotation=Annotated[Path, typer.Option("--out", help="the directory to make", show_default=False)],
+        ),
+    ]
+    for name, field in Recipe.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = "" if default in (None, (), {}) else f" \\[default: {default}]"
+        option = typer.Option("--" + name.replace("_", "-"), help=f"{field.description}{shown}", show_default=False)
+        parameters.append(
+            parameter(name, keyword, default=None, annotation=Annotated[_flag_type(field.annotation), option])
+        )
+    parameters += [
+        parameter(
+            "recipe_file",
+            keyword,
+            default=None,
+            annotation=Annotated[
+                Path | None,
+                typer.Option("--recipe", help="a YAML file with these fields; flags win", show_default=False),
+            ],
+        ),
+        parameter(
+            "resume",
+            keyword,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")],
+        ),
+        parameter(
+            "checkpoint_seconds",
+            keyword,
+            default=60.0,
+            annotation=Annotated[float, typer.Option(help="how often the activations are saved, for --resume")],
+        ),
+        parameter(
+            "device", keyword, default="auto", annotation=Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
+        ),
+        parameter("as_json", keyword, default=False, annotation=Json),
+    ]
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+def _flag_type(annotation: Any) -> Any:
+    """What typer shall parse for a field: repeatable strings for tuples and mappings, text for choices, else the type."""
+    origin = get_origin(annotation)
+    if origin in (tuple, dict):
+        return list[str] | None
+    if origin is Literal:
+        return str | None
+    plain = [argument for argument in get_args(annotation) if argument is not type(None)]
+    return (plain[0] if plain else annotation) | None
+
+
+def _parse_options(flag: str, pairs: list[str]) -> dict[str, Any]:
+    """``["damping=0.1"]`` as ``{"damping": 0.1}``."""
+    parsed = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise RecipeError(f"--{flag.replace('_', '-')} takes NAME=VALUE, got {pair!r}")
+        parsed[name] = yaml.safe_load(value)
+    return parsed

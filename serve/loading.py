@@ -1,0 +1,72 @@
+"""Loads a checkpoint of any kind for evaluation and serving: packed, dense with zeros, or dense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from compress.checkpoint import check_files
+from compress.errors import CorruptCheckpointError, HalveError, SourceError
+from compress.files import TensorFiles
+from compress.quiet import quiet_transformers
+from compress.sources import read_config
+
+
+def load_model(directory: Path, *, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model of a local directory in its own dtype, in evaluation mode.
+
+    Raises:
+        SourceError: it is no model directory; CorruptCheckpointError: a file is damaged.
+    """
+    import serve.transformers_plugin  # noqa: F401  registers the packed format
+
+    config = read_config(directory)
+    files = TensorFiles(directory)  # notices a truncated file, and names it
+    if not _is_packed(config):
+        check_files(files.files)  # the plugin does it for packed ones
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    except HalveError:
+        raise
+    except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
+        raise CorruptCheckpointError(f"cannot load {directory}: {str(error).strip().splitlines()[0]}") from None
+    model.to(device=torch.device(device))
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a local directory.
+
+    Raises:
+        SourceError: there is none that transformers can read.
+    """
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{directory} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def _is_packed(config: dict[str, Any]) -> bool:
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "halve"
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers as they are held in memory; tied ones count once."""
+    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())
+
+
+def linear_bytes(model: torch.nn.Module, names: set[str]) -> int:
+    """Bytes held by the weights (not the biases) of the linear modules of those names, dense or packed."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        module, _, attribute = name.rpartition(".")
+        if module in names and attribute.startswith("weight"):
+            total += parameter.nbytes
+    return total

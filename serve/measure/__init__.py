@@ -1,0 +1,1 @@
+"""What a sparse model gained and what it lost, always beside the dense one."""

@@ -1,0 +1,130 @@
+"""Lets ``AutoModelForCausalLM.from_pretrained`` read a packed checkpoint. Importing this module registers it.
+
+It uses the hooks that transformers has for quantized checkpoints. The packed weights stay packed in memory.
+What is read is checked: every packed tensor is there in its shape, each file fits its digest, each mask has two
+bits a group, each value is finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compress.blocks import LinearModule
+from compress.checkpoint import PackedConfig, check_files, expected_tensors, parse_config
+from compress.errors import CorruptCheckpointError
+from compress.files import TensorInfo, read_header
+from compress.layout import Layout
+from compress.packed import VALUE_DTYPES
+from serve.linear import Sparse24Linear, replacement
+
+
+@register_quantization_config("halve")
+class HalveConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a packed checkpoint, as transformers wants to hold it."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.parsed: PackedConfig = parse_config(fields)
+        self.quant_method = cast(Any, self.parsed.quant_method)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.parsed.model_dump()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+@register_quantizer("halve")
+class HalveQuantizer(HfQuantizer):
+    """Puts packed modules in the place of linears before the weights are read, and checks them after."""
+
+    requires_calibration = True  # a dense model becomes packed by `halve compress`, not while it is loaded
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        config = self._config
+        ignore = set(config.ignore)
+        layout = Layout(model)
+        if unknown := ignore - layout.linears.keys():
+            raise CorruptCheckpointError(
+                f"config.json: ignore names {sorted(unknown)[0]!r}, and this model has no such linear layer; "
+                "config.json and the model do not belong together"
+            )
+        packed = layout.linears.keys() - ignore
+        files = [Path(file) for file in checkpoint_files or []]
+        _check_tensors(layout, packed, config, files)
+        check_files(files)
+        for name in packed:
+            parent, _, attribute = name.rpartition(".")
+            module = replacement(cast(LinearModule, model.get_submodule(name)), VALUE_DTYPES[config.value_dtype])
+            setattr(model.get_submodule(parent), attribute, module)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if isinstance(module, Sparse24Linear):
+                module.validate(name)
+        return model
+
+    def update_dtype(self, dtype: Any) -> Any:
+        """The packed values have one dtype, and activations must have the same."""
+        stored = VALUE_DTYPES[self._config.value_dtype]
+        if dtype is not None and dtype != stored:
+            raise CorruptCheckpointError(
+                f"the packed values are {self._config.value_dtype} and {dtype} was asked for; leave dtype out, or convert: "
+                "`halve unpack`, then `halve compress --dtype ...`"
+            )
+        return stored
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        return dtype if dtype is not None and dtype.is_floating_point else None
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    @property
+    def _config(self) -> PackedConfig:
+        return cast(Any, self.quantization_config).parsed
+
+
+def _check_tensors(layout: Layout, packed: Iterable[str], config: PackedConfig, files: list[Path]) -> None:
+    """Raises CorruptCheckpointError naming the first packed tensor that is missing or has a wrong shape or dtype.
+
+    transformers itself fills what is missing with random numbers and goes on.
+    """
+    stored: dict[str, TensorInfo] = {}
+    for file in files:
+        stored.update(read_header(file)[0])
+    for name in sorted(packed):
+        linear = layout.linears[name]
+        for tensor, (dtype, shape) in expected_tensors(name, linear.n, linear.k, config.value_dtype).items():
+            key = layout.key(tensor, stored)
+            if key is None:
+                raise CorruptCheckpointError(
+                    f"{name}: the checkpoint has no tensor {tensor}; the layer is damaged or config.json is not its own"
+                )
+            info = stored[key]
+            if info.dtype != dtype or info.shape != shape:
+                raise CorruptCheckpointError(
+                    f"{name}: {tensor} is {info.dtype} {list(info.shape)}, and {dtype} {list(shape)} belongs there (in {info.file})"
+                )
