@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from compress.packed import PackedWeight, unpack_bits
 
-
 _GROUPS_AT_ONCE = 1 << 18
 """Groups of four that are expanded at a time: what is needed on the way then stays in a cache of a few MB."""
 
