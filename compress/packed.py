@@ -112,9 +112,14 @@ def canonical(weight: Tensor) -> Tensor:
     return weight + torch.zeros((), dtype=weight.dtype, device=weight.device)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass: both extremes are finite then, and only then."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
 def require_finite(weight: Tensor, name: str) -> None:
     """Raises NumericalError naming the tensor if a value is NaN or infinite."""
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         bad = (~torch.isfinite(weight)).nonzero()
         raise NumericalError(f"{name}: {len(bad)} values are NaN or infinite (the first at {bad[0].tolist()})")
 
@@ -149,7 +154,7 @@ def validate(packed: PackedWeight, name: str) -> None:
             f"{name}: the mask does not have two bits in every group of four ({len(bad)} bytes are wrong, the first in "
             f"row {row}, columns {byte * 8} to {byte * 8 + 7}); the file is damaged, get it again"
         )
-    if not bool(torch.isfinite(values).all()):
+    if not is_finite(values):
         bad = (~torch.isfinite(values)).nonzero()
         raise CorruptCheckpointError(
             f"{name}: {len(bad)} packed values are NaN or infinite (the first at {bad[0].tolist()})"

@@ -60,12 +60,14 @@ class NMPattern:
 
         No sort: the rank of a member is the number of members that beat it, m (m - 1) / 2 comparisons.
         """
-        rank = [torch.zeros(scores[0].shape, dtype=torch.int8, device=scores[0].device) for _ in scores]
+        # A member starts behind all earlier ones; each comparison that a later one wins swaps one place.
+        like = scores[0]
+        rank = [torch.full(like.shape, i, dtype=torch.int8, device=like.device) for i in range(self.m)]
         for i in range(self.m):
             for j in range(i + 1, self.m):
-                later_wins = scores[j] > scores[i]
+                later_wins = torch.gt(scores[j], scores[i]).view(torch.int8)
                 rank[i] += later_wins
-                rank[j] += ~later_wins
+                rank[j] -= later_wins
         return [r < self.keep_n for r in rank]
 
 

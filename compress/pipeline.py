@@ -280,7 +280,7 @@ class _Run:
         del observer
         for batch, states in enumerate(hidden):
             output = self.model.run_block(index, batch, states)
-            if not bool(torch.isfinite(output).all()):
+            if not packed.is_finite(output):
                 raise NumericalError(
                     f"{self.model.block_name(index)}: its output contains NaN or infinity (in {self.model.dtype}); "
                     "check the model in this dtype, or try --dtype float32"

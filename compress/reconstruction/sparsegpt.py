@@ -97,7 +97,8 @@ def _prune_columns(
             for i in range(last - first):
                 torch.mul(current[i], weight_to_error[i], out=panel_errors[i])
                 if i + 1 < last - first:
-                    current[i + 1 :].addr_(upper[first + i, first + i + 1 : last], panel_errors[i], alpha=-1)
+                    row = upper[first + i, first + i + 1 : last, None]
+                    current[i + 1 :].addcmul_(row, panel_errors[i], value=-1)
             if last < stop:
                 columns[last:stop].addmm_(upper[first:last, last:stop].T, panel_errors, alpha=-1)
         if stop < width:
