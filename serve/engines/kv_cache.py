@@ -17,13 +17,28 @@ from collections.abc import Iterable
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from compress.errors import SourceError
 
 SPARE_COLUMNS = 64
 
 
 def _columns_allocated_for(longest: int) -> int:
     return longest + max(SPARE_COLUMNS, longest // 4)
+
+
+def keys_and_values(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each layer, [rows, heads, length, head_dim]. Raises `SourceError` for layers of another kind."""
+    states = []
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
+            raise SourceError(
+                f"A layer of this model keeps its state in a {type(layer).__name__}, which the transformers "
+                "engine cannot batch; it needs plain keys and values."
+            )
+        states.append((layer.keys, layer.values))
+    return states
 
 
 class BatchLayer(CacheLayerMixin):
@@ -126,7 +141,7 @@ class BatchCache(Cache):
         return min(self.max_rows, 1 << (rows - 1).bit_length()) if rows else 0
 
     def attention_mask(self) -> torch.Tensor | None:
-        """[rows, longest + 1] for a step of one token a row, 0 where a row is padded; None without padding."""
+        """[rows, longest + 1] for a step of one token a row, 0 at padding; None if there is none."""
         if min(self.lengths) == self.longest:
             return None
         assert self.layers[0].keys is not None
@@ -135,8 +150,8 @@ class BatchCache(Cache):
         return (torch.arange(self.longest + 1, device=device) >= padding[:, None]).long()
 
     def insert(self, prefilled: DynamicCache, length: int) -> None:
-        """Appends a row with the first ``length`` columns of a cache of one sequence."""
-        states = [(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in prefilled.layers]
+        """Appends a row with the cache of one sequence of ``length`` tokens."""
+        states = keys_and_values(prefilled)
         rows, longest = self.rows + 1, max(self.longest, length)
         if rows > self.row_capacity or self.end < length or self.end >= self.column_capacity:
             self._resize(rows, longest)

@@ -47,7 +47,7 @@ def choose_dtype(wish: str, stored: torch.dtype | None, device: torch.device) ->
         if wish not in DTYPES:
             raise UsageError(f"--dtype {wish!r} is not known{did_you_mean(wish, [*DTYPES, 'auto'])}.")
         return DTYPES[wish], "asked for"
-    if stored not in DTYPES.values() or stored is None:
+    if stored is None or stored not in DTYPES.values():
         return torch.float32, "the checkpoint names no dtype to keep"
     if device.type == "cuda" and stored == torch.float32:
         return torch.bfloat16, "the checkpoint is float32, and 16 bits halve what a GPU reads for each token"
@@ -71,14 +71,15 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
     place, why_place = choose_device(device)
     try:
         config = AutoConfig.from_pretrained(path)
-        kind, why_kind = choose_dtype(dtype, config.get_text_config().dtype, place)
+        stored = config.get_text_config().dtype
+        kind, why_kind = choose_dtype(dtype, stored if isinstance(stored, torch.dtype) else None, place)
         _check_layers(config.get_text_config(), directory)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise SourceError(f"The checkpoint {directory!r} cannot be loaded: {error}") from error
-    model = model.to(place).eval()
-    return model, tokenizer, [f"device {place}: {why_place}", f"dtype {str(kind)[6:]}: {why_kind}"]
+    torch.nn.Module.to(model, place)
+    return model.eval(), tokenizer, [f"device {place}: {why_place}", f"dtype {str(kind)[6:]}: {why_kind}"]
 
 
 def _register_packed_format() -> None:
@@ -116,10 +117,8 @@ def choose_context(config: object, tokenizer: Tokenizer, wish: int | None) -> tu
 
 def cache_slots(bytes_per_token: int, device: torch.device) -> int:
     """How many tokens of keys and values may be held: as many as fit half of the memory that is free now."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     slots = free // 2 // max(1, bytes_per_token)
     if slots < 1:
         raise HalveError("There is no memory left for keys and values; free some or use a smaller model.")

@@ -7,7 +7,7 @@ whichever device the model is on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -16,6 +16,35 @@ from serve.engines.base import SamplingParams, TokenLogprob
 # top_p first looks at this many of the likeliest tokens: sorting a whole vocabulary costs ten times as much,
 # and they nearly always hold the mass that is asked for.
 NUCLEUS_GUESS = 512
+
+
+def next_tokens(
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    counts: Sequence[Mapping[int, int]],
+    generators: Sequence[torch.Generator],
+) -> list[tuple[int, TokenLogprob | None] | None]:
+    """Chooses the next token of each row of ``logits`` [rows, vocab] float32.
+
+    ``counts`` says how often each token was generated in that row. Returns (token, its logprob if asked for),
+    or None for a row that is not finite.
+    """
+    adjusted = [adjust(row, wish, seen) for row, wish, seen in zip(logits, params, counts, strict=True)]
+    # A NaN anywhere in a row is its maximum, so this finds rows that are not finite on the way.
+    best, greedy = zip(*(row.max(-1) for row in adjusted), strict=True)
+    sane = torch.stack(best).isfinite().tolist()
+    chosen = [
+        sample(row, wish, generator) if fine and not wish.greedy else token
+        for row, wish, generator, fine, token in zip(adjusted, params, generators, sane, greedy, strict=True)
+    ]
+    tokens = torch.stack(chosen)
+    answers: list[tuple[int, TokenLogprob | None] | None] = []
+    for row, (token, wish, fine) in enumerate(zip(tokens.tolist(), params, sane, strict=True)):
+        logprob = None
+        if wish.logprobs is not None:
+            logprob = top_logprobs(logits[row : row + 1], tokens[row : row + 1], wish.logprobs)[0]
+        answers.append((token, logprob) if fine else None)
+    return answers
 
 
 def adjust(logits: torch.Tensor, params: SamplingParams, counts: Mapping[int, int]) -> torch.Tensor:
@@ -69,7 +98,9 @@ def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[T
     """Log-softmax of ``logits`` [positions, vocab] at ``tokens`` [positions], with the ``top`` likeliest."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-    values, ids = logprobs.topk(min(top, logits.shape[1])) if top else (logprobs[:, :0], tokens[:, None][:, :0])
+    values, ids = (
+        logprobs.topk(min(top, logits.shape[1])) if top else (logprobs[:, :0], tokens[:, None][:, :0])
+    )
     return [
         TokenLogprob(token, logprob, tuple(zip(row_ids, row_values, strict=True)))
         for token, logprob, row_ids, row_values in zip(

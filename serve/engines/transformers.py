@@ -27,9 +27,9 @@ from transformers import DynamicCache, GenerationConfig
 
 from compress.errors import UsageError
 from serve.engines import loading
-from serve.engines.base import EngineDeadError, EngineStats, SamplingParams, Sink, Ticket, TokenLogprob
-from serve.engines.kv_cache import BatchCache
-from serve.engines.sampling import adjust, sample, top_logprobs
+from serve.engines.base import EngineDeadError, EngineStats, SamplingParams, Sink, Ticket
+from serve.engines.kv_cache import BatchCache, keys_and_values
+from serve.engines.sampling import next_tokens, top_logprobs
 from serve.engines.sequence import Sequence
 
 log = logging.getLogger("halve.serve")
@@ -81,7 +81,7 @@ class TransformersEngine:
         config = self._model.config.get_text_config()
         self._device = self._model.device
         self._one_row_of_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        self.vocab_size = self._model.get_input_embeddings().weight.shape[0]
+        self.vocab_size = _rows(self._model.get_input_embeddings())
         generation = self._model.generation_config or GenerationConfig()
         self._eos_ids = _ids(generation.eos_token_id) | _ids(self.tokenizer.eos_token_id)
         chosen = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
@@ -101,9 +101,7 @@ class TransformersEngine:
         """The most cache slots to allocate. One token is run to see what a slot costs in this model."""
         cache = DynamicCache()
         self._forward([[0]], cache, first_position=0)
-        self._bytes_per_token = sum(
-            states.nbytes for layer in cache.layers for states in (layer.keys, layer.values)
-        )
+        self._bytes_per_token = sum(keys.nbytes + values.nbytes for keys, values in keys_and_values(cache))
         free = loading.cache_slots(self._bytes_per_token, self._device)
         one = self._cache.slots_for(1, self.max_model_len)
         if one > free:
@@ -234,7 +232,7 @@ class TransformersEngine:
         if sequence.params.max_tokens == 0:
             sequence.sink(sequence.push_nothing())
         else:
-            self._advance([sequence], logits[-1:])
+            self._advance([sequence], logits[-1:].float())
             if not sequence.ended:
                 self._cache.insert(sequence.prefill_cache, len(ids))
                 self._running.append(sequence)
@@ -253,7 +251,7 @@ class TransformersEngine:
         self._cache.make_room()
         logits = self._forward([[s.last_token] for s in self._running], self._cache)
         self._cache.step_done()
-        self._advance(self._running, logits[:, -1])
+        self._advance(self._running, logits[:, -1].float())
         for row in reversed(range(len(self._running))):
             if self._running[row].ended:
                 self._leave(row)
@@ -294,31 +292,24 @@ class TransformersEngine:
 
     def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Chooses the next token of each sequence from ``logits`` [rows, vocab] and reports it."""
-        logits = logits.float()
-        adjusted = [adjust(row, s.params, s.counts) for row, s in zip(logits, sequences, strict=True)]
-        # A NaN anywhere in a row is its maximum, so this finds rows that are not finite on the way.
-        best, greedy = zip(*(row.max(-1) for row in adjusted), strict=True)
-        sane = torch.stack(best).isfinite().tolist()
-        chosen = [
-            sample(row, s.params, s.generator) if fine and not s.params.greedy else token
-            for row, s, fine, token in zip(adjusted, sequences, sane, greedy, strict=True)
-        ]
-        tokens = torch.stack(chosen)
-        reported: list[TokenLogprob | None] = [None] * len(sequences)
-        for row, sequence in enumerate(sequences):
-            if sequence.params.logprobs is not None and sane[row]:
-                reported[row] = top_logprobs(
-                    logits[row : row + 1], tokens[row : row + 1], sequence.params.logprobs
-                )[0]
-        for sequence, token, logprob, fine in zip(sequences, tokens.tolist(), reported, sane, strict=True):
-            if fine:
-                self._generation_tokens += 1
-                sequence.sink(sequence.push(token, logprob))
-            else:
+        params = [sequence.params for sequence in sequences]
+        counts = [sequence.counts for sequence in sequences]
+        generators = [sequence.generator for sequence in sequences]
+        choices = next_tokens(logits, params, counts, generators)
+        for sequence, choice in zip(sequences, choices, strict=True):
+            if choice is None:
                 sequence.sink(sequence.fail("The model computed NaN or infinity for this prompt."))
+            else:
+                self._generation_tokens += 1
+                sequence.sink(sequence.push(*choice))
 
 
-def _ids(value: int | list[int] | None) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset(value if isinstance(value, list) else [value])
+def _rows(embedding: torch.nn.Module) -> int:
+    weight = embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def _ids(value: object) -> frozenset[int]:
+    """The end-of-sequence ids, which are written as none, one or a list of them."""
+    return frozenset(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
