@@ -61,7 +61,7 @@ def adjust(logits: torch.Tensor, params: SamplingParams, counts: Mapping[int, in
     if not changes:
         return logits
     index = torch.tensor(list(changes), device=logits.device)
-    return logits.index_add(0, index, torch.tensor(list(changes.values()), device=logits.device))
+    return logits.index_add(0, index, torch.tensor(list(changes.values())).to(logits))
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> torch.Tensor:

@@ -135,7 +135,7 @@ class TransformersEngine:
             self._changed.notify()
 
     def stats(self) -> EngineStats:
-        prefilling = int(self._prefilling is not None)
+        prefilling = int(self._prefilling is not None and self._prefilling not in self._running)
         slots = self._cache.row_capacity * self._cache.column_capacity
         return EngineStats(
             running=len(self._running) + prefilling,
@@ -228,7 +228,6 @@ class TransformersEngine:
         if sequence.prefilled < len(ids):
             return len(chunk)
         self._prompt_tokens += len(ids)
-        self._prefilling = None
         if sequence.params.max_tokens == 0:
             sequence.sink(sequence.push_nothing())
         else:
@@ -237,6 +236,7 @@ class TransformersEngine:
                 self._cache.insert(sequence.prefill_cache, len(ids))
                 self._running.append(sequence)
         sequence.prefill_cache = None
+        self._prefilling = None  # last, so that an engine that dies on the way still knows of it
         return len(chunk)
 
     def _score(self, sequence: Sequence, logits: torch.Tensor, targets: list[int]) -> None:
