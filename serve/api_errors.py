@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -60,7 +61,7 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         where = f"{request.method} {request.url.path}"
-        allowed = (error.headers or {}).get("allow", "another method")
+        allowed = Headers(error.headers).get("allow", "another method")
         messages = {
             404: f"There is no {where}; there are /v1/models, /v1/chat/completions and /v1/completions.",
             405: f"{where} is not allowed; this path takes {allowed}.",

@@ -81,10 +81,12 @@ async def _serve(server: uvicorn.Server, listener: socket.socket, name: str) -> 
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:  # the resolver would wrap it around
+        raise UsageError(f"--port {port} is not a port; they go from 0 (a free one) to 65535.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"--host {host} --port {port} is not an address: {error}.") from error
+    except OSError as error:
+        raise UsageError(f"--host {host!r} is not an address: {error}.") from error
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -188,7 +190,9 @@ def _stop_on_eof() -> None:
     """Stops this process when its standard input closes, which it does when the parent dies."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not through sys.stdin: a thread that waits in it blocks the end of the interpreter.
+        while os.read(0, 4096):
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -121,7 +121,7 @@ def test_sampling_follows_the_distribution(engine, reference, tokenizer):
 def test_a_seed_decides_whatever_else_runs(engine, tokenizer):
     ids = tokenizer("the dog").input_ids
     job = (ids, SamplingParams(30, 1.0, seed=7, ignore_eos=True, logprobs=0))
-    noise = [(ids + [n], SamplingParams(20 + n, 1.3, ignore_eos=True)) for n in range(6)]
+    noise = [([*ids, n], SamplingParams(20 + n, 1.3, ignore_eos=True)) for n in range(6)]
     alone = tokens_of(collect(engine, [job])[0])
     assert tokens_of(collect(engine, [*noise, job])[-1]) == alone
     other = SamplingParams(30, 1.0, seed=8, ignore_eos=True, logprobs=0)

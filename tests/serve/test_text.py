@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +33,7 @@ def test_a_stream_is_the_text_and_never_half_a_character(text, before):
 def test_a_stop_string_is_found_wherever_the_text_is_cut(text, stops, cuts):
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     scanner, shown, stopped = StopScanner(stops), "", False
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         part, stopped = scanner.push(text[start:end])
         shown += part
         assert not any(stop in shown for stop in stops)
