@@ -19,7 +19,7 @@ import uvicorn
 
 from compress.errors import HalveError, UsageError
 from serve.api import create_app
-from serve.engines.transformers import TransformersEngine
+from serve.engines.directory import require_checkpoint
 
 READY = "halve is ready: "
 KEY_VARIABLE = "HALVE_API_KEY"  # a key on the command line would be seen by everyone on the machine
@@ -46,8 +46,12 @@ def run(
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
-    # The address first: loading a model only to learn that the port is taken wastes minutes.
+    # What is quickly checked comes first: loading a model only to learn that the port is taken wastes minutes,
+    # and importing the engine, seconds.
+    require_checkpoint(model_dir)
     listener = _bind(host, port)
+    from serve.engines.transformers import TransformersEngine
+
     engine = TransformersEngine(
         model_dir, max_model_len=max_model_len, max_num_seqs=max_num_seqs, device=device, dtype=dtype
     )

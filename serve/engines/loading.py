@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from compress.errors import HalveError, SourceError, UsageError, did_you_mean
+from serve.engines.directory import require_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Layers whose cache is keys and values, one column a token; others (recurrent, convolutional) keep a state
@@ -59,14 +59,7 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
 
     Raises `SourceError` where the directory is not a causal language model with a tokenizer.
     """
-    path = Path(directory)
-    if not path.is_dir():
-        raise SourceError(f"There is no model directory {directory!r}. Give the path of a checkpoint.")
-    if not (path / "config.json").is_file():
-        raise SourceError(
-            f"{directory!r} holds no config.json, so it is not a Hugging Face checkpoint. "
-            "`halve compress MODEL --out DIR` writes one."
-        )
+    path = require_checkpoint(directory)
     _register_packed_format()
     place, why_place = choose_device(device)
     try:
