@@ -58,14 +58,17 @@ class Endpoint:
         self._created = int(time.time())
 
     def models(self) -> dict[str, Any]:
-        model = {
+        return {"object": "list", "data": [self.model(self.model_name)]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return {
             "id": self.model_name, "object": "model", "created": self._created, "owned_by": "halve",
             "root": self.root, "parent": None, "max_model_len": self.engine.max_model_len,
         }  # fmt: skip
-        return {"object": "list", "data": [model]}
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
-        self._check_model(body)
+        self._check_model(body.model)
         prompt = self._render(body)
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         params = self._sampling(
@@ -75,8 +78,8 @@ class Endpoint:
         return await self._answer(body, request, Job([prompt], params, body.n), style)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
-        self._check_model(body)
-        prompts = [self._tokens(prompt, body.add_special_tokens) for prompt in body.prompt]
+        self._check_model(body.model)
+        prompts = [self._tokens("prompt", prompt, body.add_special_tokens) for prompt in body.prompt]
         limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         params = self._sampling(
             body, prompts, limit, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None
@@ -91,26 +94,30 @@ class Endpoint:
         )
         return await self._answer(body, request, Job(prompts, params, body.n), style)
 
-    def _check_model(self, body: GenerationRequest) -> None:
-        if body.model not in (None, self.model_name):
-            hint = did_you_mean(body.model, [self.model_name])
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model_name:
+            hint = did_you_mean(name, [self.model_name])
             raise ApiError(
-                404, f"There is no model {body.model!r} here{hint}.", param="model", code="model_not_found"
+                404, f"There is no model {name!r} here{hint}.", param="model", code="model_not_found"
             )
 
-    def _tokens(self, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
+    def _tokens(self, param: str, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
-            ids = self._encode(prompt, add_special_tokens)
+            ids = self._encode(param, prompt, add_special_tokens)
             beginning = self.engine.tokenizer.bos_token_id
             ids = ids or ([beginning] if isinstance(beginning, int) else [])
         else:
             ids = prompt
         if not ids:
-            raise bad_request("prompt: is empty, and this model has no token to begin with.", "prompt")
-        self._check_token_ids("prompt", ids)
+            raise bad_request(f"{param}: is empty, and this model has no token to begin with.", param)
+        self._check_token_ids(param, ids)
         return ids
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, param: str, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise bad_request(f"{param}: is not Unicode text: {error.reason}.", param) from error
         # Too long a text is an error of the request, told with both numbers, not a warning in our log.
         return list(
             self.engine.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
@@ -154,7 +161,7 @@ class Endpoint:
             raise bad_request(f"messages: the chat template refuses them: {error}", "messages") from error
         assert isinstance(text, str)
         # The template has written the special tokens itself.
-        return self._tokens(self._encode(text, add_special_tokens=False), False)
+        return self._tokens("messages", text, False)
 
     def _sampling(
         self,
@@ -253,6 +260,10 @@ def create_app(engine: Engine, model_name: str, *, root: str = "", api_key: str 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return endpoint.models()
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return endpoint.model(name)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:

@@ -24,7 +24,9 @@ class ApiError(Exception):
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        self.message = _printable(message)
+        self.param = None if param is None else _printable(param)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -37,6 +39,11 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, status_code=self.status)
+
+
+def _printable(text: str) -> str:
+    """Escapes lone surrogates, which JSON can spell and a request may contain, but UTF-8 cannot hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

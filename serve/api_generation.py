@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -65,7 +66,7 @@ class Generation:
     def _sink(self, index: int):
         def sink(delta: Delta) -> None:
             # A closed loop means that the server is gone, and with it everyone who could be told.
-            if not self._loop.is_closed():
+            with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
 
         return sink

@@ -46,8 +46,8 @@ def run(
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
-    # What is quickly checked comes first: loading a model only to learn that the port is taken wastes minutes,
-    # and importing the engine, seconds.
+    # What is quickly checked comes first: to load a model only to learn that the port is taken wastes
+    # minutes, to import the engine, seconds.
     require_checkpoint(model_dir)
     listener = _bind(host, port)
     from serve.engines.transformers import TransformersEngine
@@ -145,11 +145,12 @@ class BackgroundServer:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._ready.wait(self._timeout)
+        in_time = self._ready.wait(self._timeout)
         if not self.base_url:
-            code = self._process.poll()
+            # Without an address, the reader has come to the end of the output: the process is ending.
+            late = f"was not ready after {self._timeout:g} s"
+            what = f"ended with code {self._process.wait()}" if in_time else late
             self.stop()
-            what = f"was not ready after {self._timeout:g} s" if code is None else f"ended with code {code}"
             raise HalveError(f"The server {what}. It said:\n{self._said}")
         return self
 

@@ -68,6 +68,9 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
         kind, why_kind = choose_dtype(dtype, stored if isinstance(stored, torch.dtype) else None, place)
         _check_layers(config.get_text_config(), directory)
         tokenizer = AutoTokenizer.from_pretrained(path)
+        # Drops a truncation or padding that tokenizer.json may ask for. Done here because to change a
+        # tokenizer while another thread decodes with it fails; from now on it is only read.
+        tokenizer("", verbose=False)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise SourceError(f"The checkpoint {directory!r} cannot be loaded: {error}") from error

@@ -75,14 +75,14 @@ class TransformersEngine:
 
     def load(self) -> None:
         """Reads the model, chooses the limits and starts the thread. Raises a `HalveError`."""
-        self._model, self.tokenizer, notes = loading.load_checkpoint(
+        self.model, self.tokenizer, notes = loading.load_checkpoint(
             self._model_dir, self._device_wish, self._dtype_wish
         )
-        config = self._model.config.get_text_config()
-        self._device = self._model.device
-        self._one_row_of_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        self.vocab_size = _rows(self._model.get_input_embeddings())
-        generation = self._model.generation_config or GenerationConfig()
+        config = self.model.config.get_text_config()
+        self._device = self.model.device
+        self._one_row_of_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.vocab_size = _rows(self.model.get_input_embeddings())
+        generation = self.model.generation_config or GenerationConfig()
         self._eos_ids = _ids(generation.eos_token_id) | _ids(self.tokenizer.eos_token_id)
         chosen = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
         self.default_sampling: Mapping[str, float] = {k: v for k, v in chosen.items() if v is not None}
@@ -158,8 +158,8 @@ class TransformersEngine:
         try:
             while self._wait_for_work():
                 self._step()
-        except Exception as error:
-            # Whatever it is, the model or its cache can no longer be trusted: die visibly.
+        except BaseException as error:
+            # Whatever it is, the model or its cache can no longer be trusted: die visibly, never in silence.
             log.exception("The engine died.")
             message = f"The engine died: {type(error).__name__}: {error}"
         with self._changed:
@@ -280,7 +280,7 @@ class TransformersEngine:
             assert first_position is not None
             positions, mask = [list(range(first_position, first_position + len(ids[0])))], None
         extra = {"logits_to_keep": 1} if self._one_row_of_logits and not all_logits else {}
-        output = self._model(
+        output = self.model(
             input_ids=torch.tensor(ids, device=self._device),
             position_ids=torch.tensor(positions, device=self._device),
             attention_mask=mask,

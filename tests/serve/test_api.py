@@ -27,6 +27,9 @@ def test_models_health_and_version(client, server):
     model = client.models.list().data[0]
     assert (model.id, model.model_extra["max_model_len"]) == ("tiny", CONTEXT)
     assert model.model_extra["root"].endswith("tiny-llama")
+    assert client.models.retrieve("tiny") == model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("org/other")
     root = server.base_url.removesuffix("/v1")
     assert httpx.get(root + "/health").json() == {"status": "ok"}
     assert "version" in httpx.get(root + "/version").json()

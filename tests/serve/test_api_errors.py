@@ -29,6 +29,11 @@ def post(server: BackgroundServer, path: str, **fields) -> dict:
         ({"content": b"", "headers": {"content-type": "application/json"}}, "body"),
         ({"data": {"prompt": "x"}}, "Content-Type application/json"),
         ({"json": ["x"]}, "JSON object"),
+        (
+            {"content": b'{"prompt": "\\ud800"}', "headers": {"content-type": "application/json"}},
+            "not Unicode",
+        ),
+        ({"content": b'{"\\ud800": 1}', "headers": {"content-type": "application/json"}}, "not a field"),
         ({"content": b"\xff\xfe", "headers": {"content-type": "application/json"}}, "body"),
     ],
 )
@@ -166,7 +171,7 @@ def test_a_dead_engine_is_unhealthy(engine):
             def explode(*_: object) -> None:
                 raise RuntimeError("the cable came off")
 
-            engine._model.register_forward_pre_hook(explode)
+            engine.model.register_forward_pre_hook(explode)
             body = {"prompt": "x", "max_tokens": 5}
             struck = await client.post("/v1/completions", json=body)
             assert struck.status_code == 503
@@ -191,7 +196,7 @@ def test_an_error_in_mid_stream_reaches_the_client(engine):
                 if len(calls) > 5:
                     raise RuntimeError("the cable came off")
 
-            engine._model.register_forward_pre_hook(explode_later)
+            engine.model.register_forward_pre_hook(explode_later)
             body = {"prompt": "x", "max_tokens": 50, "stream": True, "ignore_eos": True}
             return (await client.post("/v1/completions", json=body)).text
 

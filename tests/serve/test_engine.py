@@ -193,7 +193,7 @@ def test_a_dead_engine_fails_its_requests_and_takes_no_more(engine, caplog):
     def explode(*_: object) -> None:
         raise RuntimeError("the cable came off")
 
-    engine._model.register_forward_pre_hook(explode)
+    engine.model.register_forward_pre_hook(explode)
     deltas = [inbox.get(timeout=30)]
     while not deltas[-1].last:
         deltas.append(inbox.get(timeout=30))
