@@ -5,12 +5,12 @@ prompts, at most `PREFILL_TOKENS` tokens of them so that a long prompt does not 
 decodes one token for every sequence. A sequence is admitted when the cache can hold it at its full length, so
 nothing is ever evicted and no request fails for memory halfway; until then it waits, first come first served.
 
-Why not the continuous-batching manager that transformers ships (read at 5.23): it decodes as fast as this on
-a CPU and idles well, but sampling is a property of the manager, from one global random generator, so requests
-cannot differ in greedy or sampled and cannot have a seed; it reports one log-probability a token (no
-alternatives) and none for the prompt, which `echo` needs; and it reserves its whole cache when it starts
-(2.9 GB for a model of 0.27 GB on a machine of 24 GB). Each of these is inside its step, where it has no
-extension point. What is used of transformers is its public `Cache` classes (`kv_cache.py`).
+Why not the continuous-batching manager that transformers ships (read and tried at 5.23): on a CPU it decodes
+about as fast as `generate` and idles well, but sampling is a property of the manager, from one global random
+generator, so requests cannot differ in greedy or sampled and cannot have a seed; it reports one
+log-probability a token (no alternatives) and none for the prompt, which `echo` needs; and it reserves its
+whole cache when it starts, sized by the machine and not by what runs. Sampling and logits are inside its step,
+where it has no extension point. What is used of transformers is its public `Cache` classes (`kv_cache.py`).
 """
 
 from __future__ import annotations
