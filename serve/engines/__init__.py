@@ -1,0 +1,1 @@
+"""Engines that turn prompts into tokens: one adapter a file, all behind `base.Engine`."""

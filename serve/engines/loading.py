@@ -1,0 +1,121 @@
+"""From a checkpoint directory to a model that is ready to run, and the choices made on the way.
+
+Each automatic choice returns the value and the reason, for the log.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from compress.errors import HalveError, SourceError, UsageError, did_you_mean
+from serve.engines.directory import require_checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Layers whose cache is keys and values, one column a token; others (recurrent, convolutional) keep a state
+# that cannot be padded, so a batch of them cannot be formed this way.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def choose_device(wish: str) -> tuple[torch.device, str]:
+    """The device to run on, and why. Raises `UsageError` for one that is not there."""
+    cuda = torch.cuda.is_available()
+    if wish == "auto":
+        if cuda:
+            return torch.device("cuda"), f"a CUDA device is there: {torch.cuda.get_device_name()}"
+        return torch.device("cpu"), "no CUDA device is there"
+    try:
+        device = torch.device(wish)
+    except RuntimeError:
+        raise UsageError(f"--device {wish!r} is not a device; use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(
+            f"--device {wish}: this machine has {torch.cuda.device_count()} CUDA devices that torch "
+            f"{torch.__version__} can use. Leave the flag out to let halve choose."
+        )
+    return device, "asked for"
+
+
+def choose_dtype(wish: str, stored: torch.dtype | None, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype to compute in, and why. Raises `UsageError` for an unknown name."""
+    if wish != "auto":
+        if wish not in DTYPES:
+            raise UsageError(f"--dtype {wish!r} is not known{did_you_mean(wish, [*DTYPES, 'auto'])}.")
+        return DTYPES[wish], "asked for"
+    if stored is None or stored not in DTYPES.values():
+        return torch.float32, "the checkpoint names no dtype to keep"
+    if device.type == "cuda" and stored == torch.float32:
+        return torch.bfloat16, "the checkpoint is float32, and 16 bits halve what a GPU reads for each token"
+    return stored, "the dtype of the checkpoint"
+
+
+def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrainedModel, Tokenizer, list[str]]:
+    """Reads a model and its tokenizer. Returns them with one line for each choice made.
+
+    Raises `SourceError` where the directory is not a causal language model with a tokenizer.
+    """
+    path = require_checkpoint(directory)
+    _register_packed_format()
+    place, why_place = choose_device(device)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        stored = config.get_text_config().dtype
+        kind, why_kind = choose_dtype(dtype, stored if isinstance(stored, torch.dtype) else None, place)
+        _check_layers(config.get_text_config(), directory)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # Drops a truncation or padding that tokenizer.json may ask for. Done here because to change a
+        # tokenizer while another thread decodes with it fails; from now on it is only read.
+        tokenizer("", verbose=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise SourceError(f"The checkpoint {directory!r} cannot be loaded: {error}") from error
+    torch.nn.Module.to(model, place)
+    return model.eval(), tokenizer, [f"device {place}: {why_place}", f"dtype {str(kind)[6:]}: {why_kind}"]
+
+
+def _register_packed_format() -> None:
+    """Teaches transformers to read packed 2:4 checkpoints."""
+    if importlib.util.find_spec("serve.transformers_plugin"):
+        importlib.import_module("serve.transformers_plugin").register()
+
+
+def _check_layers(config: object, directory: str) -> None:
+    odd = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if odd:
+        raise SourceError(
+            f"{directory!r} has layers of the kind {', '.join(sorted(odd))}, which the transformers engine "
+            f"cannot batch; it serves models of {' and '.join(sorted(ATTENTION_LAYERS))} layers."
+        )
+
+
+def choose_context(config: object, tokenizer: Tokenizer, wish: int | None) -> tuple[int, str]:
+    """max_model_len and why. Raises `UsageError` for more than the model has positions for."""
+    trained = getattr(config, "max_position_embeddings", None)
+    if trained is None and 0 < tokenizer.model_max_length < 10**9:  # larger is transformers' "unknown"
+        trained = tokenizer.model_max_length
+    if wish is None:
+        if trained is None:
+            return 2048, "neither config.json nor the tokenizer says how long a sequence may be"
+        return trained, "as many positions as the model was made for"
+    if wish < 1:
+        raise UsageError(f"--max-model-len {wish} is not a length; it has to be at least 1.")
+    if trained is not None and wish > trained:
+        raise UsageError(
+            f"--max-model-len {wish} is more than the {trained} positions that the model was made for."
+        )
+    return wish, "asked for"
+
+
+def cache_slots(bytes_per_token: int, device: torch.device) -> int:
+    """How many tokens of keys and values may be held: as many as fit half of the memory that is free now."""
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    slots = free // 2 // max(1, bytes_per_token)
+    if slots < 1:
+        raise HalveError("There is no memory left for keys and values; free some or use a smaller model.")
+    return slots

@@ -1,0 +1,111 @@
+"""One sequence on its way through an engine: what it has, what it still waits for, and when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
+
+import torch
+
+from serve.engines.base import Delta, SamplingParams, Sink, TokenLogprob
+from serve.engines.text import StopScanner, TextStream
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedTokenizerBase
+
+
+class Sequence:
+    """The state of one submitted prompt. Only the engine's thread touches it, `cancelled` excepted."""
+
+    def __init__(
+        self,
+        prompt_ids: SequenceOf[int],
+        params: SamplingParams,
+        sink: Sink,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: frozenset[int],
+    ) -> None:
+        self.prompt_ids = list(prompt_ids)
+        self.params = params
+        self.sink = sink
+        self.cancelled = False
+        self.ended = False
+
+        self.generated: list[int] = []
+        self.counts: Counter[int] = Counter()
+        self.generator = torch.Generator()
+        if params.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(params.seed)
+
+        self.prefill_cache: DynamicCache | None = None
+        self.prefilled = 0
+        self.prompt_logprobs: list[TokenLogprob] = []
+
+        self._ends = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_ids
+        self._text = TextStream(tokenizer, self.prompt_ids)
+        self._stop = StopScanner(params.stop)
+        self._unreported: deque[tuple[int, TokenLogprob]] = deque()  # (where its text begins, logprob)
+
+    @property
+    def reserved_length(self) -> int:
+        """The most tokens it can come to, prompt included."""
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def last_token(self) -> int:
+        return self.generated[-1]
+
+    def push(self, token: int, logprob: TokenLogprob | None) -> Delta:
+        """Takes the next token and says what becomes visible by it."""
+        self.generated.append(token)
+        self.counts[token] += 1
+        if token in self._ends:
+            return self._end("stop", self._stop.flush(), everything=True)
+        if logprob is not None:
+            self._unreported.append((self._stop.position, logprob))
+        text, stopped = self._stop.push(self._text.push(token))
+        if stopped:
+            return self._end("stop", text, everything=False)
+        if len(self.generated) >= self.params.max_tokens:
+            return self._end("length", text + self._stop.flush(), everything=True)
+        return Delta(time.perf_counter(), text, self._report(), self._take_prompt_logprobs(), new_tokens=1)
+
+    def push_nothing(self) -> Delta:
+        """The end of a sequence that only wanted its prompt scored."""
+        self.ended = True
+        return Delta(
+            time.perf_counter(), prompt_logprobs=self._take_prompt_logprobs(), finish_reason="length"
+        )
+
+    def fail(self, message: str) -> Delta:
+        self.ended = True
+        return Delta(time.perf_counter(), error=message)
+
+    def _end(self, reason: str, text: str, *, everything: bool) -> Delta:
+        self.ended = True
+        logprobs = [entry for _, entry in self._unreported] if everything else self._report()
+        return Delta(
+            time.perf_counter(),
+            text,
+            logprobs,
+            self._take_prompt_logprobs(),
+            new_tokens=1,
+            finish_reason="stop" if reason == "stop" else "length",
+        )
+
+    def _report(self) -> list[TokenLogprob]:
+        """The tokens whose text has begun to be shown. Those of a stop string are never reported, so the
+        reported tokens always make up the text."""
+        reported = []
+        while self._unreported and self._unreported[0][0] < self._stop.released:
+            reported.append(self._unreported.popleft()[1])
+        return reported
+
+    def _take_prompt_logprobs(self) -> list[TokenLogprob]:
+        taken, self.prompt_logprobs = self.prompt_logprobs, []
+        return taken

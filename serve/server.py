@@ -1,0 +1,228 @@
+"""Starts the endpoint: in this process (`run`), or as a process of its own (`BackgroundServer`)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import uvicorn
+
+from compress.errors import HalveError, UsageError
+from serve.api import create_app
+from serve.engines.directory import require_checkpoint
+
+READY = "halve is ready: "
+KEY_VARIABLE = "HALVE_API_KEY"  # a key on the command line would be seen by everyone on the machine
+GRACE_SECONDS = 10  # how long running requests may go on once the server is told to stop
+
+
+def run(
+    model_dir: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    served_model_name: str | None = None,
+    api_key: str | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 16,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Serves a checkpoint until SIGINT or SIGTERM, and prints one line when it is ready.
+
+    ``port`` 0 takes a free one. The model goes by ``served_model_name``, or else by the directory's name.
+    Raises a `HalveError` where the model cannot be loaded or the address not be used.
+    """
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+    # What is quickly checked comes first: to load a model only to learn that the port is taken wastes
+    # minutes, to import the engine, seconds.
+    require_checkpoint(model_dir)
+    listener = _bind(host, port)
+    from serve.engines.transformers import TransformersEngine
+
+    engine = TransformersEngine(
+        model_dir, max_model_len=max_model_len, max_num_seqs=max_num_seqs, device=device, dtype=dtype
+    )
+    try:
+        engine.load()
+    except BaseException:
+        listener.close()
+        raise
+    name = served_model_name or Path(model_dir).resolve().name
+    app = create_app(engine, name, root=model_dir, api_key=api_key)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS)
+    # uvicorn raises the signal that stopped it once more when it is done; a stop that was asked for is no
+    # failure of this process, so by then nobody listens.
+    before = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        asyncio.run(_serve(uvicorn.Server(config), listener, name))
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+        engine.close()
+        listener.close()
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket, name: str) -> None:
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        print(f"{READY}{_url(listener)}  model {name}", flush=True)
+    await serving
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:  # the resolver would wrap it around
+        raise UsageError(f"--port {port} is not a port; they go from 0 (a free one) to 65535.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UsageError(f"--host {host!r} is not an address: {error}.") from error
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"Port {port} of {host} cannot be used: {error.strerror}. Stop what listens there, or choose "
+            "another with --port (0 takes a free one)."
+        ) from error
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+class BackgroundServer:
+    """Runs the server as a process of its own, for as long as a ``with`` block lasts.
+
+    ``options`` are those of `run`. It is ready when the block begins; `base_url` is what the openai client
+    takes. A server that does not start raises `HalveError` with what it said. It also stops when this process
+    dies without saying so.
+    """
+
+    def __init__(self, model_dir: str, *, timeout: float = 120.0, **options: str | int | None) -> None:
+        self._timeout = timeout
+        flags = {"port": 0, **options}
+        self._key = flags.pop("api_key", None)
+        self._command = [sys.executable, "-m", "serve.server", str(model_dir), "--stop-on-eof"]
+        for name, value in flags.items():
+            if value is not None:
+                self._command += [f"--{name.replace('_', '-')}", str(value)]
+        self.base_url = ""
+        self.model = ""
+
+    def __enter__(self) -> BackgroundServer:
+        self._log = tempfile.TemporaryFile("w+")
+        paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        if self._key is not None:
+            environment[KEY_VARIABLE] = str(self._key)
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        in_time = self._ready.wait(self._timeout)
+        if not self.base_url:
+            # Without an address, the reader has come to the end of the output: the process is ending.
+            late = f"was not ready after {self._timeout:g} s"
+            what = f"ended with code {self._process.wait()}" if in_time else late
+            self.stop()
+            raise HalveError(f"The server {what}. It said:\n{self._said}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> int:
+        """Asks the server to stop, waits until it has, and returns its exit code."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(GRACE_SECONDS + 10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+        if not self._log.closed:
+            self._log.seek(0)
+            self._said = self._log.read()[-4000:]
+            for stream in (self._process.stdin, self._process.stdout, self._log):
+                if stream is not None:
+                    stream.close()
+        return self._process.returncode
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(READY):
+                url, _, model = line.removeprefix(READY).strip().partition("  model ")
+                self.model, self.base_url = model, url
+                self._ready.set()
+        self._ready.set()  # the process has ended, ready or not
+
+
+def _stop_on_eof() -> None:
+    """Stops this process when its standard input closes, which it does when the parent dies."""
+
+    def watch() -> None:
+        # Not through sys.stdin: a thread that waits in it blocks the end of the interpreter.
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m serve.server DIR`: what `BackgroundServer` starts. People use `halve serve`."""
+    parser = argparse.ArgumentParser(prog="serve.server")
+    parser.add_argument("model_dir")
+    parser.add_argument("--stop-on-eof", action="store_true")
+    for flag, kind in {
+        "host": str, "port": int, "served-model-name": str, "max-model-len": int,
+        "max-num-seqs": int, "device": str, "dtype": str,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{flag}", type=kind, default=argparse.SUPPRESS)
+    options = vars(parser.parse_args(argv))
+    if options.pop("stop_on_eof"):
+        _stop_on_eof()
+    try:
+        run(options.pop("model_dir"), api_key=os.environ.get(KEY_VARIABLE), **options)
+    except HalveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

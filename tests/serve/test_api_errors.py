@@ -1,0 +1,205 @@
+"""Bad input gets a clear error in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import openai
+import pytest
+
+from serve.api import create_app
+from serve.server import BackgroundServer
+from tests.serve.conftest import CONTEXT
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+
+
+def post(server: BackgroundServer, path: str, **fields) -> dict:
+    answer = httpx.post(server.base_url + path, **fields)
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return {"status": answer.status_code, **error}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"content": b'{"prompt": ', "headers": {"content-type": "application/json"}}, "not valid JSON"),
+        ({"content": b"", "headers": {"content-type": "application/json"}}, "body"),
+        ({"data": {"prompt": "x"}}, "Content-Type application/json"),
+        ({"json": ["x"]}, "JSON object"),
+        (
+            {"content": b'{"prompt": "\\ud800"}', "headers": {"content-type": "application/json"}},
+            "not Unicode",
+        ),
+        ({"content": b'{"\\ud800": 1}', "headers": {"content-type": "application/json"}}, "not a field"),
+        ({"content": b"\xff\xfe", "headers": {"content-type": "application/json"}}, "body"),
+    ],
+)
+def test_malformed_bodies(server, fields, message):
+    error = post(server, "/completions", **fields)
+    assert (error["status"], error["type"]) == (400, "invalid_request_error")
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [[1, -2]]}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"n": 0}, "n"),
+        ({"n": True}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"suffix": "end"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"temprature": 1}, "temprature"),
+    ],
+)
+def test_impossible_completion_fields(server, change, param):
+    error = post(server, "/completions", json={"prompt": "x", "max_tokens": 1, **change})
+    assert (error["status"], error["param"]) == (400, param)
+    assert param in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    ],
+)
+def test_impossible_chat_fields(server, change, param):
+    error = post(server, "/chat/completions", json={**CHAT, **change})
+    assert error["status"] == 400
+    assert error["param"].startswith(param)
+
+
+def test_what_asks_for_nothing_is_accepted(server):
+    body = {
+        **CHAT, "tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "user": "me",
+        "store": False, "repetition_penalty": 1.0, "temperature": None, "stop": None, "n": 1,
+    }  # fmt: skip
+    assert httpx.post(server.base_url + "/chat/completions", json=body).status_code == 200
+
+
+def test_unknown_model_route_and_method(server, client):
+    error = post(server, "/completions", json={"model": "tinny", "prompt": "x"})
+    assert (error["status"], error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert "did you mean 'tiny'" in error["message"]
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "x"}])
+    assert post(server, "/embeddings", json={})["status"] == 404
+    answer = httpx.get(server.base_url + "/completions")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    assert "POST" in answer.json()["error"]["message"]
+
+
+def test_a_prompt_that_is_too_long(server):
+    for ids, asked in ([5] * 300, 1), ([5] * 250, 7):
+        error = post(server, "/completions", json={"prompt": ids, "max_tokens": asked})
+        assert (error["status"], error["code"]) == (400, "context_length_exceeded")
+        assert str(CONTEXT) in error["message"]
+        assert str(len(ids)) in error["message"]
+    long = {"messages": [{"role": "user", "content": "q" * 300}]}
+    assert post(server, "/chat/completions", json=long)["code"] == "context_length_exceeded"
+    body = {"prompt": [5] * CONTEXT, "max_tokens": 0, "echo": True, "logprobs": 1}
+    assert httpx.post(server.base_url + "/completions", json=body).status_code == 200  # it can be scored
+
+
+def test_a_key_and_a_model_without_a_template(chatless_dir):
+    with BackgroundServer(str(chatless_dir), api_key="sesame", device="cpu") as server:
+        assert server.model == "tiny-base"
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "sesame"}):
+            error = post(server, "/completions", content=b"{", headers=headers)
+            assert (error["status"], error["code"]) == (401, "invalid_api_key")
+        root = server.base_url.removesuffix("/v1")
+        assert httpx.get(root + "/health").status_code == 200
+        assert httpx.get(root + "/metrics").status_code == 200
+        with (
+            openai.OpenAI(base_url=server.base_url, api_key="wrong") as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            client.models.list()
+        with openai.OpenAI(base_url=server.base_url, api_key="sesame") as client:
+            assert client.models.list().data[0].id == "tiny-base"
+            with pytest.raises(openai.BadRequestError, match="no chat template"):
+                client.chat.completions.create(model="tiny-base", **CHAT)
+
+
+def test_a_dead_engine_is_unhealthy(engine):
+    async def scenario() -> None:
+        transport = httpx.ASGITransport(create_app(engine, "tiny"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
+            assert (await client.get("/health")).status_code == 200
+
+            def explode(*_: object) -> None:
+                raise RuntimeError("the cable came off")
+
+            engine.model.register_forward_pre_hook(explode)
+            body = {"prompt": "x", "max_tokens": 5}
+            struck = await client.post("/v1/completions", json=body)
+            assert struck.status_code == 503
+            assert "the cable came off" in struck.json()["error"]["message"]
+            later = await client.post("/v1/completions", json={**body, "stream": True})
+            assert (later.status_code, later.json()["error"]["code"]) == (503, "engine_dead")
+            health = await client.get("/health")
+            assert health.status_code == 503
+            assert "the cable came off" in health.json()["error"]["message"]
+
+    asyncio.run(scenario())
+
+
+def test_an_error_in_mid_stream_reaches_the_client(engine):
+    async def scenario() -> str:
+        transport = httpx.ASGITransport(create_app(engine, "tiny"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
+            calls = []
+
+            def explode_later(*_: object) -> None:
+                calls.append(1)
+                if len(calls) > 5:
+                    raise RuntimeError("the cable came off")
+
+            engine.model.register_forward_pre_hook(explode_later)
+            body = {"prompt": "x", "max_tokens": 50, "stream": True, "ignore_eos": True}
+            return (await client.post("/v1/completions", json=body)).text
+
+    events = asyncio.run(scenario()).strip().split("\n\n")
+    assert "the cable came off" in events[-2]
+    assert events[-1] == "data: [DONE]"
