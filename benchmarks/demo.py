@@ -109,6 +109,7 @@ def halve(*arguments: Any) -> dict[str, Any]:
 def ask(directory: Path) -> dict[str, Any]:
     """Starts the endpoint on a free port, asks one question through the openai client, streamed, and stops it."""
     from openai import OpenAI
+
     from serve.server import BackgroundServer
 
     out.print(f"[bold]$ halve serve {directory}[/]", highlight=False)

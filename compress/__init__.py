@@ -1,7 +1,7 @@
 """A dense model goes in, a verified 2:4 checkpoint comes out.
 
-    from compress import compress_model
-    compress_model("Qwen/Qwen3-0.6B", "qwen3-2to4", metric="wanda")
+from compress import compress_model
+compress_model("Qwen/Qwen3-0.6B", "qwen3-2to4", metric="wanda")
 """
 
 from __future__ import annotations

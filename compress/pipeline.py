@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from compress import artefact, calibration, packed
 from compress.blocks import BlockModel, LinearModule, linears_of, oriented, shape_of
+from compress.device import choose_device
 from compress.errors import (
     CalibrationError,
     HalveError,
@@ -89,7 +90,7 @@ def compress_model(
         recipe,
         resume,
         checkpoint_seconds,
-        choose_device(device),
+        choose_device(device)[0],
         progress or (lambda *_: None),
     )
     try:
@@ -97,23 +98,6 @@ def compress_model(
             return run.run()
     finally:
         run.journal.close()
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is a CUDA device where there is one.
-
-    Raises:
-        RecipeError: the device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"unknown device {name!r} (known: auto, cpu, cuda, cuda:N)") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device {name!r} was asked for, and this torch ({torch.__version__}) finds no CUDA device")
-    return device
 
 
 class _Run:

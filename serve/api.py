@@ -71,9 +71,7 @@ class Endpoint:
         self._check_model(body.model)
         prompt = self._render(body)
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        params = self._sampling(
-            body, [prompt], limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None
-        )
+        params = self._sampling(body, [prompt], limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         style = ChatStyle(self.model_name, self._pieces, body.n, logprobs=body.logprobs)
         return await self._answer(body, request, Job([prompt], params, body.n), style)
 
@@ -89,17 +87,13 @@ class Endpoint:
             pairs = zip(body.prompt, prompts, strict=True)
             echoes = [(self._text(given), ids) for given, ids in pairs for _ in range(body.n)]
         count = len(prompts) * body.n
-        style = CompletionStyle(
-            self.model_name, self._pieces, count, logprobs=body.logprobs is not None, echoes=echoes
-        )
+        style = CompletionStyle(self.model_name, self._pieces, count, logprobs=body.logprobs is not None, echoes=echoes)
         return await self._answer(body, request, Job(prompts, params, body.n), style)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:
             hint = did_you_mean(name, [self.model_name])
-            raise ApiError(
-                404, f"There is no model {name!r} here{hint}.", param="model", code="model_not_found"
-            )
+            raise ApiError(404, f"There is no model {name!r} here{hint}.", param="model", code="model_not_found")
 
     def _tokens(self, param: str, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
@@ -119,9 +113,7 @@ class Endpoint:
         except UnicodeEncodeError as error:
             raise bad_request(f"{param}: is not Unicode text: {error.reason}.", param) from error
         # Too long a text is an error of the request, told with both numbers, not a warning in our log.
-        return list(
-            self.engine.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        )
+        return list(self.engine.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def _check_token_ids(self, param: str, ids: list[int]) -> None:
         wrong = [token for token in ids if not 0 <= token < self.engine.vocab_size]
@@ -134,9 +126,7 @@ class Endpoint:
     def _text(self, prompt: str | list[int]) -> str:
         if isinstance(prompt, str):
             return prompt
-        text = self.engine.tokenizer.decode(
-            prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = self.engine.tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
@@ -149,9 +139,7 @@ class Endpoint:
             )
         own = {"tokenize", "conversation", "add_generation_prompt", "chat_template", "tools", "return_dict"}
         if taken := own & body.chat_template_kwargs.keys():
-            raise bad_request(
-                f"chat_template_kwargs: {min(taken)} is not for the template.", "chat_template_kwargs"
-            )
+            raise bad_request(f"chat_template_kwargs: {min(taken)} is not for the template.", "chat_template_kwargs")
         messages = [message.for_template() for message in body.messages]
         try:
             text = tokenizer.apply_chat_template(

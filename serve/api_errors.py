@@ -20,9 +20,7 @@ from serve.engines.base import EngineDeadError
 class ApiError(Exception):
     """An answer that is not the one asked for."""
 
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code = status, code
         self.message = _printable(message)
@@ -91,9 +89,7 @@ def _explain(error: RequestValidationError, content_type: str) -> ApiError:
         return bad_request(f"The body is not valid JSON: {reason} (at character {place[0] if place else 0}).")
     if not place:
         if "json" not in content_type:
-            return bad_request(
-                f"The body has to be JSON, of Content-Type application/json; it is {content_type!r}."
-            )
+            return bad_request(f"The body has to be JSON, of Content-Type application/json; it is {content_type!r}.")
         return bad_request(f"The body has to be a JSON object: {first['msg']}.")
     param = str(place[0])
     for part in place[1:]:

@@ -15,8 +15,10 @@ from compress.quiet import quiet_transformers
 from compress.sources import read_config
 
 
-def load_model(directory: Path, *, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The model of a local directory in its own dtype, in evaluation mode.
+def load_model(
+    directory: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model of a local directory in evaluation mode, in its own dtype or another one.
 
     Raises:
         SourceError: it is no model directory; CorruptCheckpointError: a file is damaged.
@@ -29,7 +31,7 @@ def load_model(directory: Path, *, device: torch.device | str = "cpu") -> PreTra
         check_files(files.files)  # the plugin does it for packed ones
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
     except HalveError:
         raise
     except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:

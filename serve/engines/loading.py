@@ -5,40 +5,20 @@ Each automatic choice returns the value and the reason, for the log.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from compress.device import choose_device
 from compress.errors import HalveError, SourceError, UsageError, did_you_mean
 from serve.engines.directory import require_checkpoint
+from serve.loading import load_model, load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Layers whose cache is keys and values, one column a token; others (recurrent, convolutional) keep a state
 # that cannot be padded, so a batch of them cannot be formed this way.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-
-
-def choose_device(wish: str) -> tuple[torch.device, str]:
-    """The device to run on, and why. Raises `UsageError` for one that is not there."""
-    cuda = torch.cuda.is_available()
-    if wish == "auto":
-        if cuda:
-            return torch.device("cuda"), f"a CUDA device is there: {torch.cuda.get_device_name()}"
-        return torch.device("cpu"), "no CUDA device is there"
-    try:
-        device = torch.device(wish)
-    except RuntimeError:
-        raise UsageError(f"--device {wish!r} is not a device; use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(
-            f"--device {wish}: this machine has {torch.cuda.device_count()} CUDA devices that torch "
-            f"{torch.__version__} can use. Leave the flag out to let halve choose."
-        )
-    return device, "asked for"
 
 
 def choose_dtype(wish: str, stored: torch.dtype | None, device: torch.device) -> tuple[torch.dtype, str]:
@@ -60,28 +40,19 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
     Raises `SourceError` where the directory is not a causal language model with a tokenizer.
     """
     path = require_checkpoint(directory)
-    _register_packed_format()
     place, why_place = choose_device(device)
     try:
-        config = AutoConfig.from_pretrained(path)
-        stored = config.get_text_config().dtype
-        kind, why_kind = choose_dtype(dtype, stored if isinstance(stored, torch.dtype) else None, place)
-        _check_layers(config.get_text_config(), directory)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        # Drops a truncation or padding that tokenizer.json may ask for. Done here because to change a
-        # tokenizer while another thread decodes with it fails; from now on it is only read.
-        tokenizer("", verbose=False)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise SourceError(f"The checkpoint {directory!r} cannot be loaded: {error}") from error
-    torch.nn.Module.to(model, place)
-    return model.eval(), tokenizer, [f"device {place}: {why_place}", f"dtype {str(kind)[6:]}: {why_kind}"]
-
-
-def _register_packed_format() -> None:
-    """Teaches transformers to read packed 2:4 checkpoints."""
-    if importlib.util.find_spec("serve.transformers_plugin"):
-        importlib.import_module("serve.transformers_plugin").register()
+        config = AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"the checkpoint {directory!r} cannot be loaded: {error}") from None
+    _check_layers(config, directory)
+    kind, why_kind = choose_dtype(dtype, config.dtype if isinstance(config.dtype, torch.dtype) else None, place)
+    tokenizer = load_tokenizer(path)
+    # Drops a truncation or padding that tokenizer.json may ask for. Done here because to change a
+    # tokenizer while another thread decodes with it fails; from now on it is only read.
+    tokenizer("", verbose=False)
+    model = load_model(path, device=place, dtype=kind)
+    return model, tokenizer, [f"device {place}: {why_place}", f"dtype {str(kind)[6:]}: {why_kind}"]
 
 
 def _check_layers(config: object, directory: str) -> None:
@@ -105,9 +76,7 @@ def choose_context(config: object, tokenizer: Tokenizer, wish: int | None) -> tu
     if wish < 1:
         raise UsageError(f"--max-model-len {wish} is not a length; it has to be at least 1.")
     if trained is not None and wish > trained:
-        raise UsageError(
-            f"--max-model-len {wish} is more than the {trained} positions that the model was made for."
-        )
+        raise UsageError(f"--max-model-len {wish} is more than the {trained} positions that the model was made for.")
     return wish, "asked for"
 
 

@@ -98,9 +98,7 @@ def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[T
     """Log-softmax of ``logits`` [positions, vocab] at ``tokens`` [positions], with the ``top`` likeliest."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-    values, ids = (
-        logprobs.topk(min(top, logits.shape[1])) if top else (logprobs[:, :0], tokens[:, None][:, :0])
-    )
+    values, ids = logprobs.topk(min(top, logits.shape[1])) if top else (logprobs[:, :0], tokens[:, None][:, :0])
     return [
         TokenLogprob(token, logprob, tuple(zip(row_ids, row_values, strict=True)))
         for token, logprob, row_ids, row_values in zip(

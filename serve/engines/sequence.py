@@ -78,9 +78,7 @@ class Sequence:
     def push_nothing(self) -> Delta:
         """The end of a sequence that only wanted its prompt scored."""
         self.ended = True
-        return Delta(
-            time.perf_counter(), prompt_logprobs=self._take_prompt_logprobs(), finish_reason="length"
-        )
+        return Delta(time.perf_counter(), prompt_logprobs=self._take_prompt_logprobs(), finish_reason="length")
 
     def fail(self, message: str) -> Delta:
         self.ended = True

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from compress import calibration
+from compress.device import choose_device
 from compress.errors import SourceError
-from compress.pipeline import choose_device
 from serve.kernels import choose
 from serve.linear import Sparse24Linear
 from serve.loading import linear_bytes, load_model, load_tokenizer, weight_bytes
@@ -41,7 +41,7 @@ def evaluate(
     Raises:
         SourceError: the two have tokenizers that cut the text differently, so that their figures cannot be compared.
     """
-    place = choose_device(device)
+    place, _ = choose_device(device)
     tokens = calibration.evaluation_windows(text, load_tokenizer(directory), length=length, windows=windows)
     if against is not None:
         others = calibration.evaluation_windows(text, load_tokenizer(against), length=length, windows=windows)
@@ -103,7 +103,7 @@ def bench(
         A document with every sample, medians, the ratios with their spread, bytes on disk and in memory, and which
         backend multiplied the sparse layers, and why.
     """
-    place = choose_device(device)
+    place, _ = choose_device(device)
     paths = {"dense": against, "sparse": directory} if against else {"model": directory}
     models = {name: load_model(path, device=place) for name, path in paths.items() if path is not None}
     speeds = measure_speed(models, prompt=prompt, output=output, batch=batch, rounds=rounds, progress=progress)

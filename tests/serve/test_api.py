@@ -38,9 +38,7 @@ def test_models_health_and_version(client, server):
 def test_chat_whole_and_streamed_agree(client, tokenizer):
     fields = {"model": "tiny", "messages": HELLO, "max_tokens": 30, "seed": 3, "extra_body": EXACT}
     whole = client.chat.completions.create(**fields)
-    chunks = list(
-        client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True})
-    )
+    chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
     assert whole.choices[0].finish_reason == "length"
     assert whole.choices[0].message.role == chunks[0].choices[0].delta.role == "assistant"
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -153,9 +151,7 @@ def test_stop_strings_over_token_borders(client, tokenizer):
     # From the middle of one token to the middle of another.
     stop = next(full.text[at : at + 5] for at in range(8, 40) if full.text.find(full.text[at : at + 5]) == at)
     for stream in (False, True):
-        answer = complete(
-            client, max_tokens=60, temperature=0, logprobs=0, stop=[stop, "never"], stream=stream
-        )
+        answer = complete(client, max_tokens=60, temperature=0, logprobs=0, stop=[stop, "never"], stream=stream)
         choices = [chunk.choices[0] for chunk in answer] if stream else [answer.choices[0]]
         text = "".join(choice.text for choice in choices)
         assert text == full.text[: full.text.index(stop)]

@@ -39,8 +39,7 @@ def test_greedy_equals_generate_alone_and_in_a_batch(engine, reference, tokenize
     expected = [generate(reference, ids, count) for ids, count in zip(prompts, counts, strict=True)]
     eos = tokenizer.eos_token_id
     jobs = [
-        (ids, greedy(count, logprobs=0, logit_bias={eos: -100}))
-        for ids, count in zip(prompts, counts, strict=True)
+        (ids, greedy(count, logprobs=0, logit_bias={eos: -100})) for ids, count in zip(prompts, counts, strict=True)
     ]
     assert [tokens_of(collect(engine, [job])[0]) for job in jobs] == expected
     assert [tokens_of(deltas) for deltas in collect(engine, jobs)] == expected
@@ -109,9 +108,7 @@ def test_sampling_follows_the_distribution(engine, reference, tokenizer):
     expected = torch.softmax(logits[order] / 0.7, -1)
     inside = [i for i in range(12) if expected[:i].sum() < 0.9]
     expected = expected[inside] / expected[inside].sum()
-    params = [
-        SamplingParams(1, 0.7, top_k=12, top_p=0.9, seed=s, ignore_eos=True, logprobs=0) for s in range(600)
-    ]
+    params = [SamplingParams(1, 0.7, top_k=12, top_p=0.9, seed=s, ignore_eos=True, logprobs=0) for s in range(600)]
     drawn = [tokens_of(deltas)[0] for deltas in collect(engine, [(ids, p) for p in params])]
     assert set(drawn) <= {order[i] for i in inside}
     shares = torch.tensor([drawn.count(order[i]) / 600 for i in inside], dtype=torch.float64)

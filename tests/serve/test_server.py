@@ -60,9 +60,7 @@ def test_it_stops_when_its_parent_dies(model_dir):
         "server = BackgroundServer(sys.argv[1], device='cpu').__enter__()\n"
         "print(server.base_url, flush=True)\ntime.sleep(60)\n"
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script, str(model_dir)], stdout=subprocess.PIPE, text=True
-    )
+    parent = subprocess.Popen([sys.executable, "-c", script, str(model_dir)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     url = parent.stdout.readline().strip() + "/models"
     assert httpx.get(url).status_code == 200
