@@ -4,8 +4,8 @@
 
 Both sides use the same weights, greedy, with the end-of-sequence token ignored, and take turns; a round is
 one request of ``--tokens`` tokens after a short prompt, prefill included. The ratio is of medians; its spread
-is the smallest and largest ratio of neighbouring turns. A second table shows what batching gains: the engine's
-tokens/s at 2, 4 and 8 concurrent requests. The last line is one JSON document.
+is the smallest and largest ratio of neighbouring turns. A second table shows what batching gains: the
+engine's tokens/s at 2, 4 and 8 concurrent requests. The last line is one JSON document.
 """
 
 from __future__ import annotations

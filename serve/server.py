@@ -177,6 +177,10 @@ class BackgroundServer:
                     stream.close()
         return self._process.returncode
 
+    def wait(self, timeout: float = GRACE_SECONDS + 10) -> int:
+        """Waits until the server ends by itself, and returns its exit code."""
+        return self._process.wait(timeout)
+
     @property
     def pid(self) -> int:
         return self._process.pid

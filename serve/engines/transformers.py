@@ -9,8 +9,9 @@ Why not the continuous-batching manager that transformers ships (read and tried 
 about as fast as `generate` and idles well, but sampling is a property of the manager, from one global random
 generator, so requests cannot differ in greedy or sampled and cannot have a seed; it reports one
 log-probability a token (no alternatives) and none for the prompt, which `echo` needs; and it reserves its
-whole cache when it starts, sized by the machine and not by what runs. Sampling and logits are inside its step,
-where it has no extension point. What is used of transformers is its public `Cache` classes (`kv_cache.py`).
+whole cache when it starts, sized by the machine and not by what runs. Sampling and logits are inside its
+step, where it has no extension point. What is used of transformers is its public `Cache` classes
+(`kv_cache.py`).
 """
 
 from __future__ import annotations

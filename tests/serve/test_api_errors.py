@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import httpx
 import openai
@@ -160,6 +162,8 @@ def test_a_key_and_a_model_without_a_template(chatless_dir):
             assert client.models.list().data[0].id == "tiny-base"
             with pytest.raises(openai.BadRequestError, match="no chat template"):
                 client.chat.completions.create(model="tiny-base", **CHAT)
+        os.kill(server.pid, signal.SIGINT)
+        assert server.wait() == 0
 
 
 def test_a_dead_engine_is_unhealthy(engine):
