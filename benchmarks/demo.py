@@ -24,7 +24,7 @@ from compress.errors import HalveError
 
 SAMPLES, LENGTH = 64, 512
 EVALUATION_WINDOWS = 20
-QUESTION = "What is the capital of France? Answer in one sentence."
+QUESTION = "Tell me about the sun."
 RESULTS = Path(__file__).parent / "results"
 
 

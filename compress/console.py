@@ -72,7 +72,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
         yield update
 
 
-def run_app(app: typer.Typer) -> None:
+def run_app(app: Callable[[], object]) -> None:
     """Runs a command line; a user's mistake is one message, and never a traceback.
 
     Exit codes: 0 done, 1 a check or gate failed, 2 the call or the input is wrong, 130 interrupted.

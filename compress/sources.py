@@ -103,6 +103,7 @@ def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) 
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.quantizers.base import HfQuantizer
+    from transformers.utils import quantization_config
 
     if not gguf.is_file():
         raise SourceError(f"there is no file {gguf}")
@@ -111,7 +112,10 @@ def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) 
     partial.mkdir(parents=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+        options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": dtype}
+        if hasattr(quantization_config, "GgufConfig"):  # newer versions keep the weights quantized unless told not to
+            options["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
         if isinstance(quantizer := getattr(model, "hf_quantizer", None), HfQuantizer):
             quantizer.remove_quantization_config(model)
         model.save_pretrained(partial)
