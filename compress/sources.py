@@ -21,6 +21,7 @@ _HUB_PATTERNS = [
     "LICENSE*",
     "additional_chat_templates/*",
 ]
+_HUB_DUPLICATES = ["consolidated*", "original/*"]  # the same weights again, in their makers' own layout
 
 
 class Source:
@@ -84,7 +85,7 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(repository, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_DUPLICATES))
     except RepositoryNotFoundError:
         raise SourceError(
             f"{repository!r} is neither a directory here nor a model on the hub (is it private? see `hf auth login`)"
