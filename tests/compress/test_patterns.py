@@ -27,7 +27,9 @@ def groups(draw: st.DrawFn) -> tuple[NMPattern, Tensor]:
     m = draw(st.integers(2, 17))
     keep_n = draw(st.integers(1, m - 1))
     rows, count = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    values = draw(st.lists(draw(st.sampled_from([tied, distinct])), min_size=rows * count * m, max_size=rows * count * m))
+    values = draw(
+        st.lists(draw(st.sampled_from([tied, distinct])), min_size=rows * count * m, max_size=rows * count * m)
+    )
     return NMPattern(keep_n, m), torch.tensor(values).view(rows, count * m)
 
 
@@ -35,7 +37,11 @@ def groups(draw: st.DrawFn) -> tuple[NMPattern, Tensor]:
 def test_nm_mask_keeps_the_largest_of_every_group(case: tuple[NMPattern, Tensor]) -> None:
     pattern, scores = case
     expected = [
-        [kept for start in range(0, len(row), pattern.m) for kept in kept_of(row[start : start + pattern.m], pattern.keep_n)]
+        [
+            kept
+            for start in range(0, len(row), pattern.m)
+            for kept in kept_of(row[start : start + pattern.m], pattern.keep_n)
+        ]
         for row in scores.tolist()
     ]
     assert pattern.mask(scores).tolist() == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,7 +47,9 @@ def test_against_float64(dtype: torch.dtype, t: int, k: int) -> None:
     statistics = gathered([x[: t // 3], x[t // 3 :]])
     exact = x.double()
     assert statistics.count == t
-    torch.testing.assert_close(statistics.sum, exact.sum(dim=0), rtol=0, atol=1e-6 * float(exact.abs().sum(dim=0).max()))
+    torch.testing.assert_close(
+        statistics.sum, exact.sum(dim=0), rtol=0, atol=1e-6 * float(exact.abs().sum(dim=0).max())
+    )
     torch.testing.assert_close(statistics.sum_of_squares, exact.square().sum(dim=0), rtol=2e-6, atol=0)
     assert gram_error(statistics.gram, x) < 1e-5
     assert statistics.gram.dtype == torch.float32
@@ -70,7 +74,7 @@ def test_gram_of_float32_inputs_is_not_rounded_to_bfloat16() -> None:
 def test_batches_do_not_matter(cuts: list[int], dtype: torch.dtype) -> None:
     x = inputs(300, 24, dtype=dtype)
     edges = [0, *sorted(cuts), 300]
-    parts = [x[a:b] for a, b in zip(edges, edges[1:], strict=False)]  # unequal, some of them empty
+    parts = [x[a:b] for a, b in itertools.pairwise(edges)]  # unequal, some of them empty
     whole, split = gathered([x]), gathered(parts)
     assert split.count == whole.count == 300
     scale = x.double().abs().sum(dim=0)
