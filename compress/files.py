@@ -133,6 +133,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str], int]
                 raise ValueError(f"the header says it has {length} bytes, the file has {size}")
             header: dict[str, Any] = json.loads(handle.read(length))
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("the header's metadata are not a mapping of texts")
         tensors = {}
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -252,9 +254,12 @@ def _find_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [name for name in names if not (directory / name).is_file()]
+            if not names:
+                raise ValueError("it names no tensor")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CorruptCheckpointError(f"{index} is not a safetensors index: {error}") from None
-        if missing := [name for name in names if not (directory / name).is_file()]:
+        if missing:
             raise CorruptCheckpointError(
                 f"{index} names {missing[0]}, which is not there ({len(missing)} of {len(names)} files are missing)"
             )
