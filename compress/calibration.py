@@ -142,7 +142,8 @@ def _read_dataset(source: str, path: Path) -> Iterator[str]:
                 raise CalibrationError(f"the data set {source!r} has no column 'text' (it has: {', '.join(row)})")
             yield row["text"]
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"cannot read the data set {source!r}: {str(error).splitlines()[0]}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"cannot read the data set {source!r}: {reason}") from None
 
 
 def _until(documents: Iterable[str], characters: int) -> Iterator[str]:
