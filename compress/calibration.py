@@ -139,7 +139,9 @@ def _read_dataset(source: str, path: Path) -> Iterator[str]:
         # (a directory by its path, in which ~ is resolved)
         for row in load_dataset(str(path) if path.is_dir() else source, split="train", streaming=True):
             if not isinstance(row.get("text"), str):
-                raise CalibrationError(f"the data set {source!r} has no column 'text' (it has: {', '.join(row)})")
+                raise CalibrationError(
+                    f"the data set {source!r} has a row without a text in a column 'text' (its columns: {', '.join(row)})"
+                )
             yield row["text"]
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
