@@ -13,7 +13,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,14 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str], int]
                 raise ValueError(f"the header says it has {length} bytes, the file has {size}")
             header: dict[str, Any] = json.loads(handle.read(length))
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("the header's metadata are not a mapping of texts")
         tensors = {}
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"halve does not know the dtype {entry['dtype']} of {name}")
             info = TensorInfo(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
             if begin != end or stop - begin != info.nbytes:
                 raise ValueError(f"the header's offsets of {name} do not fit its shape and dtype")
@@ -149,13 +153,14 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str], int]
     return tensors, metadata, 8 + length
 
 
-def write_shard(path: Path, entries: Iterable[Entry], metadata: dict[str, str] | None = None) -> None:
+def write_shard(path: Path, entries: Iterable[Entry]) -> None:
     """Writes one sealed safetensors file, a tensor at a time, under a temporary name first."""
     # Wide dtypes first keeps every tensor aligned to its own width.
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {}), DIGEST_KEY: _NO_DIGEST}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", DIGEST_KEY: _NO_DIGEST}}
     offset = 0
     for entry in ordered:
+        assert entry.name not in header, f"{entry.name} is written twice"
         header[entry.name] = {
             "dtype": _DTYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
@@ -223,7 +228,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only place refuses this, too; the first error is the one to explain
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise explain_os_error(error, path) from None
         raise
@@ -232,7 +238,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def explain_os_error(error: OSError, path: Path) -> Exception:
     """An OutputError for the failures that a user can mend, else the error itself."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"no disk space left while writing {path}; free some and run the same command with --resume")
+        return OutputError(
+            f"no disk space left while writing {path}; free some and run the same command again (`halve compress` goes on with --resume)"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return OutputError(f"cannot write {path}: {error.strerror}")
     return error
@@ -251,9 +259,12 @@ def _find_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [name for name in names if not (directory / name).is_file()]
+            if not names:
+                raise ValueError("it names no tensor")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CorruptCheckpointError(f"{index} is not a safetensors index: {error}") from None
-        if missing := [name for name in names if not (directory / name).is_file()]:
+        if missing:
             raise CorruptCheckpointError(
                 f"{index} names {missing[0]}, which is not there ({len(missing)} of {len(names)} files are missing)"
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.errors import NumericalError
 from compress.methods import Pruning, parse_options
 from compress.packed import canonical, require_finite
-from compress.patterns import NMPattern
+from compress.patterns import NMPattern, Pattern
 from compress.recipe import Recipe
 from compress.statistics import InputStatistics, exact_products
 
@@ -51,7 +51,7 @@ def prune_layer(name: str, weight: Tensor, statistics: InputStatistics, recipe: 
         raise NumericalError(f"{name}: {error}") from None
     pruned = canonical(result.weight.to(weight.dtype))
     require_finite(pruned, f"{name} after {reconstruction.name}")
-    _check_mask(name, pruned, result.mask, pattern.keep_n / pattern.m if isinstance(pattern, NMPattern) else None)
+    _check_mask(name, pruned, result.mask, pattern)
     record = {
         "metric": metric.name if metric else reconstruction.name,
         "reconstruction": reconstruction.name,
@@ -71,11 +71,13 @@ def relative_output_error(dense: Tensor, pruned: Tensor, inputs: Tensor) -> floa
     return float((after - before).square().sum(dtype=torch.float64)) / energy if energy else 0.0
 
 
-def _check_mask(name: str, pruned: Tensor, mask: Tensor, keep: float | None) -> None:
-    """A method's promise, checked on what will be saved: zero where the mask says so, and as many as the pattern says."""
+def _check_mask(name: str, pruned: Tensor, mask: Tensor, pattern: Pattern) -> None:
+    """A method's promise, checked on what will be saved: zero where the mask says so, and N kept in every group of M."""
     if bool(pruned.masked_fill(mask, 0).any()):
         raise AssertionError(f"{name}: the reconstruction left a weight where its mask says that it is pruned")
-    if keep is not None and int(mask.sum()) != round(keep * mask.numel()):
-        raise AssertionError(
-            f"{name}: the mask keeps {int(mask.sum())} of {mask.numel()} weights, the pattern {keep:g} of them"
-        )
+    if isinstance(pattern, NMPattern):
+        kept = mask.unflatten(-1, (-1, pattern.m)).sum(dim=-1)
+        if wrong := int((kept != pattern.keep_n).sum()):
+            raise AssertionError(
+                f"{name}: the mask keeps another number than {pattern.keep_n} in {wrong} of {kept.numel()} groups of {pattern.m}"
+            )

@@ -56,7 +56,8 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
         if int(info) == 0:
             identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).to(gram.dtype)
-            if bool(torch.isfinite(upper).all()):
+            # (an infinity on the diagonal of the Gram matrix gives a factor of zeros)
+            if bool(torch.isfinite(upper).all()) and bool((upper.diagonal() > 0).all()):
                 return InverseFactor(upper.contiguous(), tried, None if tried == damping else damping, dead)
         if tried >= MAX_DAMPING:
             raise NumericalError(

@@ -62,7 +62,8 @@ class NMPattern:
         """
         # A member starts behind all earlier ones; each comparison that a later one wins swaps one place.
         like = scores[0]
-        rank = [torch.full(like.shape, i, dtype=torch.int8, device=like.device) for i in range(self.m)]
+        counter = torch.int8 if self.m <= 128 else torch.int32  # ranks go up to m - 1
+        rank = [torch.full(like.shape, i, dtype=counter, device=like.device) for i in range(self.m)]
         for i in range(self.m):
             for j in range(i + 1, self.m):
                 later_wins = torch.gt(scores[j], scores[i]).view(torch.int8)
@@ -114,7 +115,7 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
             raise RecipeError(
                 f"pattern {text!r}: N weights of M are kept, so 0 < N < M must hold; 2:4 is the usual one"
             )
-        if sparsity is not None and abs(sparsity - (1 - keep_n / m)) > 1e-9:
+        if sparsity is not None and not abs(sparsity - (1 - keep_n / m)) <= 1e-9:  # a NaN is refused, too
             raise RecipeError(
                 f"pattern {text!r} has a sparsity of {1 - keep_n / m:g}, but sparsity={sparsity:g} was asked for; "
                 "leave sparsity out, or use pattern 'unstructured'"

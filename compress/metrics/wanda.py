@@ -9,7 +9,7 @@ from compress.statistics import InputStatistics
 
 
 def wanda(weight: Tensor, statistics: InputStatistics, options: Options | None = None) -> Tensor:
-    """S_ij = |W_ij| · ‖X_:j‖₂ (Sun et al. 2023, equation 1). ``weight`` [N, K] -> [N, K] float32.
+    """S_ij = |W_ij| · ‖X_:j‖₂ (Sun et al. 2023, equation 1). ``weight`` [N, K] -> [N, K].
 
     The norm is over all calibration tokens; a constant factor (their number) changes no decision. It is the
     optimal-brain score of removing one weight when the Hessian XᵀX is taken to be diagonal.

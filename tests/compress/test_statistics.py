@@ -1,0 +1,173 @@
+"""Sums over the calibration inputs against float64, however the inputs are cut into batches."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compress.errors import NumericalError
+from compress.statistics import SAMPLE_TOKENS, Gram, InputStatistics, exact_products
+
+EVERYTHING = ("sum", "sum_of_squares", "gram", "sample")
+
+
+def inputs(t: int, k: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Correlated, with a mean, and with channels that are a hundred times larger than the others, as in real models."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(k, k, generator=generator) / k**0.5
+    x = torch.randn(t, k, generator=generator) @ mixing + 0.4 * torch.randn(k, generator=generator)
+    x[:, :: max(k // 3, 1)] *= 100
+    return x.to(dtype)
+
+
+def gathered(batches: list[Tensor], needs: tuple[str, ...] = EVERYTHING) -> InputStatistics:
+    k = batches[0].shape[-1]
+    statistics = InputStatistics(needs, k, tokens=sum(batch.numel() // k for batch in batches))
+    for batch in batches:
+        statistics.update(batch)
+    return statistics
+
+
+def gram_error(gram: Tensor, x: Tensor) -> float:
+    """The largest error of an entry in units of sqrt(H_ii H_jj), which bounds that entry (Cauchy-Schwarz)."""
+    exact = x.double().T @ x.double()
+    scale = exact.diagonal().sqrt()
+    return float(((gram.double() - exact).abs() / (scale[:, None] * scale)).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("t", "k"), [(1, 8), (700, 48), (900, 96)])
+def test_against_float64(dtype: torch.dtype, t: int, k: int) -> None:
+    x = inputs(t, k, dtype=dtype)
+    statistics = gathered([x[: t // 3], x[t // 3 :]])
+    exact = x.double()
+    assert statistics.count == t
+    torch.testing.assert_close(
+        statistics.sum, exact.sum(dim=0), rtol=0, atol=1e-6 * float(exact.abs().sum(dim=0).max())
+    )
+    torch.testing.assert_close(statistics.sum_of_squares, exact.square().sum(dim=0), rtol=2e-6, atol=0)
+    assert gram_error(statistics.gram, x) < 1e-5
+    assert statistics.gram.dtype == torch.float32
+
+
+def test_gram_over_several_panels() -> None:
+    """More columns than a panel, the last of them partial; symmetric to the bit."""
+    x = inputs(300, 2 * Gram.panel + 72, dtype=torch.bfloat16)
+    gram = gathered([x[:111], x[111:]], ("gram",)).gram
+    assert gram_error(gram, x) < 1e-5
+    assert torch.equal(gram, gram.T)
+
+
+def test_gram_of_float32_inputs_is_not_rounded_to_bfloat16() -> None:
+    """Offsets below bfloat16's resolution: one ulp of rounding would be a hundred times the bound."""
+    x = 1 + torch.rand(400, 64, generator=torch.Generator().manual_seed(0)) * 2e-3
+    assert gram_error(gathered([x], ("gram",)).gram, x.bfloat16().float()) > 1e-4, "the test must see a difference"
+    assert gram_error(gathered([x], ("gram",)).gram, x) < 1e-6
+
+
+@given(cuts=st.lists(st.integers(0, 300), max_size=6), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_batches_do_not_matter(cuts: list[int], dtype: torch.dtype) -> None:
+    x = inputs(300, 24, dtype=dtype)
+    edges = [0, *sorted(cuts), 300]
+    parts = [x[a:b] for a, b in itertools.pairwise(edges)]  # unequal, some of them empty
+    whole, split = gathered([x]), gathered(parts)
+    assert split.count == whole.count == 300
+    scale = x.double().abs().sum(dim=0)
+    assert float(((split.sum - whole.sum).abs() / scale).max()) < 1e-6
+    torch.testing.assert_close(split.sum_of_squares, whole.sum_of_squares, rtol=1e-6, atol=0)
+    assert gram_error(split.gram, x) < 1e-5
+    assert torch.equal(split.sample, whole.sample)
+
+
+def test_batch_and_sequence_axes_are_tokens() -> None:
+    x = inputs(60, 16)
+    flat, shaped = gathered([x]), gathered([x.view(3, 20, 16)])
+    assert shaped.count == 60
+    assert torch.equal(shaped.gram, flat.gram)
+    assert torch.equal(shaped.sum, flat.sum)
+    assert torch.equal(shaped.sample, flat.sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_inputs_are_left_alone(dtype: torch.dtype) -> None:
+    """They are the model's activations, and the layer that is watched reads them next."""
+    x = inputs(30, 16, dtype=dtype)
+    before = x.clone()
+    gathered([x])
+    assert torch.equal(x, before)
+
+
+def test_the_sample_is_a_copy() -> None:
+    x = inputs(30, 16)
+    statistics = gathered([x], ("sample",))
+    expected = x.clone()
+    x.zero_()
+    assert torch.equal(statistics.sample, expected)
+
+
+@given(tokens=st.integers(1, 3000), cut=st.integers(0, 3000))
+def test_the_sample_is_spread_evenly(tokens: int, cut: int) -> None:
+    x = torch.arange(float(tokens))[:, None]
+    cut = min(cut, tokens)
+    rows = gathered([x[:cut], x[cut:]], ("sample",)).sample[:, 0]
+    assert min(tokens, SAMPLE_TOKENS) <= len(rows) < 2 * SAMPLE_TOKENS
+    assert rows[0] == 0
+    assert len(rows.diff().unique()) <= 1, "one stride"
+    assert tokens - rows[-1] <= max(1, tokens // SAMPLE_TOKENS), "up to the end"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("statistic", EVERYTHING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_non_finite_inputs_are_refused_with_the_layer(bad: float, statistic: str, dtype: torch.dtype) -> None:
+    x = inputs(40, 16, dtype=dtype)
+    gathered([x], (statistic,)).require_finite("model.layers.3.mlp.up_proj")
+    x[7, 5] = bad
+    with pytest.raises(NumericalError, match=r"model\.layers\.3\.mlp\.up_proj: .* NaN or infinity .*'" + statistic):
+        gathered([x], (statistic,)).require_finite("model.layers.3.mlp.up_proj")
+
+
+def test_only_declared_statistics() -> None:
+    statistics = gathered([inputs(4, 8)], ("sum",))
+    for name in ("gram", "sum_of_squares", "sample"):
+        with pytest.raises(KeyError, match=f"{name}.* was not gathered"):
+            getattr(statistics, name)
+    with pytest.raises(KeyError, match="no statistic 'grams'; did you mean 'gram'"):
+        InputStatistics({"grams"}, 8, tokens=1)
+
+
+def precision() -> str:
+    return torch.backends.mkldnn.matmul.fp32_precision
+
+
+def test_exact_products_is_for_bfloat16_only_and_ends() -> None:
+    before = precision()
+    with exact_products(torch.bfloat16):
+        assert precision() == "bf16"
+        with exact_products(torch.bfloat16, torch.bfloat16):
+            assert precision() == "bf16"
+        assert precision() == "bf16"
+    assert precision() == before
+    for dtypes in [(torch.float32,), (torch.float16,), (torch.bfloat16, torch.float32)]:
+        with exact_products(*dtypes):
+            assert precision() == before
+
+
+def test_exact_products_ends_after_an_exception() -> None:
+    before = precision()
+    with pytest.raises(ZeroDivisionError), exact_products(torch.bfloat16):
+        raise ZeroDivisionError
+    assert precision() == before
+
+
+def test_gathering_leaves_the_global_setting() -> None:
+    before = precision()
+    gathered([inputs(8, 8, dtype=torch.bfloat16)])
+    with pytest.raises(RuntimeError):
+        Gram(8, torch.device("cpu"), 8).update(inputs(8, 9, dtype=torch.bfloat16))
+    assert precision() == before
