@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import importlib.resources
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def read_documents(source: str) -> Iterator[str]:
                     yield "" if row == " " else row
             else:
                 yield handle.read()
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise CalibrationError(f"cannot read the text {path}: {error}") from None
 
 
@@ -135,7 +136,8 @@ def _read_dataset(source: str, path: Path) -> Iterator[str]:
             f"reading the data set {source!r} needs the package 'datasets': pip install 'halve[hub]'"
         ) from None
     try:
-        for row in load_dataset(source, split="train", streaming=True):
+        # (a directory by its path, in which ~ is resolved)
+        for row in load_dataset(str(path) if path.is_dir() else source, split="train", streaming=True):
             if not isinstance(row.get("text"), str):
                 raise CalibrationError(f"the data set {source!r} has no column 'text' (it has: {', '.join(row)})")
             yield row["text"]

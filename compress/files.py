@@ -13,7 +13,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only place refuses this, too; the first error is the one to explain
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise explain_os_error(error, path) from None
         raise

@@ -78,10 +78,11 @@ def pack(weight: Tensor, name: str = "weight") -> PackedWeight:
     kept = PATTERN.mask(
         nonzero.to(torch.uint8)
     )  # ties go to the lower column, so missing ones are filled with the lowest zeros
-    if lost := int((nonzero & ~kept).sum()):
-        row, column = (nonzero & ~kept).nonzero()[0].tolist()
+    if bool((lost := nonzero & ~kept).any()):
+        groups = int(lost.unflatten(-1, (-1, 4)).any(dim=-1).sum())
+        row, column = lost.nonzero()[0].tolist()
         raise CorruptCheckpointError(
-            f"{name} is not 2:4: {lost} groups of four have more than two non-zero values "
+            f"{name} is not 2:4: {groups} groups of four have more than two non-zero values "
             f"(the first in row {row}, columns {column // 4 * 4} to {column // 4 * 4 + 3})"
         )
     values = canonical(weight)[kept].view(weight.shape[0], -1)

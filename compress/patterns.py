@@ -60,7 +60,8 @@ class NMPattern:
 
         No sort: the rank of a member is the number of members that beat it, m (m - 1) / 2 comparisons.
         """
-        rank = [torch.zeros(scores[0].shape, dtype=torch.int8, device=scores[0].device) for _ in scores]
+        counter = torch.int8 if self.m <= 128 else torch.int32  # ranks go up to m - 1
+        rank = [torch.zeros(scores[0].shape, dtype=counter, device=scores[0].device) for _ in scores]
         for i in range(self.m):
             for j in range(i + 1, self.m):
                 later_wins = scores[j] > scores[i]
@@ -112,7 +113,7 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
             raise RecipeError(
                 f"pattern {text!r}: N weights of M are kept, so 0 < N < M must hold; 2:4 is the usual one"
             )
-        if sparsity is not None and abs(sparsity - (1 - keep_n / m)) > 1e-9:
+        if sparsity is not None and not abs(sparsity - (1 - keep_n / m)) <= 1e-9:  # a NaN is refused, too
             raise RecipeError(
                 f"pattern {text!r} has a sparsity of {1 - keep_n / m:g}, but sparsity={sparsity:g} was asked for; "
                 "leave sparsity out, or use pattern 'unstructured'"

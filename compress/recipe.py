@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,15 @@ from compress.patterns import Group, NMPattern, Pattern, parse_pattern
 from compress.reconstruction import RECONSTRUCTIONS
 
 Scalar = bool | int | float | str
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.1 reads a bare ``2:4`` as a number to the base 60 (124); here it is the text that it looks like."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [("tag:yaml.org,2002:str", re.compile(r"[0-9]+:[0-9]+$")), *resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class Recipe(BaseModel):
@@ -140,7 +150,7 @@ class Recipe(BaseModel):
     def load(cls, path: Path, **overrides: Any) -> Recipe:
         """Reads a YAML file; what is given beside it wins. Reads a saved ``recipe.yaml`` of an artefact, too."""
         try:
-            data = yaml.safe_load(path.read_text())
+            data = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

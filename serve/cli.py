@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
 import typer
 
 import compress.cli
-from compress.console import run_app
+from compress.cli import Directory
+from compress.console import Json, emit, human_bytes, out, progress_bar, run_app, table
 from compress.version import version
 
 app = typer.Typer(
@@ -13,9 +17,11 @@ app = typer.Typer(
     help="Prune language models to 2:4, pack them into 9/16 of the bytes, serve them, and measure what it gained.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=True,
     rich_markup_mode="rich",
 )
+
+Against = Annotated[Path | None, typer.Option(help="the dense checkpoint to compare with", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
 
 
 def _version(value: bool) -> None:
@@ -26,12 +32,137 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    show_version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="print the version"),
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 
 
 compress.cli.register(app)
+
+
+@app.command("eval")
+def evaluate(
+    directory: Directory,
+    against: Against = None,
+    text: Annotated[str, typer.Option(help="wikitext2, c4, a .txt or .jsonl[.gz] file, or a data set")] = "wikitext2",
+    length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 2048,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="how many windows, from the start; left out: all", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity, dense beside sparse, on the same windows."""
+    from serve.measure.commands import evaluate as run
+
+    with progress_bar("evaluating") as progress:
+        document = run(
+            directory, against=against, text=text, length=length, windows=windows, device=device, progress=progress
+        )
+
+    def human() -> None:
+        protocol = document["protocol"]
+        rows = [[m["directory"], m["dtype"], f"{m['perplexity']:.2f}"] for m in document["models"]]
+        title = f"perplexity of {protocol['text']}, {protocol['windows']} windows of {protocol['length']} tokens"
+        out.print(table(title, "checkpoint", "dtype", "perplexity", rows=rows))
+        if "ratio" in document:
+            out.print(f"ratio {document['ratio']:.3f}", highlight=False)
+
+    emit(document, as_json, human)
+
+
+@app.command()
+def bench(
+    directory: Directory,
+    against: Against = None,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens in the prompt")] = 128,
+    output: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="how often each model is measured, in turn")] = 5,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time to first token, time per output token, bytes: dense against sparse, interleaved."""
+    from serve.measure.commands import bench as run
+
+    with progress_bar("measuring") as progress:
+        document = run(
+            directory,
+            against=against,
+            prompt=prompt,
+            output=output,
+            batch=batch,
+            rounds=rounds,
+            device=device,
+            progress=progress,
+        )
+    emit(document, as_json, lambda: _print_bench(document))
+
+
+def _print_bench(document: dict[str, Any]) -> None:
+    models = document["models"]
+    speedup = document.get("speedup", {})
+    ratios = document.get("bytes_ratio", {})
+
+    def times(label: str, key: str, name: str) -> list[str]:
+        cells = [f"{model[key]['median'] * 1e3:.1f} ms" for model in models.values()]
+        if name in speedup:
+            spread = speedup[name]
+            cells.append(f"{spread['median']:.2f} times as fast ({spread['p25']:.2f} to {spread['p75']:.2f})")
+        return [label, *cells]
+
+    def sizes(label: str, key: str) -> list[str]:
+        cells = [human_bytes(model["bytes"][key]) for model in models.values()]
+        return [label, *cells, *([f"{ratios[key]:.4f} of dense"] if key in ratios else [])]
+
+    rows = [
+        times("time to first token", "ttft_seconds", "ttft"),
+        times("time per output token", "tpot_seconds", "tpot"),
+        sizes("bytes on disk", "disk"),
+        sizes("weights in memory", "weights"),
+        sizes("of the pruned layers", "pruned_layers"),
+    ]
+    load = document["load"]
+    title = f"prompt {load['prompt']}, output {load['output']}, batch {load['batch']}, {load['rounds']} rounds"
+    out.print(table(title, "", *models, *(["ratio"] if speedup else []), rows=rows))
+    for used in document["backends"]:
+        out.print(f"{used['phase']}: {used['layers']} layers by {used['backend']}: {used['reason']}", highlight=False)
+
+
+@app.command()
+def serve(
+    directory: Directory,
+    engine: Annotated[Literal["auto", "transformers"], typer.Option(help="what runs the model")] = "auto",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="the model's name in requests; left out: the directory's", show_default=False)
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="HALVE_API_KEY", help="clients must send it as a bearer token", show_default=False),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="longest prompt and answer together, in tokens", show_default=False)
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="requests that are decoded at once; others wait")] = 16,
+    device: Device = "auto",
+) -> None:
+    """An OpenAI-compatible endpoint."""
+    from serve.server import run
+
+    run(
+        str(directory),
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        api_key=api_key,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        device=device,
+    )
 
 
 def main() -> None:

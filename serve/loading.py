@@ -34,7 +34,7 @@ def load_model(directory: Path, *, device: torch.device | str = "cpu") -> PreTra
         raise
     except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
         raise CorruptCheckpointError(f"cannot load {directory}: {str(error).strip().splitlines()[0]}") from None
-    model.to(device=torch.device(device))
+    torch.nn.Module.to(model, torch.device(device))
     return model.eval().requires_grad_(False)
 
 

@@ -95,7 +95,7 @@ class HalveQuantizer(HfQuantizer):
         return True
 
     @property
-    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return False
 
     @property

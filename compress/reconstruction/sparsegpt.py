@@ -53,7 +53,8 @@ def sparsegpt(
         statistics.factors[key] = inverse_factor(statistics.gram, options.damping)
     factor = cast(InverseFactor, statistics.factors[key])
 
-    columns = weight.T.contiguous()  # [K, N]
+    # A copy in any case: the transpose of a Conv1D's weight, or of a single row, is contiguous as it is.
+    columns = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]
     columns[factor.dead] = 0
     given = None if pruning.mask is None else pruning.mask.T.contiguous()
     pruned, mask = _prune_columns(columns, factor.upper, pruning, given, options.block_size)

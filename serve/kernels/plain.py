@@ -12,20 +12,52 @@ from torch.nn import functional
 
 from compress.packed import PackedWeight, unpack_bits
 
+_GROUPS_AT_ONCE = 1 << 18
+"""Groups of four that are expanded at a time: what is needed on the way then stays in a cache of a few MB."""
+
 
 def expand(weight: PackedWeight) -> Tensor:
-    """The dense weight [N, K], by selections that any device vectorizes (a scatter does not, on a CPU)."""
+    """The dense weight [N, K], bit for bit, by arithmetic that every device vectorizes (a scatter does not, on a CPU)."""
     rows, columns = weight.shape
-    kept = unpack_bits(weight.mask).view(rows, columns // 4, 4)
-    first, second = weight.values.view(rows, columns // 4, 2).unbind(-1)
-    zero = torch.zeros((), dtype=first.dtype, device=first.device)
-    dense = torch.empty(rows, columns // 4, 4, dtype=first.dtype, device=first.device)
-    # The first kept value is the lowest kept column's, so column 1 holds it unless column 0 does; and so on from above.
-    dense[..., 0] = torch.where(kept[..., 0], first, zero)
-    dense[..., 1] = torch.where(kept[..., 1], torch.where(kept[..., 0], second, first), zero)
-    dense[..., 2] = torch.where(kept[..., 2], torch.where(kept[..., 3], first, second), zero)
-    dense[..., 3] = torch.where(kept[..., 3], second, zero)
-    return dense.view(rows, columns)
+    dense = torch.empty(rows, columns, dtype=weight.values.dtype, device=weight.values.device)
+    expand_into = _expand_16_bit if dense.dtype.itemsize == 2 else _expand_any
+    step = max(1, _GROUPS_AT_ONCE // (columns // 4))
+    for start in range(0, rows, step):
+        rows_of = slice(start, start + step)
+        expand_into(weight.values[rows_of], weight.mask[rows_of], dense[rows_of])
+    return dense
+
+
+def _expand_16_bit(values: Tensor, mask: Tensor, dense: Tensor) -> None:
+    """A group of four 16-bit columns is one 64-bit word: both kept values are shifted to their places in it.
+
+    Of the four mask bits b of a group, the lowest set one is b & -b in {1, 2, 4}, so its column is half of that;
+    the other one is in {2, 4, 8}, and its column is half of that, less an eighth.
+    """
+    rows = len(values)
+    bits = torch.stack([mask & 15, mask >> 4], dim=-1).view(rows, -1)  # [rows, K/4]
+    low = bits & (~bits + 1)
+    high = bits ^ low
+    low_shift = (low >> 1) << 4
+    high_shift = ((high >> 1) - (high >> 3)) << 4
+    pairs = values.view(torch.int32)  # [rows, K/4], the first value in the low half
+    first = (pairs & 0xFFFF).to(torch.int64).bitwise_left_shift_(low_shift.to(torch.int64))
+    second = ((pairs >> 16) & 0xFFFF).to(torch.int64).bitwise_left_shift_(high_shift.to(torch.int64))
+    torch.bitwise_or(first, second, out=dense.view(torch.int64))
+
+
+def _expand_any(values: Tensor, mask: Tensor, dense: Tensor) -> None:
+    """The same for values of any width, by selections."""
+    rows = len(values)
+    kept = unpack_bits(mask).view(rows, -1, 4)
+    first, second = values.view(rows, -1, 2).unbind(-1)
+    zero = torch.zeros((), dtype=values.dtype, device=values.device)
+    groups = dense.view(rows, -1, 4)
+    # The first value is the lowest kept column's, so column 1 holds it unless column 0 does; and so on from above.
+    groups[..., 0] = torch.where(kept[..., 0], first, zero)
+    groups[..., 1] = torch.where(kept[..., 1], torch.where(kept[..., 0], second, first), zero)
+    groups[..., 2] = torch.where(kept[..., 2], torch.where(kept[..., 3], first, second), zero)
+    groups[..., 3] = torch.where(kept[..., 3], second, zero)
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,156 @@
+"""`halve eval` and `halve bench`: dense beside sparse, in one process, with every sample kept."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import calibration
+from compress.errors import SourceError
+from compress.pipeline import choose_device
+from serve.kernels import choose
+from serve.linear import Sparse24Linear
+from serve.loading import linear_bytes, load_model, load_tokenizer, weight_bytes
+from serve.measure.environment import environment, peak_memory
+from serve.measure.perplexity import perplexity
+from serve.measure.speed import measure_speed, ratio
+
+Progress = Callable[[int, int, str], None]
+
+
+def evaluate(
+    directory: Path,
+    *,
+    against: Path | None = None,
+    text: str = "wikitext2",
+    length: int = 2048,
+    windows: int | None = None,
+    device: str = "auto",
+    progress: Progress = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Perplexity of a checkpoint, and of another beside it on the same windows.
+
+    Returns:
+        A document with the protocol, the perplexity and the loss of every window for each model, and the ratio.
+
+    Raises:
+        SourceError: the two have tokenizers that cut the text differently, so that their figures cannot be compared.
+    """
+    place = choose_device(device)
+    tokens = calibration.evaluation_windows(text, load_tokenizer(directory), length=length, windows=windows)
+    if against is not None:
+        others = calibration.evaluation_windows(text, load_tokenizer(against), length=length, windows=windows)
+        if not torch.equal(tokens, others):
+            raise SourceError(
+                f"{directory} and {against} tokenize {text!r} differently; their perplexities cannot be compared"
+            )
+    measured = []
+    for path in [against, directory] if against else [directory]:
+        model = load_model(path, device=place)
+        started = time.perf_counter()
+        result = perplexity(
+            model,
+            tokens,
+            lambda done, total, value, path=path: progress(done, total, f"{path}: perplexity {value:.2f}"),
+        )
+        measured.append(
+            {
+                "directory": str(path),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "perplexity": result.value,
+                "seconds": round(time.perf_counter() - started, 3),
+                "losses": result.losses,
+            }
+        )
+        del model
+    document: dict[str, Any] = {
+        "kind": "perplexity",
+        "protocol": {
+            "text": text,
+            "length": length,
+            "windows": len(tokens),
+            "tokens_sha256": calibration.digest(tokens),
+            "loss": "float32",
+        },
+        "perplexity": measured[-1]["perplexity"],
+        "models": measured,
+        "environment": environment(place),
+    }
+    if against is not None:
+        document["ratio"] = measured[-1]["perplexity"] / measured[0]["perplexity"]
+    return document
+
+
+def bench(
+    directory: Path,
+    *,
+    against: Path | None = None,
+    prompt: int = 128,
+    output: int = 32,
+    batch: int = 1,
+    rounds: int = 5,
+    device: str = "auto",
+    progress: Progress = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Time to first token, time per output token and weight memory of a checkpoint, dense beside sparse, interleaved.
+
+    Returns:
+        A document with every sample, medians, the ratios with their spread, bytes on disk and in memory, and which
+        backend multiplied the sparse layers, and why.
+    """
+    place = choose_device(device)
+    paths = {"dense": against, "sparse": directory} if against else {"model": directory}
+    models = {name: load_model(path, device=place) for name, path in paths.items() if path is not None}
+    speeds = measure_speed(models, prompt=prompt, output=output, batch=batch, rounds=rounds, progress=progress)
+    last = list(models.values())[-1]
+    sparse_layers = {name: module for name, module in last.named_modules() if isinstance(module, Sparse24Linear)}
+    document: dict[str, Any] = {
+        "kind": "bench",
+        "load": {"prompt": prompt, "output": output, "batch": batch, "rounds": rounds},
+        "environment": environment(place),
+        "models": {},
+    }
+    for name, model in models.items():
+        path = paths[name]
+        assert path is not None
+        speed = speeds[name]
+        document["models"][name] = {
+            "directory": str(path),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "ttft_seconds": {"median": statistics.median(speed.prefill), "samples": speed.prefill},
+            "tpot_seconds": {"median": statistics.median(speed.decode), "samples": speed.decode},
+            "bytes": {
+                "disk": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+                "weights": weight_bytes(model),
+                "pruned_layers": linear_bytes(model, set(sparse_layers)),
+            },
+        }
+    if against is not None:
+        dense, sparse = speeds["dense"], speeds["sparse"]
+        sizes = {name: document["models"][name]["bytes"] for name in paths}
+        document["speedup"] = {"ttft": ratio(sparse.prefill, dense.prefill), "tpot": ratio(sparse.decode, dense.decode)}
+        document["bytes_ratio"] = {
+            key: sizes["sparse"][key] / sizes["dense"][key] for key in sizes["sparse"] if sizes["dense"][key]
+        }
+    document["peak_process_bytes"] = peak_memory()
+    document["backends"] = _backends(sparse_layers, prompt * batch, batch)
+    return document
+
+
+def _backends(layers: dict[str, Sparse24Linear], prefill_rows: int, decode_rows: int) -> list[dict[str, Any]]:
+    """Which backend runs how many of the sparse layers, in prefill and in decode, and why."""
+    counted: dict[tuple[str, str, str], int] = {}
+    for layer in layers.values():
+        values = layer.weight_packed
+        for phase, rows in (("prefill", prefill_rows), ("decode", decode_rows)):
+            choice = choose(values.device, values.dtype, rows, layer.out_features, layer.in_features)
+            key = (phase, choice.backend.name, choice.reason)
+            counted[key] = counted.get(key, 0) + 1
+    return [
+        {"phase": phase, "backend": name, "reason": reason, "layers": n} for (phase, name, reason), n in counted.items()
+    ]

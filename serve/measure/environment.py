@@ -1,0 +1,42 @@
+"""What a measurement was made on and with; part of every result."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.version import versions
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Date, versions, machine and threads."""
+    device = torch.device(device)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor() -> str:
+    """The processor's name as the kernel gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} ({platform.machine()})"
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
