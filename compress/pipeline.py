@@ -35,7 +35,7 @@ from compress.layers import prune_layer
 from compress.observe import InputObserver
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
-from compress.sources import Source, resolve
+from compress.sources import Source, fingerprint, resolve
 from compress.version import versions
 
 BATCH_TOKENS = 4096
@@ -137,9 +137,6 @@ class _Run:
         self.final = self.journal.directory / "final"
 
     def run(self) -> Compressed:
-        if self.journal.completed:  # killed between the last rename and the clean-up
-            self.journal.finish(self.final)
-            return self._result()
         try:
             self.source = Source(resolve(self.model_name, self.journal.directory / "source"))
             windows = self._windows()
@@ -149,10 +146,17 @@ class _Run:
         except HalveError:
             self.journal.abandon_if_new()
             raise
+        if self.journal.completed:  # killed between the last rename and the end of the clean-up
+            self.journal.finish(self.final)
+            return self._result()
         count = len(self.model.blocks)
         if not self.journal.finished(count):
             self._require_space()
-            self._prune_blocks(windows)
+            try:
+                self._prune_blocks(windows)
+            except (SourceError, NumericalError):
+                self.journal.abandon()
+                raise
         self.progress(count, count, "writing the checkpoint")
         self._assemble(windows)
         self.journal.finish(self.final)
@@ -225,9 +229,10 @@ class _Run:
         return decisions
 
     def _identity(self, windows: Tensor) -> dict[str, Any]:
+        gguf = Path(self.model_name).expanduser()
         return {
             "model": self.model_name,
-            "source": self.source.fingerprint,
+            "source": {**self.source.fingerprint, **fingerprint([gguf] if gguf.is_file() else [])},
             "recipe": self.recipe.model_dump(mode="json"),
             "calibration": calibration.digest(windows),
             "device": self.device.type,
@@ -325,6 +330,8 @@ class _Run:
 
     def _assemble(self, windows: Tensor) -> None:
         self.final.mkdir(exist_ok=True)
+        for left_over in self.final.rglob(".*.tmp"):  # of a run that was killed while it wrote
+            left_over.unlink()
         records = [record for index in range(len(self.model.blocks)) for record in self.journal.record(index)]
         pruned = [record for record in records if record["status"] == "pruned"]
         artefact.write_weights(self.final, self._entries())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compress.artefact import companions
 from compress.errors import CorruptCheckpointError, SourceError
 from compress.files import TensorFiles
 
@@ -50,11 +52,13 @@ class Source:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the weights without reading them all: the names, sizes and times of the files."""
-        return {
-            file.name: [file.stat().st_size, file.stat().st_mtime_ns]
-            for file in [self.directory / "config.json", *self.tensors.files]
-        }
+        """What identifies the checkpoint without reading it all: the names, sizes and times of its files."""
+        return fingerprint([self.directory / "config.json", *self.tensors.files, *companions(self.directory)])
+
+
+def fingerprint(files: Iterable[Path]) -> dict[str, Any]:
+    """File name -> [bytes, time of the last change in nanoseconds]."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def resolve(model: str, scratch: Path) -> Path:
