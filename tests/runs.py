@@ -103,6 +103,7 @@ def environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "200",
     }

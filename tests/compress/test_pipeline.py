@@ -334,7 +334,7 @@ def reference_pruning(source: Path, windows: torch.Tensor, prune: Any) -> tuple[
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         handles = [
             model.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, name=name: seen[name].append(args[0].flatten(0, -2).clone())
+                lambda module, args, into=seen[name]: into.append(args[0].flatten(0, -2).clone())
             )
             for name in names
         ]
