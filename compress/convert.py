@@ -12,7 +12,7 @@ from torch import Tensor
 from compress import artefact, packed
 from compress.checkpoint import parse_config
 from compress.errors import CheckError, OutputError, SourceError
-from compress.files import Entry, TensorFiles, explain_os_error
+from compress.files import Entry, TensorFiles, explain_os_error, sibling
 from compress.layout import Layout
 from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, VALUES_SUFFIX, PackedWeight
 from compress.sources import read_config
@@ -133,7 +133,7 @@ def _write(source: Path, out: Path, entries: list[Entry], config: dict[str, Any]
     """Writes the checkpoint under a temporary name, then gives it its own."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is there already and is not empty; choose another --out, or remove it")
-    partial = out.with_name(out.name + ".converting")
+    partial = sibling(out, ".converting")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

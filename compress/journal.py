@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress.errors import CorruptCheckpointError, OutputError
-from compress.files import Entry, check_digest, explain_os_error, write_shard, write_text
+from compress.files import Entry, check_digest, explain_os_error, sibling, write_shard, write_text
 
 MANIFEST = "manifest.json"
 LOCK = "lock"
@@ -206,7 +206,7 @@ class Journal:
 
 def work_directory(out: Path) -> Path:
     """``OUT.partial``."""
-    return out.with_name(out.name + ".partial")
+    return sibling(out, ".partial")
 
 
 def _entries(tensors: dict[str, Tensor]) -> list[Entry]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compress.blocks import find_blocks, linears_of, shape_of, skeleton
+from compress.blocks import find_blocks, linears_of, load_config, shape_of, skeleton
 from compress.quiet import quiet_transformers
 
 
@@ -46,8 +46,7 @@ class Layout:
             SourceError: transformers cannot build the model.
         """
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(directory)
-            return cls(skeleton(config, torch.bfloat16))
+            return cls(skeleton(load_config(directory), torch.bfloat16))
 
     @property
     def block_linears(self) -> list[LinearInfo]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from compress import artefact, calibration, packed
 from compress.blocks import BlockModel, LinearModule, linears_of, oriented, shape_of
+from compress.checkpoint import check_files
 from compress.errors import (
     CalibrationError,
     HalveError,
@@ -35,7 +35,7 @@ from compress.layers import prune_layer
 from compress.observe import InputObserver
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
-from compress.sources import Source, fingerprint, resolve
+from compress.sources import Source, fingerprint, load_tokenizer, resolve
 from compress.version import versions
 
 BATCH_TOKENS = 4096
@@ -139,8 +139,9 @@ class _Run:
     def run(self) -> Compressed:
         try:
             self.source = Source(resolve(self.model_name, self.journal.directory / "source"))
-            windows = self._windows()
+            check_files(self.source.tensors.files)  # those that carry a digest
             self.model = BlockModel(self.source, self._dtype(), self.device)
+            windows = self._windows()
             self.decisions = self._decide()
             self.journal.open(self._identity(windows))
         except HalveError:
@@ -171,7 +172,7 @@ class _Run:
         name = self.recipe.dtype
         if name == "auto":
             name = self.source.config.get("dtype") or self.source.config.get("torch_dtype") or "float32"
-        if name not in packed.VALUE_DTYPES:
+        if not isinstance(name, str) or name not in packed.VALUE_DTYPES:
             raise SourceError(
                 f"the checkpoint's dtype is {name!r}; choose one of {', '.join(packed.VALUE_DTYPES)} with --dtype"
             )
@@ -184,12 +185,7 @@ class _Run:
             raise CalibrationError(
                 f"the model reads at most {limit} tokens; --length {recipe.length} is more than that"
             )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.source.directory)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SourceError(
-                f"{self.source.directory} has no usable tokenizer: {str(error).splitlines()[0]}"
-            ) from None
+        tokenizer = load_tokenizer(self.source.directory)
         windows = calibration.load_windows(
             recipe.calibration, tokenizer, samples=recipe.samples, length=recipe.length, seed=recipe.seed
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compress.errors import RecipeError, did_you_mean
+from compress.errors import RecipeError, did_you_mean, one_line
 from compress.methods import Metric, Reconstruction, find, parse_options
 from compress.metrics import METRICS
 from compress.patterns import Group, NMPattern, Pattern, parse_pattern
@@ -154,7 +154,7 @@ class Recipe(BaseModel):
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe {path} is not YAML: {error}") from None
+            raise RecipeError(f"the recipe {path} is not YAML: {one_line(error)}") from None
         if isinstance(data, dict) and isinstance(data.get("recipe"), dict):
             data = data["recipe"]
         if not isinstance(data, dict):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from compress.artefact import companions
-from compress.errors import CorruptCheckpointError, SourceError
+from compress.errors import CorruptCheckpointError, SourceError, one_line
 from compress.files import TensorFiles
 
 _HUB_PATTERNS = [
@@ -95,7 +95,7 @@ def _download(repository: str) -> Path:
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise SourceError(
-            f"{repository!r} is not a directory here, and the hub cannot be reached: {_first_line(error)}"
+            f"{repository!r} is not a directory here, and the hub cannot be reached: {one_line(error)}"
         ) from None
 
 
@@ -121,7 +121,7 @@ def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) 
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     except (ImportError, ValueError, KeyError, OSError) as error:
-        raise SourceError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from None
+        raise SourceError(f"cannot read {gguf} as a GGUF model: {one_line(error)}") from None
     finally:
         if not (partial / "config.json").is_file():
             shutil.rmtree(partial, ignore_errors=True)
@@ -148,8 +148,25 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CorruptCheckpointError(f"{path} is not a JSON object")
+    if not isinstance(config.get("quantization_config"), dict | None):
+        raise CorruptCheckpointError(f"{path}: quantization_config is not a JSON object")
     return config
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        SourceError: there is none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # anything can come out of a damaged tokenizer file
+        raise SourceError(f"{directory} has no usable tokenizer: {one_line(error)}") from None
+    if not tokenizer("the", add_special_tokens=False)["input_ids"]:  # what transformers makes where files are missing
+        raise SourceError(
+            f"{directory} has no usable tokenizer: it has no vocabulary; copy the model's tokenizer files"
+        )
+    return tokenizer

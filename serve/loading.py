@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from compress import sources
 from compress.checkpoint import check_files
-from compress.errors import CorruptCheckpointError, HalveError, SourceError
+from compress.errors import CorruptCheckpointError, HalveError
 from compress.files import TensorFiles
 from compress.quiet import quiet_transformers
 from compress.sources import read_config
@@ -44,11 +45,8 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         SourceError: there is none that transformers can read.
     """
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{directory} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    with quiet_transformers():
+        return sources.load_tokenizer(directory)
 
 
 def _is_packed(config: dict[str, Any]) -> bool:
