@@ -161,9 +161,17 @@ def read_report(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        report = json.loads(path.read_text())
     except ValueError as error:
         raise CorruptCheckpointError(f"{path} is not JSON: {error}") from None
+    try:
+        for layer in report.get("layers", []):
+            layer["name"]
+        for entry in report.get("files", {}).values():
+            entry["bytes"], entry["sha256"]
+    except (AttributeError, TypeError, KeyError):
+        raise CorruptCheckpointError(f"{path} is not a report of halve") from None
+    return report
 
 
 def _split(entries: list[Entry], limit: int) -> list[list[Entry]]:

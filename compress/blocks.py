@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -19,6 +19,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import SourceError, one_line
@@ -66,6 +68,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no repeated blocks with linear layers: there is nothing that halve can prune"
         )
     return best[1], best[2]
+
+
+def renamings_of(model: PreTrainedModel) -> list[WeightRenaming]:
+    """How transformers renames tensors of older checkpoints of this model when it reads them (and back when it writes)."""
+    return [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+
+
+def renamed(stored: Iterable[str], renamings: list[WeightRenaming]) -> dict[str, str]:
+    """Name in the model -> key in the checkpoint, for the keys that are not called as in the model."""
+    names = {apply_renamings(key, renamings): key for key in stored}
+    return {name: key for name, key in names.items() if name != key}
 
 
 def linears_of(module: nn.Module, prefix: str) -> dict[str, LinearModule]:
@@ -301,10 +314,14 @@ class BlockModel:
         """
         prefix = f"{self.model.base_model_prefix}."
         keys = {}
+        others = renamed(self.source.tensors, renamings_of(self.model))
         for name in self.model.state_dict():
             for candidate in (name, name.removeprefix(prefix), prefix + name):
                 if candidate in self.source.tensors:
                     keys[name] = candidate
+                    break
+                if candidate in others:
+                    keys[name] = others[candidate]
                     break
         for tied, owner in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
             if owner in keys:
