@@ -197,6 +197,7 @@ class BlockModel:
         finally:
             for block in self.blocks:
                 del block.forward
+            self.drop_block(0)
         for module in surroundings.values():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
