@@ -78,17 +78,21 @@ def write_weights(
         write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
+def companions(source: Path) -> list[Path]:
+    """The files of a checkpoint that an artefact takes over unchanged."""
+    found = (path for pattern in _COMPANIONS for path in sorted(source.glob(pattern)))
+    return [path for path in found if path.is_file() and path.name not in _OURS]
+
+
 def copy_companions(source: Path, directory: Path) -> None:
     """Copies tokenizer, generation config, chat templates and licences as they are."""
-    for pattern in _COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name not in _OURS:
-                target = directory / path.relative_to(source)
-                try:
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, target)
-                except OSError as error:
-                    raise explain_os_error(error, target) from None
+    for path in companions(source):
+        target = directory / path.relative_to(source)
+        try:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        except OSError as error:
+            raise explain_os_error(error, target) from None
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
@@ -157,9 +161,17 @@ def read_report(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        report = json.loads(path.read_text())
     except ValueError as error:
         raise CorruptCheckpointError(f"{path} is not JSON: {error}") from None
+    try:
+        for layer in report.get("layers", []):
+            layer["name"]
+        for entry in report.get("files", {}).values():
+            entry["bytes"], entry["sha256"]
+    except (AttributeError, TypeError, KeyError):
+        raise CorruptCheckpointError(f"{path} is not a report of halve") from None
+    return report
 
 
 def _split(entries: list[Entry], limit: int) -> list[list[Entry]]:

@@ -8,17 +8,22 @@ masks, cache) is recorded as the model itself passes it, whatever it is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.pytorch_utils import Conv1D
 
-from compress.errors import SourceError
+from compress.errors import SourceError, one_line
 from compress.sources import Source
 
 _COMPARED = 8
@@ -65,9 +70,32 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best[1], best[2]
 
 
+def renamings_of(model: PreTrainedModel) -> list[WeightRenaming]:
+    """How transformers renames tensors of older checkpoints of this model when it reads them (and back when it writes)."""
+    return [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+
+
+def renamed(stored: Iterable[str], renamings: list[WeightRenaming]) -> dict[str, str]:
+    """Name in the model -> key in the checkpoint, for the keys that are not called as in the model."""
+    names = {apply_renamings(key, renamings): key for key in stored}
+    return {name: key for name, key in names.items() if name != key}
+
+
 def linears_of(module: nn.Module, prefix: str) -> dict[str, LinearModule]:
     """The linears below a module by their full names, in the order of the model."""
     return {_join(prefix, name): child for name, child in module.named_modules() if is_linear(child)}
+
+
+def load_config(directory: Path) -> Any:
+    """The configuration of a model directory as transformers reads it.
+
+    Raises:
+        SourceError: transformers does not know the model, or a field has a wrong type.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, StrictDataclassError) as error:
+        raise SourceError(f"transformers cannot read {directory / 'config.json'}: {one_line(error)}") from None
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -75,9 +103,9 @@ def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise SourceError(
-            f"transformers cannot build a causal language model of this config.json: {str(error).splitlines()[0]}"
+            f"transformers cannot build a causal language model of this config.json: {one_line(error)}"
         ) from None
     return model.eval().requires_grad_(False)
 
@@ -109,11 +137,12 @@ class BlockModel:
         self.source = source
         self.dtype = dtype
         self.device = device
-        self.config = AutoConfig.from_pretrained(source.directory)
+        self.config = load_config(source.directory)
         self.model = skeleton(self.config, dtype)
         self.block_list_name, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self._keys = self._match_keys()
+        self._require_all_parameters()
         self._calls: list[list[_Call]] = [[] for _ in self.blocks]
         self._returns_tuple = False
         self._rest_of_tuple: tuple[Any, ...] = ()
@@ -168,6 +197,7 @@ class BlockModel:
         finally:
             for block in self.blocks:
                 del block.forward
+            self.drop_block(0)
         for module in surroundings.values():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
@@ -258,11 +288,6 @@ class BlockModel:
                     module._buffers[key] = self._read(_join(name, key), buffer)
 
     def _read(self, name: str, target: Tensor) -> Tensor:
-        if name not in self._keys:
-            raise SourceError(
-                f"{self.source.directory} has no tensor for {name}; either a file is missing, or this family stores its "
-                "weights in another layout than the model holds them (as mixtures of experts do), which is not supported yet"
-            )
         key = self._keys[name]
         value = self.source.tensors.read(key)
         if value.shape != target.shape:
@@ -270,6 +295,17 @@ class BlockModel:
                 f"{self.source.directory}: {key} is {list(value.shape)}, and config.json says {list(target.shape)}"
             )
         return value.to(device=self.device, dtype=target.dtype)
+
+    def _require_all_parameters(self) -> None:
+        """Before anything is done: also what the run itself never reads, such as the output layer, must be there."""
+        optional = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or []
+        for name, _ in self.model.named_parameters(remove_duplicate=False):
+            if name not in self._keys and not any(re.search(pattern, name) for pattern in optional):
+                raise SourceError(
+                    f"{self.source.directory} has no tensor for {name}; either a file is missing, config.json belongs to "
+                    "another model, or this family stores its weights in another layout than the model holds them (as "
+                    "mixtures of experts do), which is not supported yet"
+                )
 
     def _match_keys(self) -> dict[str, str]:
         """Which tensor of the checkpoint belongs to which parameter or buffer of the model.
@@ -279,10 +315,14 @@ class BlockModel:
         """
         prefix = f"{self.model.base_model_prefix}."
         keys = {}
+        others = renamed(self.source.tensors, renamings_of(self.model))
         for name in self.model.state_dict():
             for candidate in (name, name.removeprefix(prefix), prefix + name):
                 if candidate in self.source.tensors:
                     keys[name] = candidate
+                    break
+                if candidate in others:
+                    keys[name] = others[candidate]
                     break
         for tied, owner in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
             if owner in keys:

@@ -42,8 +42,8 @@ def load_windows(source: str, tokenizer: Any, *, samples: int, length: int, seed
     if available < samples:
         raise CalibrationError(
             f"calibration text {source!r} has {len(tokens)} tokens, which is {available} windows of {length}, and {samples} "
-            f"were asked for; give a longer text, or --samples {available}"
-            + (f" or a --length below {length}" if not available else "")
+            f"were asked for; give a longer text, or "
+            + (f"--samples {available}" if available else f"a --length below {length}")
         )
     generator = torch.Generator().manual_seed(seed)
     slack = len(tokens) - available * length

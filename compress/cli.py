@@ -15,9 +15,7 @@ import yaml
 
 from compress.console import Json, emit, human_bytes, out, progress_bar, table
 from compress.errors import RecipeError
-from compress.metrics import METRICS
 from compress.recipe import Recipe
-from compress.reconstruction import RECONSTRUCTIONS
 
 Model = Annotated[str, typer.Argument(help="a Hugging Face directory, a hub id, or a .gguf file", show_default=False)]
 Directory = Annotated[Path, typer.Argument(help="a checkpoint directory", show_default=False)]
@@ -87,6 +85,9 @@ def compress(
 
 def methods(as_json: Json = False) -> None:
     """What there is: every metric and reconstruction, its paper, what it needs, what it costs."""
+    from compress.metrics import METRICS
+    from compress.reconstruction import RECONSTRUCTIONS
+
     catalogue = []
     for kind, table_of in (("metric", METRICS), ("reconstruction", RECONSTRUCTIONS)):
         for method in table_of.values():

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from compress import artefact, packed
-from compress.checkpoint import parse_config
+from compress.checkpoint import check_files, parse_config
 from compress.errors import CheckError, OutputError, SourceError
-from compress.files import Entry, TensorFiles, explain_os_error
+from compress.files import Entry, TensorFiles, explain_os_error, sibling
 from compress.layout import Layout
 from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, VALUES_SUFFIX, PackedWeight
 from compress.sources import read_config
@@ -33,6 +33,8 @@ def pack_checkpoint(source: Path, out: Path) -> dict[str, int]:
             f"{source} is packed or quantized already (quant_method {config['quantization_config'].get('quant_method')!r})"
         )
     files, layout = TensorFiles(source), Layout.of(source)
+    layout.require_tensors(files.info, (), "")
+    check_files(files.files)  # what is damaged must not get a new digest
     by_key = {layout.key(linear.name + DENSE_SUFFIX, files): linear for linear in layout.block_linears}
     entries: list[Entry] = []
     done: set[str] = set()
@@ -73,8 +75,10 @@ def unpack_checkpoint(source: Path, out: Path) -> dict[str, int]:
     quantization = config.pop("quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "halve":
         raise SourceError(f"{source} is not packed by halve")
-    parse_config(quantization)
+    parsed = parse_config(quantization)
     files, layout = TensorFiles(source), Layout.of(source)
+    layout.require_tensors(files.info, layout.packed(parsed.ignore), parsed.value_dtype)
+    check_files(files.files)  # what is damaged must not get a new digest
     by_key = {layout.key(linear.name + VALUES_SUFFIX, files): linear for linear in layout.block_linears}
     entries = []
     for key in files:
@@ -133,7 +137,7 @@ def _write(source: Path, out: Path, entries: list[Entry], config: dict[str, Any]
     """Writes the checkpoint under a temporary name, then gives it its own."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is there already and is not empty; choose another --out, or remove it")
-    partial = out.with_name(out.name + ".converting")
+    partial = sibling(out, ".converting")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -59,6 +59,12 @@ class NumericalError(CheckError):
     """A weight or an activation is not finite, or a matrix cannot be factored."""
 
 
+def one_line(error: BaseException) -> str:
+    """The text of another library's error for the end of a message: on one line, and not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'wanda'?"`` and the whole list, for the end of a message about an unknown name."""
     names = sorted(known)

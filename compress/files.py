@@ -216,6 +216,13 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def sibling(directory: Path, suffix: str) -> Path:
+    """The path beside a directory that is to be made, where it is put together: its name with a suffix."""
+    if directory.name in ("", ".."):
+        raise OutputError(f"--out {str(directory)!r} names no new directory; give it a name")
+    return directory.with_name(directory.name + suffix)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path`` that takes its name when the block ends well and goes when it does not.

@@ -19,9 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress.errors import CorruptCheckpointError, OutputError
-from compress.files import Entry, check_digest, explain_os_error, write_shard, write_text
+from compress.files import Entry, check_digest, explain_os_error, sibling, write_shard, write_text
 
 MANIFEST = "manifest.json"
+LOCK = "lock"
 
 
 class Journal:
@@ -45,33 +46,67 @@ class Journal:
         self._saved_at = time.monotonic()
         self._manifest: dict[str, Any] = {}
         self._lock = None
-        existing = self.directory / MANIFEST
-        occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if resume and existing.is_file():
+        self._resumed = resume
+        try:
+            self._enter()
+        except BaseException:
+            self.close()
+            raise
+
+    def _enter(self) -> None:
+        """Looks at what is there and takes the lock."""
+        out, existing = self.out, self.directory / MANIFEST
+        if self.directory.is_dir():
+            self._take_lock()  # first: whether a run is interrupted or still going on shows only here
+        if self._resumed and existing.is_file():
             self._manifest = json.loads(existing.read_text())
-        self.completed = occupied and self._manifest.get("assembled", False)
+        occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        # An empty work directory beside an artefact is what `finish` leaves when it is killed at its very end.
+        remainder = self._resumed and self.directory.is_dir() and not self._contents()
+        self.completed = occupied and (self._manifest.get("assembled", False) or remainder)
         if occupied and not self.completed:
             raise OutputError(f"{out} is there already and is not empty; choose another --out, or remove it")
-        if resume:
-            if not self._manifest:
+        if self._resumed:
+            if not self._manifest and not self.completed:
                 raise OutputError(
                     f"there is nothing to resume: {self.directory} holds no interrupted run; run without --resume"
                 )
-        elif existing.is_file():
+            return
+        if existing.is_file():
             raise OutputError(
                 f"an interrupted run is in {self.directory}; go on with --resume, or remove that directory"
             )
+        if self._lock is None:
+            try:
+                self.directory.mkdir(parents=True)
+            except OSError as error:
+                raise explain_os_error(error, self.directory) from None
+            self._take_lock()
+        self._clear(self._contents())  # of a run that was killed before its manifest was written
+
+    def _take_lock(self) -> None:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.directory / "lock").open("w")
+            self._lock = (self.directory / LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(f"another run is writing to {self.directory} right now") from None
         except OSError as error:
             raise explain_os_error(error, self.directory) from None
 
+    def _contents(self) -> list[Path]:
+        return [path for path in self.directory.iterdir() if path.name != LOCK]
+
+    def _clear(self, paths: list[Path]) -> None:
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
     def open(self, identity: dict[str, Any]) -> None:
         """Starts the manifest, or compares the resumed one with this run."""
+        if self.completed and not self._manifest:
+            return
         if not self._manifest:
             self._manifest = {"identity": identity, "blocks": {}, "activations": None, "assembled": False}
             self._write()
@@ -85,9 +120,13 @@ class Journal:
             )
 
     def abandon_if_new(self) -> None:
-        """Removes the work directory of a run that failed before it did anything worth keeping."""
-        if not self._manifest.get("blocks"):
-            shutil.rmtree(self.directory, ignore_errors=True)
+        """Removes the work directory of a run that failed before it did anything worth keeping; never a resumed one's."""
+        if not self._resumed and not self._manifest.get("blocks"):
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Removes the work directory: what failed would fail again in the same way."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     @property
     def next_block(self) -> int:
@@ -138,7 +177,7 @@ class Journal:
             return [handle.get_tensor(name) for name in sorted(handle.keys())]
 
     def finish(self, final: Path) -> None:
-        """Gives the assembled directory ``final`` its name and removes the work directory."""
+        """Gives the assembled directory ``final`` its name and removes the work directory, the manifest last."""
         if not self.completed:
             self._manifest["assembled"] = True
             self._write()
@@ -148,13 +187,18 @@ class Journal:
                 final.replace(self.out)
             except OSError as error:
                 raise explain_os_error(error, self.out) from None
+        manifest = self.directory / MANIFEST
+        self._clear([path for path in self._contents() if path != manifest])
+        (self.directory / LOCK).unlink(missing_ok=True)
+        manifest.unlink(missing_ok=True)
+        self.directory.rmdir()
         self.close()
-        shutil.rmtree(self.directory)
 
     def close(self) -> None:
         """Lets another process resume the run."""
         if self._lock is not None:
             self._lock.close()
+            self._lock = None
 
     def _write(self) -> None:
         write_text(self.directory / MANIFEST, json.dumps(self._manifest))
@@ -162,7 +206,7 @@ class Journal:
 
 def work_directory(out: Path) -> Path:
     """``OUT.partial``."""
-    return out.with_name(out.name + ".partial")
+    return sibling(out, ".partial")
 
 
 def _entries(tensors: dict[str, Tensor]) -> list[Entry]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import re
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compress.blocks import find_blocks, linears_of, shape_of, skeleton
+from compress.blocks import find_blocks, linears_of, load_config, renamed, renamings_of, shape_of, skeleton
+from compress.checkpoint import expected_tensors
+from compress.errors import CorruptCheckpointError
+from compress.files import TensorInfo
+from compress.packed import VALUE_DTYPES
 from compress.quiet import quiet_transformers
 
 
@@ -37,6 +42,10 @@ class Layout:
         for name, module in linears_of(model, "").items():
             n, k = shape_of(module)
             self.linears[name] = LinearInfo(name, n, k, isinstance(module, Conv1D), name.startswith(f"{blocks}."))
+        self.parameters = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        self._renamings = renamings_of(model)
+        self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self._optional: list[str] = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
 
     @classmethod
     def of(cls, directory: Path) -> Layout:
@@ -46,12 +55,62 @@ class Layout:
             SourceError: transformers cannot build the model.
         """
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(directory)
-            return cls(skeleton(config, torch.bfloat16))
+            return cls(skeleton(load_config(directory), torch.bfloat16))
 
     @property
     def block_linears(self) -> list[LinearInfo]:
         return [linear for linear in self.linears.values() if linear.in_block]
+
+    def packed(self, ignore: Iterable[str]) -> set[str]:
+        """The linears of a packed checkpoint that are packed: all but those that its ``config.json`` ignores.
+
+        Raises:
+            CorruptCheckpointError: ``ignore`` names what the model does not have.
+        """
+        ignored = set(ignore)
+        if unknown := ignored - self.linears.keys():
+            raise CorruptCheckpointError(
+                f"config.json: ignore names {sorted(unknown)[0]!r}, and this model has no such linear layer; "
+                "config.json and the model do not belong together"
+            )
+        return self.linears.keys() - ignored
+
+    def require_tensors(self, stored: Mapping[str, TensorInfo], packed: Collection[str], value_dtype: str) -> None:
+        """Checks that a checkpoint has every parameter of the model, in its shape: as two packed tensors for the
+        linears ``packed``, as itself for the others.
+
+        transformers itself fills what is missing with random numbers and goes on.
+
+        Raises:
+            CorruptCheckpointError: names the first tensor that is missing or has a wrong shape or dtype.
+        """
+        floats = tuple(VALUE_DTYPES.values())
+        expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
+        for name, shape in self.parameters.items():
+            module, _, attribute = name.rpartition(".")
+            if module in packed and attribute == "weight":
+                linear = self.linears[module]
+                pair = expected_tensors(module, linear.n, linear.k, value_dtype)
+                expected.update({part: ((dtype,), shape) for part, (dtype, shape) in pair.items()})
+            else:
+                expected[name] = (floats, shape)
+        others = renamed(stored, self._renamings)
+        for name, (dtypes, shape) in expected.items():
+            key = self.key(name, stored) or others.get(name)
+            if key is None and name in self._tied:
+                key = self.key(self._tied[name], stored)
+            if key is None:
+                if any(re.search(pattern, name) for pattern in self._optional):
+                    continue
+                raise CorruptCheckpointError(
+                    f"the checkpoint has no tensor {name}; it is damaged, or config.json is not its own"
+                )
+            info = stored[key]
+            if info.dtype not in dtypes or info.shape != shape:
+                raise CorruptCheckpointError(
+                    f"{key} is {info.dtype} {list(info.shape)}, and {' or '.join(map(str, dtypes))} {list(shape)} belongs "
+                    f"there (in {info.file})"
+                )
 
     def key(self, name: str, stored: Container[str]) -> str | None:
         """The checkpoint's key of a tensor of the model, or None. The base model's prefix may be missing or added there."""

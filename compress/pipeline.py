@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from compress import artefact, calibration, packed
 from compress.blocks import BlockModel, LinearModule, linears_of, oriented, shape_of
+from compress.checkpoint import check_files
 from compress.device import choose_device
 from compress.errors import (
     CalibrationError,
@@ -36,7 +36,7 @@ from compress.layers import prune_layer
 from compress.observe import InputObserver
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
-from compress.sources import Source, resolve
+from compress.sources import Source, fingerprint, load_tokenizer, resolve
 from compress.version import versions
 
 BATCH_TOKENS = 4096
@@ -121,22 +121,27 @@ class _Run:
         self.final = self.journal.directory / "final"
 
     def run(self) -> Compressed:
-        if self.journal.completed:  # killed between the last rename and the clean-up
-            self.journal.finish(self.final)
-            return self._result()
         try:
             self.source = Source(resolve(self.model_name, self.journal.directory / "source"))
-            windows = self._windows()
+            check_files(self.source.tensors.files)  # those that carry a digest
             self.model = BlockModel(self.source, self._dtype(), self.device)
+            windows = self._windows()
             self.decisions = self._decide()
             self.journal.open(self._identity(windows))
         except HalveError:
             self.journal.abandon_if_new()
             raise
+        if self.journal.completed:  # killed between the last rename and the end of the clean-up
+            self.journal.finish(self.final)
+            return self._result()
         count = len(self.model.blocks)
         if not self.journal.finished(count):
             self._require_space()
-            self._prune_blocks(windows)
+            try:
+                self._prune_blocks(windows)
+            except (SourceError, NumericalError):
+                self.journal.abandon()
+                raise
         self.progress(count, count, "writing the checkpoint")
         self._assemble(windows)
         self.journal.finish(self.final)
@@ -151,7 +156,7 @@ class _Run:
         name = self.recipe.dtype
         if name == "auto":
             name = self.source.config.get("dtype") or self.source.config.get("torch_dtype") or "float32"
-        if name not in packed.VALUE_DTYPES:
+        if not isinstance(name, str) or name not in packed.VALUE_DTYPES:
             raise SourceError(
                 f"the checkpoint's dtype is {name!r}; choose one of {', '.join(packed.VALUE_DTYPES)} with --dtype"
             )
@@ -164,12 +169,7 @@ class _Run:
             raise CalibrationError(
                 f"the model reads at most {limit} tokens; --length {recipe.length} is more than that"
             )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.source.directory)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SourceError(
-                f"{self.source.directory} has no usable tokenizer: {str(error).splitlines()[0]}"
-            ) from None
+        tokenizer = load_tokenizer(self.source.directory)
         windows = calibration.load_windows(
             recipe.calibration, tokenizer, samples=recipe.samples, length=recipe.length, seed=recipe.seed
         )
@@ -209,9 +209,10 @@ class _Run:
         return decisions
 
     def _identity(self, windows: Tensor) -> dict[str, Any]:
+        gguf = Path(self.model_name).expanduser()
         return {
             "model": self.model_name,
-            "source": self.source.fingerprint,
+            "source": {**self.source.fingerprint, **fingerprint([gguf] if gguf.is_file() else [])},
             "recipe": self.recipe.model_dump(mode="json"),
             "calibration": calibration.digest(windows),
             "device": self.device.type,
@@ -309,6 +310,8 @@ class _Run:
 
     def _assemble(self, windows: Tensor) -> None:
         self.final.mkdir(exist_ok=True)
+        for left_over in self.final.rglob(".*.tmp"):  # of a run that was killed while it wrote
+            left_over.unlink()
         records = [record for index in range(len(self.model.blocks)) for record in self.journal.record(index)]
         pruned = [record for record in records if record["status"] == "pruned"]
         artefact.write_weights(self.final, self._entries())

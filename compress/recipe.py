@@ -6,16 +6,18 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compress.errors import RecipeError, did_you_mean
-from compress.methods import Metric, Reconstruction, find, parse_options
-from compress.metrics import METRICS
-from compress.patterns import Group, NMPattern, Pattern, parse_pattern
-from compress.reconstruction import RECONSTRUCTIONS
+from compress.errors import RecipeError, did_you_mean, one_line
+
+# The methods import torch, which takes two seconds: they are imported where a recipe is checked, so that the
+# schema alone (which `--help` shows) costs nothing.
+if TYPE_CHECKING:
+    from compress.methods import Metric, Reconstruction
+    from compress.patterns import Group, Pattern
 
 Scalar = bool | int | float | str
 
@@ -66,6 +68,9 @@ class Recipe(BaseModel):
     @field_validator("metric")
     @classmethod
     def _metric_exists(cls, name: str | None) -> str | None:
+        from compress.methods import find
+        from compress.metrics import METRICS
+
         if name is not None:
             find("metric", name, METRICS)
         return name
@@ -73,11 +78,17 @@ class Recipe(BaseModel):
     @field_validator("reconstruction")
     @classmethod
     def _reconstruction_exists(cls, name: str) -> str:
+        from compress.methods import find
+        from compress.reconstruction import RECONSTRUCTIONS
+
         find("reconstruction", name, RECONSTRUCTIONS)
         return name
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
+        from compress.methods import parse_options
+        from compress.patterns import NMPattern
+
         pattern = self.parsed_pattern
         if self.format == "packed" and pattern != NMPattern(2, 4):
             raise RecipeError(
@@ -105,15 +116,21 @@ class Recipe(BaseModel):
 
     @property
     def parsed_pattern(self) -> Pattern:
+        from compress.patterns import parse_pattern
+
         return parse_pattern(self.pattern, self.sparsity)
 
     @property
     def chosen_reconstruction(self) -> Reconstruction:
+        from compress.reconstruction import RECONSTRUCTIONS
+
         return RECONSTRUCTIONS[self.reconstruction]
 
     @property
     def chosen_metric(self) -> Metric | None:
         """The metric that makes the mask, or None when the reconstruction chooses by its own."""
+        from compress.metrics import METRICS
+
         if self.metric is not None:
             return METRICS[self.metric]
         return None if self.chosen_reconstruction.own_metric else METRICS["wanda"]
@@ -154,7 +171,7 @@ class Recipe(BaseModel):
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe {path} is not YAML: {error}") from None
+            raise RecipeError(f"the recipe {path} is not YAML: {one_line(error)}") from None
         if isinstance(data, dict) and isinstance(data.get("recipe"), dict):
             data = data["recipe"]
         if not isinstance(data, dict):

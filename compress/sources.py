@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress.errors import CorruptCheckpointError, SourceError
+from compress.artefact import companions
+from compress.errors import CorruptCheckpointError, SourceError, one_line
 from compress.files import TensorFiles
 
 _HUB_PATTERNS = [
@@ -51,11 +53,13 @@ class Source:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the weights without reading them all: the names, sizes and times of the files."""
-        return {
-            file.name: [file.stat().st_size, file.stat().st_mtime_ns]
-            for file in [self.directory / "config.json", *self.tensors.files]
-        }
+        """What identifies the checkpoint without reading it all: the names, sizes and times of its files."""
+        return fingerprint([self.directory / "config.json", *self.tensors.files, *companions(self.directory)])
+
+
+def fingerprint(files: Iterable[Path]) -> dict[str, Any]:
+    """File name -> [bytes, time of the last change in nanoseconds]."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def resolve(model: str, scratch: Path) -> Path:
@@ -92,7 +96,7 @@ def _download(repository: str) -> Path:
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise SourceError(
-            f"{repository!r} is not a directory here, and the hub cannot be reached: {_first_line(error)}"
+            f"{repository!r} is not a directory here, and the hub cannot be reached: {one_line(error)}"
         ) from None
 
 
@@ -122,7 +126,7 @@ def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) 
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     except (ImportError, ValueError, KeyError, OSError) as error:
-        raise SourceError(f"cannot read {gguf} as a GGUF model: {_first_line(error)}") from None
+        raise SourceError(f"cannot read {gguf} as a GGUF model: {one_line(error)}") from None
     finally:
         if not (partial / "config.json").is_file():
             shutil.rmtree(partial, ignore_errors=True)
@@ -149,8 +153,25 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CorruptCheckpointError(f"{path} is not a JSON object")
+    if not isinstance(config.get("quantization_config"), dict | None):
+        raise CorruptCheckpointError(f"{path}: quantization_config is not a JSON object")
     return config
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        SourceError: there is none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # anything can come out of a damaged tokenizer file
+        raise SourceError(f"{directory} has no usable tokenizer: {one_line(error)}") from None
+    if not tokenizer("the", add_special_tokens=False)["input_ids"]:  # what transformers makes where files are missing
+        raise SourceError(
+            f"{directory} has no usable tokenizer: it has no vocabulary; copy the model's tokenizer files"
+        )
+    return tokenizer

@@ -14,7 +14,7 @@ from typing import Any
 from compress import packed
 from compress.artefact import REPORT_NAME, read_report
 from compress.checkpoint import parse_config
-from compress.errors import CorruptCheckpointError
+from compress.errors import CorruptCheckpointError, SourceError
 from compress.files import TensorFiles, check_digest, file_digest
 from compress.layout import Layout, LinearInfo
 from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, VALUES_SUFFIX, PackedWeight
@@ -48,7 +48,12 @@ def verify(directory: Path, progress: Callable[[int, int, str], None] = lambda d
     config = read_config(directory)
     files = TensorFiles(directory)
     quantization = config.get("quantization_config")
-    is_packed = isinstance(quantization, dict) and quantization.get("quant_method") == "halve"
+    is_packed = quantization is not None and quantization.get("quant_method") == "halve"
+    if quantization is not None and not is_packed:
+        raise SourceError(
+            f"{directory} is quantized ({quantization.get('quant_method')}); halve verifies packed and dense checkpoints"
+        )
+    parsed = parse_config(quantization) if is_packed else None
     verdict = Verdict(directory, "packed" if is_packed else "dense", files=len(files.files))
     for file in files.files:
         verdict.sealed_files += check_digest(file)
@@ -59,15 +64,12 @@ def verify(directory: Path, progress: Callable[[int, int, str], None] = lambda d
     report = read_report(directory)
     reasons = {layer["name"]: layer.get("reason") for layer in (report or {}).get("layers", [])}
 
-    ignore = set(parse_config(quantization).ignore) if is_packed and isinstance(quantization, dict) else set()
     layout = Layout.of(directory)
-    if unknown := ignore - layout.linears.keys():
-        raise CorruptCheckpointError(
-            f"{directory}/config.json: ignore names {sorted(unknown)[0]!r}, which the model does not have"
-        )
+    packed_names = layout.packed(parsed.ignore) if parsed else set()
+    layout.require_tensors(files.info, packed_names, parsed.value_dtype if parsed else "")
     linears = layout.block_linears
     for done, linear in enumerate(linears, 1):
-        if is_packed and linear.name not in ignore:
+        if linear.name in packed_names:
             layer = _verify_packed(files, layout, linear)
         else:
             layer = _verify_dense(files, layout, linear, reasons.get(linear.name))

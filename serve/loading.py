@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from compress import sources
+from compress.blocks import load_config
 from compress.checkpoint import check_files
-from compress.errors import CorruptCheckpointError, HalveError, SourceError
+from compress.errors import CorruptCheckpointError, HalveError, one_line
 from compress.files import TensorFiles
 from compress.quiet import quiet_transformers
 from compress.sources import read_config
@@ -26,16 +28,27 @@ def load_model(
     import serve.transformers_plugin  # noqa: F401  registers the packed format
 
     config = read_config(directory)
+    load_config(directory)  # notices fields of wrong types, and names them
     files = TensorFiles(directory)  # notices a truncated file, and names it
     if not _is_packed(config):
         check_files(files.files)  # the plugin does it for packed ones
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
+            model, found = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except HalveError:
         raise
     except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
-        raise CorruptCheckpointError(f"cannot load {directory}: {str(error).strip().splitlines()[0]}") from None
+        raise CorruptCheckpointError(f"cannot load {directory}: {one_line(error)}") from None
+    # transformers itself draws at random what is missing or does not fit, and goes on.
+    if missing := sorted(found["missing_keys"]):
+        raise CorruptCheckpointError(f"{directory} has no tensor {missing[0]} ({len(missing)} are missing)")
+    if unfit := sorted(found["mismatched_keys"]):
+        name, stored, expected = unfit[0]
+        raise CorruptCheckpointError(
+            f"{directory}: {name} is {list(stored)}, and config.json says {list(expected)}; they do not belong together"
+        )
     torch.nn.Module.to(model, torch.device(device))
     return model.eval().requires_grad_(False)
 
@@ -46,11 +59,8 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         SourceError: there is none that transformers can read.
     """
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{directory} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    with quiet_transformers():
+        return sources.load_tokenizer(directory)
 
 
 def _is_packed(config: dict[str, Any]) -> bool:

@@ -7,7 +7,6 @@ bits a group, each value is finite.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.blocks import LinearModule
-from compress.checkpoint import PackedConfig, check_files, expected_tensors, parse_config
+from compress.checkpoint import PackedConfig, check_files, parse_config
 from compress.errors import CorruptCheckpointError
 from compress.files import TensorInfo, read_header
 from compress.layout import Layout
@@ -55,16 +54,13 @@ class HalveQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         config = self._config
-        ignore = set(config.ignore)
         layout = Layout(model)
-        if unknown := ignore - layout.linears.keys():
-            raise CorruptCheckpointError(
-                f"config.json: ignore names {sorted(unknown)[0]!r}, and this model has no such linear layer; "
-                "config.json and the model do not belong together"
-            )
-        packed = layout.linears.keys() - ignore
+        packed = layout.packed(config.ignore)
         files = [Path(file) for file in checkpoint_files or []]
-        _check_tensors(layout, packed, config, files)
+        stored: dict[str, TensorInfo] = {}
+        for file in files:
+            stored.update(read_header(file)[0])
+        layout.require_tensors(stored, packed, config.value_dtype)
         check_files(files)
         for name in packed:
             parent, _, attribute = name.rpartition(".")
@@ -105,26 +101,3 @@ class HalveQuantizer(HfQuantizer):
     @property
     def _config(self) -> PackedConfig:
         return cast(Any, self.quantization_config).parsed
-
-
-def _check_tensors(layout: Layout, packed: Iterable[str], config: PackedConfig, files: list[Path]) -> None:
-    """Raises CorruptCheckpointError naming the first packed tensor that is missing or has a wrong shape or dtype.
-
-    transformers itself fills what is missing with random numbers and goes on.
-    """
-    stored: dict[str, TensorInfo] = {}
-    for file in files:
-        stored.update(read_header(file)[0])
-    for name in sorted(packed):
-        linear = layout.linears[name]
-        for tensor, (dtype, shape) in expected_tensors(name, linear.n, linear.k, config.value_dtype).items():
-            key = layout.key(tensor, stored)
-            if key is None:
-                raise CorruptCheckpointError(
-                    f"{name}: the checkpoint has no tensor {tensor}; the layer is damaged or config.json is not its own"
-                )
-            info = stored[key]
-            if info.dtype != dtype or info.shape != shape:
-                raise CorruptCheckpointError(
-                    f"{name}: {tensor} is {info.dtype} {list(info.shape)}, and {dtype} {list(shape)} belongs there (in {info.file})"
-                )

@@ -1,0 +1,135 @@
+"""Peak memory of `halve compress` on two models that differ only in depth: it must not grow with the layers.
+
+    python -m benchmarks.memory_vs_depth [--depths 4,24] [--hidden 640]
+
+Two random Llamas (bfloat16) are generated, alike but for their number of blocks, and compressed one after the
+other, each in a process of its own with one thread, by the same recipe. The peak is the high-water mark of the
+resident memory that Linux keeps for that process (VmHWM). What is allowed beside the memory of the shallow model
+is less than two blocks, however many blocks the deep model has more. Prints a table and one JSON line, and writes
+benchmarks/results/memory_vs_depth.json. About two minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from serve.measure.environment import environment as measured_on
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "memory_vs_depth.json"
+ALLOWED_BLOCKS = 2.0
+
+_CHILD = """
+import sys
+from pathlib import Path
+from compress.pipeline import compress_model
+model, out, calibration, samples, length = sys.argv[1:]
+compress_model(model, out, calibration=calibration, samples=int(samples), length=int(length), checkpoint_seconds=0)
+status = Path("/proc/self/status").read_text()
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+
+
+def build_model(directory: Path, layers: int, hidden: int) -> Path:
+    """A random model in a process of its own, so that this one stays small."""
+    code = (
+        "import sys; from pathlib import Path; from tests import tiny_models; "
+        "tiny_models.build('llama', Path(sys.argv[1]), layers=int(sys.argv[2]), hidden_size=int(sys.argv[3]), "
+        "intermediate_size=int(sys.argv[3]) * 3, max_shard_size='200MB')"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(directory), str(layers), str(hidden)],
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
+    return directory
+
+
+def block_bytes(hidden: int) -> int:
+    """Bytes of the linears of one block in bfloat16: q and o, k and v of half the heads, three of the MLP."""
+    return 2 * hidden * hidden * (2 + 1 + 9)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def peak_bytes(model: Path, out: Path, calibration: Path, samples: int, length: int) -> int:
+    """Peak resident memory of a process that compresses the model."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, str(model), str(out), str(calibration), str(samples), str(length)],
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def measure(directory: Path, *, depths: tuple[int, int], hidden: int, samples: int, length: int) -> dict[str, Any]:
+    """Both models in one run; see the head of this file."""
+    calibration = directory / "calibration.txt"
+    calibration.write_text("\n".join(f"{i}. A sparse matrix has few elements that are not zero." for i in range(4000)))
+    rows = []
+    for depth in depths:
+        model = build_model(directory / f"depth-{depth}", depth, hidden)
+        peak = peak_bytes(model, directory / f"out-{depth}", calibration, samples, length)
+        weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        rows.append({"layers": depth, "weight_bytes": weights, "peak_rss_bytes": peak})
+    block = block_bytes(hidden)
+    growth = rows[1]["peak_rss_bytes"] - rows[0]["peak_rss_bytes"]
+    return {
+        "hidden": hidden,
+        "samples": samples,
+        "length": length,
+        "block_bytes": block,
+        "rows": rows,
+        "growth_bytes": growth,
+        "growth_blocks": growth / block,
+        "allowed_blocks": ALLOWED_BLOCKS,
+        "passed": growth < ALLOWED_BLOCKS * block,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", default="4,24")
+    parser.add_argument("--hidden", type=int, default=640)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    arguments = parser.parse_args()
+    shallow, deep = map(int, arguments.depths.split(","))
+    with tempfile.TemporaryDirectory() as directory:
+        result = measure(
+            Path(directory),
+            depths=(shallow, deep),
+            hidden=arguments.hidden,
+            samples=arguments.samples,
+            length=arguments.length,
+        )
+    result |= measured_on()
+    print(f"{'layers':>8} {'weights':>12} {'peak memory':>14}")
+    for row in result["rows"]:
+        print(f"{row['layers']:>8} {row['weight_bytes'] / 1e6:>9.1f} MB {row['peak_rss_bytes'] / 1e6:>11.1f} MB")
+    print(
+        f"{deep - shallow} more blocks of {result['block_bytes'] / 1e6:.1f} MB: {result['growth_bytes'] / 1e6:+.1f} MB, "
+        f"{result['growth_blocks']:+.2f} blocks (allowed: less than {ALLOWED_BLOCKS:g})"
+    )
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

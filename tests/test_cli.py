@@ -1,0 +1,150 @@
+"""The contract of the command: exit codes, standard output and standard error, and what --help costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compress.version
+from compress.metrics import METRICS
+from compress.recipe import Recipe
+from compress.reconstruction import RECONSTRUCTIONS
+from tests import tiny_models
+from tests.runs import ROOT, Halve, call, environment, flags
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['halve', *{arguments!r}]\n"
+        "from serve.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = sorted({{'torch', 'transformers', 'pandas'}} & sys.modules.keys())\n"
+        "assert not heavy, heavy\n"
+    )
+    for arguments in (["--help"], ["compress", "--help"], ["--version"], ["verify", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(arguments=arguments)],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+def test_help_names_every_command_and_field(halve: Halve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    called = halve("--help")
+    assert called.code == 0
+    for command in ("compress", "methods", "verify", "pack", "unpack"):
+        assert command in called.stdout
+    called = halve("compress", "--help")
+    for name, field in Recipe.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in called.stdout
+        assert (field.description or "").split()[0] in called.stdout
+    assert called.stderr == ""
+
+
+def test_version(halve: Halve) -> None:
+    called = halve("--version")
+    assert (called.code, called.stdout) == (0, f"{compress.version.version()}\n")
+
+
+def test_methods(halve: Halve) -> None:
+    called = halve("methods", "--json")
+    assert called.code == 0
+    methods = {(method["kind"], method["name"]): method for method in called.document["methods"]}
+    assert methods.keys() == {("metric", name) for name in METRICS} | {
+        ("reconstruction", name) for name in RECONSTRUCTIONS
+    }
+    assert methods["metric", "wanda"]["needs"] == ["sum_of_squares"]
+    assert methods["reconstruction", "sparsegpt"]["options"]["damping"]["default"] == 0.01
+    for method in methods.values():
+        assert {"kind", "name", "paper", "needs", "cost", "options"} <= method.keys()
+        assert method["cost"]
+    human = halve("methods")
+    assert human.code == 0
+    assert all(name in human.stdout for _, name in methods)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--nonesuch"], ["nonesuch"], ["compress"], ["compress", "m"], ["compress", "m", "--samples", "x"]]
+)
+def test_wrong_calls(arguments: list[str], halve: Halve) -> None:
+    called = halve(*arguments)
+    assert called.code == 2
+    assert called.stdout == ""
+    assert called.stderr
+    assert "Traceback" not in called.stderr
+
+
+def test_compress(halve: Halve, tmp_path: Path) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=2)
+    called = halve(*flags(source, tmp_path / "out"), "--json")
+    assert called.code == 0
+    document = called.document
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document.items() >= report["summary"].items()
+    assert (document["out"], document["layers_pruned"], document["bytes"]) == (
+        str(tmp_path / "out"),
+        14,
+        report["bytes"],
+    )
+    lines = called.stderr.splitlines()
+    assert any("pruning 2/2 model.layers.1, relative output error 0." in line for line in lines), lines
+
+    called = halve(*flags(source, tmp_path / "again"))
+    assert called.code == 0
+    assert "14 of 14" in called.stdout
+    assert "halve verify" in called.stdout
+
+
+def test_flags_are_the_fields_of_the_recipe(halve: Halve, tmp_path: Path) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "metric: wanda\nseed: 5\nignore: ['*.v_proj']\nreconstruction_options: {damping: 0.2}\nsamples: 3\n"
+    )
+    given = flags(source, tmp_path / "out", recipe=file, samples=4, reconstruction="sparsegpt")
+    called = halve(*given, "--ignore", "*.o_proj", "--ignore", "*.k_proj", "--json")
+    assert called.code == 0, called
+    import yaml
+
+    recipe = Recipe.create(**yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["recipe"])
+    assert (recipe.metric, recipe.seed, recipe.samples) == ("wanda", 5, 4)  # a flag wins over the file
+    assert recipe.ignore == ("*.o_proj", "*.k_proj")
+    assert recipe.reconstruction_options == {"damping": 0.2}
+    called = halve(*flags(source, tmp_path / "options"), "--reconstruction-options", "damping=0.5", "--json")
+    assert called.code == 0
+    layers = json.loads((tmp_path / "options" / "report.json").read_text())["layers"]
+    assert {layer["damping"] for layer in layers} == {0.5}
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    """What a shell sees: JSON alone on standard output, progress on standard error."""
+    source = tiny_models.build("gpt2", tmp_path / "source", layers=1)
+    called = call(*flags(source, tmp_path / "out"), "--json")
+    assert called.code == 0, called.stderr
+    assert called.document["layers_pruned"] == 4
+    assert "pruning 1/1" in called.stderr
+    assert "Warning" not in called.stderr
+
+
+def test_interrupt(halve: Halve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.pipeline.prune_layer", interrupt)
+    called = halve(*flags(source, tmp_path / "out"))
+    assert called.code == 130
+    assert "Traceback" not in called.stderr
+    monkeypatch.undo()
+    assert halve(*flags(source, tmp_path / "out"), "--resume").code == 0
