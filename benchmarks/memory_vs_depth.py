@@ -6,7 +6,7 @@ Two random Llamas (bfloat16) are generated, alike but for their number of blocks
 other, each in a process of its own with one thread, by the same recipe. The peak is the high-water mark of the
 resident memory that Linux keeps for that process (VmHWM). What is allowed beside the memory of the shallow model
 is less than two blocks, however many blocks the deep model has more. Prints a table and one JSON line, and writes
-benchmarks/results/memory_vs_depth.json. About two minutes on one core.
+benchmarks/results/memory_vs_depth.json. About a minute on one core.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.measure.environment import environment as measured_on
+from tests import tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "memory_vs_depth.json"
@@ -35,23 +36,6 @@ compress_model(model, out, calibration=calibration, samples=int(samples), length
 status = Path("/proc/self/status").read_text()
 print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 """
-
-
-def build_model(directory: Path, layers: int, hidden: int) -> Path:
-    """A random model in a process of its own, so that this one stays small."""
-    code = (
-        "import sys; from pathlib import Path; from tests import tiny_models; "
-        "tiny_models.build('llama', Path(sys.argv[1]), layers=int(sys.argv[2]), hidden_size=int(sys.argv[3]), "
-        "intermediate_size=int(sys.argv[3]) * 3, max_shard_size='200MB')"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, str(directory), str(layers), str(hidden)],
-        cwd=ROOT,
-        env=environment(),
-        check=True,
-        capture_output=True,
-    )
-    return directory
 
 
 def block_bytes(hidden: int) -> int:
@@ -82,7 +66,9 @@ def measure(directory: Path, *, depths: tuple[int, int], hidden: int, samples: i
     calibration.write_text("\n".join(f"{i}. A sparse matrix has few elements that are not zero." for i in range(4000)))
     rows = []
     for depth in depths:
-        model = build_model(directory / f"depth-{depth}", depth, hidden)
+        model = tiny_models.build(
+            "llama", directory / f"depth-{depth}", layers=depth, hidden_size=hidden, intermediate_size=3 * hidden
+        )
         peak = peak_bytes(model, directory / f"out-{depth}", calibration, samples, length)
         weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         rows.append({"layers": depth, "weight_bytes": weights, "peak_rss_bytes": peak})

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import artefact, calibration, packed
+from compress import artefact, calibration, memory, packed
 from compress.blocks import BlockModel, LinearModule, linears_of, oriented, shape_of
 from compress.checkpoint import check_files
 from compress.device import choose_device
@@ -243,6 +243,7 @@ class _Run:
         batch = max(1, BATCH_TOKENS // windows.shape[1])
         hidden = self.model.record_calls(windows, batch)
         hidden = self.journal.load_activations() or hidden
+        memory.give_back()
         for index in range(self.journal.next_block, count):
             self.journal.save_activations(index, hidden)
             records = self._prune_block(index, hidden, windows.numel())
@@ -274,6 +275,8 @@ class _Run:
         self.model.drop_block(index)
         del block
         self.journal.save_block(index, tensors, records)
+        del tensors
+        memory.give_back()
         return records
 
     def _prune_linear(

@@ -53,7 +53,7 @@ def verify(directory: Path, progress: Callable[[int, int, str], None] = lambda d
         raise SourceError(
             f"{directory} is quantized ({quantization.get('quant_method')}); halve verifies packed and dense checkpoints"
         )
-    parsed = parse_config(quantization) if is_packed else None
+    parsed = parse_config(quantization) if quantization is not None else None
     verdict = Verdict(directory, "packed" if is_packed else "dense", files=len(files.files))
     for file in files.files:
         verdict.sealed_files += check_digest(file)

@@ -34,13 +34,14 @@ def load_model(
         check_files(files.files)  # the plugin does it for packed ones
     try:
         with quiet_transformers():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
     except HalveError:
         raise
     except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
         raise CorruptCheckpointError(f"cannot load {directory}: {one_line(error)}") from None
+    model, found = loaded
     # transformers itself draws at random what is missing or does not fit, and goes on.
     if missing := sorted(found["missing_keys"]):
         raise CorruptCheckpointError(f"{directory} has no tensor {missing[0]} ({len(missing)} are missing)")

@@ -72,6 +72,7 @@ class HalveQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, Sparse24Linear):
                 module.validate(name)
+                module.requires_grad_(False)  # transformers makes new parameters that do
         return model
 
     def update_dtype(self, dtype: Any) -> Any:
