@@ -14,6 +14,7 @@ check: $(ENVIRONMENT)
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)pyright
+	$(RUN)python -m benchmarks.readme --check
 
 format: $(ENVIRONMENT)
 	$(RUN)ruff check --fix .

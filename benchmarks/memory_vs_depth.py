@@ -6,7 +6,7 @@ Two random Llamas (bfloat16) are generated, alike but for their number of blocks
 other, each in a process of its own with one thread, by the same recipe. The peak is the high-water mark of the
 resident memory that Linux keeps for that process (VmHWM). What is allowed beside the memory of the shallow model
 is less than two blocks, however many blocks the deep model has more. Prints a table and one JSON line, and writes
-benchmarks/results/memory_vs_depth.json. About a minute on one core.
+benchmarks/results/memory_vs_depth.json and .md. About a minute on one core.
 """
 
 from __future__ import annotations
@@ -87,6 +87,26 @@ def measure(directory: Path, *, depths: tuple[int, int], hidden: int, samples: i
     }
 
 
+def as_markdown(result: dict[str, Any]) -> str:
+    """The table, and what it was measured on."""
+    rows = [
+        f"| {row['layers']} | {row['weight_bytes'] / 1e6:.1f} | {row['peak_rss_bytes'] / 1e6:.1f} |" for row in result["rows"]
+    ]
+    return "\n".join(
+        [
+            "# Peak memory against depth",
+            "",
+            "| layers | weights, MB | peak memory of `halve compress`, MB |",
+            "|---:|---:|---:|",
+            *rows,
+            "",
+            f"A block has {result['block_bytes'] / 1e6:.1f} MB. {result['samples']} windows of {result['length']} tokens; "
+            f"{result['date']}, {result['machine']}, {result['threads']} thread, torch {result['versions']['torch']}.",
+            "",
+        ]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", default="4,24")
@@ -113,6 +133,7 @@ def main() -> int:
     )
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    RESULT.with_suffix(".md").write_text(as_markdown(result))
     print(json.dumps(result))
     return 0 if result["passed"] else 1
 

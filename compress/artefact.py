@@ -165,12 +165,12 @@ def read_report(directory: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise CorruptCheckpointError(f"{path} is not JSON: {error}") from None
     try:
-        for layer in report.get("layers", []):
-            layer["name"]
-        for entry in report.get("files", {}).values():
-            entry["bytes"], entry["sha256"]
-    except (AttributeError, TypeError, KeyError):
-        raise CorruptCheckpointError(f"{path} is not a report of halve") from None
+        named = all("name" in layer for layer in report.get("layers", []))
+        counted = all({"bytes", "sha256"} <= entry.keys() for entry in report.get("files", {}).values())
+    except (AttributeError, TypeError):
+        named = counted = False
+    if not (named and counted):
+        raise CorruptCheckpointError(f"{path} is not a report of halve")
     return report
 
 

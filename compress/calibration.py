@@ -56,8 +56,9 @@ def load_windows(source: str, tokenizer: Any, *, samples: int, length: int, seed
 def evaluation_windows(source: str, tokenizer: Any, *, length: int, windows: int | None = None) -> Tensor:
     """Token windows [n, length] int64 for perplexity: from the start, no overlap, the remainder dropped.
 
-    For ``wikitext2`` this is the protocol of the papers: the lines of the raw test file, where a line that is
-    a single space is an empty row, joined by two newlines and tokenized once.
+    For ``wikitext2`` this is the protocol of the papers: the rows of the Hugging Face data set (the lines of the
+    raw test file with their newlines, where a line that is a single space is an empty row), joined by two
+    newlines and tokenized once.
 
     Raises:
         CalibrationError: the text holds no window, or fewer than asked for.
@@ -101,9 +102,8 @@ def read_documents(source: str) -> Iterator[str]:
                     if line.strip():
                         yield _text_of(line, path, number)
             elif source == "wikitext2":
-                for line in handle:
-                    row = line[:-1] if line.endswith("\n") else line
-                    yield "" if row == " " else row
+                for line in handle:  # a row of the data set keeps the newline of its line, unless it is empty
+                    yield "" if line == " \n" else line
             else:
                 yield handle.read()
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:

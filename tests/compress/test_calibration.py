@@ -177,12 +177,12 @@ def test_home_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_wikitext2_protocol() -> None:
-    """The rows are the file's lines; a line that is one space is an empty row; joined by two newlines."""
+    """The rows are the file's lines with their newlines; a line of one space is an empty row; joined by two newlines."""
     raw = gzip.decompress((DATA / "wikitext2-test.txt.gz").read_bytes()).decode()
     assert raw.endswith("\n")
-    lines = raw.split("\n")[:-1]
-    assert " " in lines
-    expected = "\n\n".join("" if line == " " else line for line in lines)
+    lines = raw.splitlines(keepends=True)
+    assert " \n" in lines
+    expected = "\n\n".join("" if line == " \n" else line for line in lines)
     documents = list(read_documents("wikitext2"))
     assert len(documents) == len(lines)
     assert "\n\n".join(documents) == expected
