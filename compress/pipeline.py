@@ -39,7 +39,7 @@ from compress.recipe import Recipe
 from compress.sources import Source, fingerprint, load_tokenizer, resolve
 from compress.version import versions
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Calibration tokens in one forward pass: enough to keep the matmuls busy, few enough for small memories."""
 
 Progress = Callable[[int, int, str], None]
@@ -259,6 +259,7 @@ class _Run:
         observer = InputObserver(observed, self.recipe.needs | {"sample"}, tokens)
         if observed:
             observer.run(self.model, index, hidden)
+            memory.give_back()
         tensors: dict[str, Tensor] = {}
         records = []
         for name, module in linears.items():
