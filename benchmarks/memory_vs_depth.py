@@ -88,7 +88,7 @@ def measure(directory: Path, *, depths: tuple[int, int], hidden: int, samples: i
         )
     block = block_bytes(hidden)
     kept = max(row["rss_after_last_block_bytes"] - row["rss_after_first_block_bytes"] for row in rows)
-    more = rows[1]["weight_bytes"] - rows[0]["weight_bytes"]
+    rows[1]["weight_bytes"] - rows[0]["weight_bytes"]
     growth = rows[1]["peak_rss_bytes"] - rows[0]["peak_rss_bytes"]
     return {
         "hidden": hidden,
