@@ -12,7 +12,7 @@ _TEMPLATE = """---
 
 # {{ name }}, {{ pattern }}
 
-Pruned to **{{ pattern }}** by [halve](https://pypi.org/project/halve/) {{ version }} without retraining, and stored {{ stored }}.
+Pruned to **{{ pattern }}** by halve {{ version }} without retraining, and stored {{ stored }}.
 
 | | |
 |---|---|

@@ -238,7 +238,8 @@ def test_digest() -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_local_data_set(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = [f"w{i} w{i + 1}" for i in range(0, 20, 2)]
     directory = tmp_path / "set"
     directory.mkdir()
@@ -253,7 +254,8 @@ def test_a_local_data_set(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_local_data_sets_without_what_is_needed(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
+    import datasets  # noqa: F401  part of the dev environment, so its absence is a failure
+
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.jsonl").write_text('{"body": "x", "url": "y"}\n')
     with pytest.raises(CalibrationError, match=r"other' has a row without a text .* \(its columns: body, url\)"):
@@ -275,7 +277,7 @@ def test_datasets_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("error", [ConnectionError(), OSError("no route\nto the hub"), ValueError("Bad split: train")])
 def test_a_data_set_that_cannot_be_read(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
