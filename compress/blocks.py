@@ -1,4 +1,4 @@
-"""The decoder blocks of any Hugging Face causal language model, held in memory one at a time.
+"""The repeated blocks of any Hugging Face causal language model or image classifier, held in memory one at a time.
 
 No names of families here. The blocks are found as the repeated part of the model that holds most linear
 weights; a block's linears are its modules that multiply; what a block is called with (position embeddings,
@@ -8,8 +8,9 @@ masks, cache) is recorded as the model itself passes it, whatever it is.
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,7 +19,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.pytorch_utils import Conv1D
@@ -98,16 +99,56 @@ def load_config(directory: Path) -> Any:
         raise SourceError(f"transformers cannot read {directory / 'config.json'}: {one_line(error)}") from None
 
 
+def reads_images(config: Any) -> bool:
+    """Whether a configuration (an object, or the content of ``config.json``) is that of an image classifier."""
+    named = config.get("architectures") if isinstance(config, dict) else getattr(config, "architectures", None)
+    return any(str(name).endswith("ForImageClassification") for name in named or ())
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class of transformers that builds and loads models of a configuration."""
+    return AutoModelForImageClassification if reads_images(config) else AutoModelForCausalLM
+
+
 def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a configuration on the meta device: shapes and names, no memory."""
+    kind = "an image classifier" if reads_images(config) else "a causal language model"
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise SourceError(
-            f"transformers cannot build a causal language model of this config.json: {one_line(error)}"
-        ) from None
+        raise SourceError(f"transformers cannot build {kind} of this config.json: {one_line(error)}") from None
     return model.eval().requires_grad_(False)
+
+
+def switch_biases_on(config: Any, model: PreTrainedModel) -> tuple[Any, list[str], list[str]]:
+    """Gives the linears of the blocks a bias where the family's configuration has a switch for it.
+
+    A switch is a field of the configuration that is False, has "bias" in its name, and that adds nothing to the model
+    but biases of linears in the blocks when it is True (Llama's ``attention_bias`` and ``mlp_bias``).
+
+    Returns:
+        The changed configuration, the names of the switches, and the names of the parameters that are new.
+    """
+    before = dict(model.named_parameters(remove_duplicate=False))
+    blocks, _ = find_blocks(model)
+    switches, added = [], set()
+    for field, value in config.to_dict().items():
+        if value is not False or "bias" not in field:
+            continue
+        trial = copy.deepcopy(config)
+        setattr(trial, field, True)
+        other = skeleton(trial, model.dtype)
+        after = dict(other.named_parameters(remove_duplicate=False))
+        new = after.keys() - before.keys()
+        linears = {f"{name}.bias" for name in linears_of(other, "") if name.startswith(f"{blocks}.")}
+        if new and new <= linears and before.keys() <= after.keys():
+            switches.append(field)
+            added |= new
+    changed = copy.deepcopy(config)
+    for field in switches:
+        setattr(changed, field, True)
+    return changed, switches, sorted(added)
 
 
 @dataclass
@@ -131,14 +172,23 @@ class BlockModel:
         source: the dense checkpoint.
         dtype: of weights and activations.
         device: where blocks are run.
+        add_bias: give linears a bias of zeros where the configuration has a switch for it.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device, *, add_bias: bool = False) -> None:
         self.source = source
         self.dtype = dtype
         self.device = device
         self.config = load_config(source.directory)
         self.model = skeleton(self.config, dtype)
+        self.bias_switches: list[str] = []
+        """Fields of the configuration that were turned on to give linears a bias."""
+        self.added: set[str] = set()
+        """Parameters that the checkpoint does not have: biases of zeros."""
+        if add_bias:
+            self.config, self.bias_switches, added = switch_biases_on(self.config, self.model)
+            self.added = set(added)
+            self.model = skeleton(self.config, dtype)
         self.block_list_name, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self._keys = self._match_keys()
@@ -156,7 +206,10 @@ class BlockModel:
         return linears_of(self.blocks[index], self.block_name(index))
 
     def key_of(self, parameter: str) -> str:
-        """The checkpoint's name of a parameter of the model."""
+        """The checkpoint's name of a parameter of the model, or for one that was added, the name it gets there."""
+        if parameter in self.added:
+            layer, _, attribute = parameter.rpartition(".")
+            return self._keys[f"{layer}.weight"].removesuffix("weight") + attribute
         return self._keys[parameter]
 
     def load_block(self, index: int) -> nn.Module:
@@ -169,28 +222,28 @@ class BlockModel:
         """Gives the memory of a block back."""
         self.blocks[index].to("meta")
 
-    def record_calls(self, windows: Tensor, batch: int) -> list[Tensor]:
+    def record_calls(self, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
         """Runs what comes before the blocks, and records what every block is called with.
 
         The blocks themselves are not run, but for the first one, once, to see what a block returns.
 
         Args:
-            windows: token ids [samples, length].
-            batch: windows in a forward pass.
+            batches: what the model is called with, one forward pass after the other.
 
         Returns:
             The inputs of the first block, one tensor [batch, length, hidden] a batch.
         """
         surroundings = self._surroundings()
         self._materialize(surroundings)
+        self._calls = [[] for _ in self.blocks]
         hidden: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             block.forward = self._recorder(index, hidden)
         self.load_block(0)
         try:
-            for tokens in windows.split(batch):
+            for inputs in batches:
                 try:
-                    self.model(input_ids=tokens.to(self.device), use_cache=False)
+                    self.model(**self.placed(inputs))
                 except _Stop:
                     continue
                 raise AssertionError("the last block was never called")
@@ -198,13 +251,57 @@ class BlockModel:
             for block in self.blocks:
                 del block.forward
             self.drop_block(0)
-        for module in surroundings.values():
+        self._drop(surroundings)
+        return hidden
+
+    @contextlib.contextmanager
+    def after_blocks(self) -> Iterator[Callable[[Tensor, Mapping[str, Any]], Any]]:
+        """Everything but the blocks in memory; gives ``run(hidden, inputs)``: the model's output when its last block
+        gives ``hidden`` for ``inputs``. The blocks themselves are not run.
+        """
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        outside = {name: module for name, module in self.model.named_modules() if id(module) not in inside}
+        self._materialize(outside)
+        injected: list[Tensor] = []
+
+        def pass_on(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                incoming = args[0] if args else kwargs["hidden_states"]
+                outgoing = injected[0] if index == len(self.blocks) - 1 else incoming
+                return (outgoing, *self._rest_of_tuple) if self._returns_tuple else outgoing
+
+            return forward
+
+        def run(hidden: Tensor, inputs: Mapping[str, Any]) -> Any:
+            injected[:] = [hidden]
+            return self.model(**self.placed(inputs))
+
+        for index, block in enumerate(self.blocks):
+            block.forward = pass_on(index)
+        try:
+            yield run
+        finally:
+            for block in self.blocks:
+                del block.forward
+            self._drop(outside)
+
+    def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of the model on its device, floating-point ones in its dtype."""
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+
+    def _drop(self, modules: Mapping[str, nn.Module]) -> None:
+        """Gives the memory of what the modules own themselves back."""
+        for module in modules.values():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
             for key, buffer in module._buffers.items():
                 module._buffers[key] = None if buffer is None else buffer.to("meta")
-        return hidden
 
     def run_block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """The output of a loaded block for a batch of `record_calls`, [batch, length, hidden]."""
@@ -262,7 +359,7 @@ class BlockModel:
             if id(module) not in inside and (head is None or module is not head)
         }
 
-    def _materialize(self, modules: dict[str, nn.Module]) -> None:
+    def _materialize(self, modules: Mapping[str, nn.Module]) -> None:
         """Gives modules on the meta device their memory: derived buffers are computed, parameters read from disk.
 
         Each module gets what it owns itself; its children have to be among the modules, too.
@@ -288,6 +385,8 @@ class BlockModel:
                     module._buffers[key] = self._read(_join(name, key), buffer)
 
     def _read(self, name: str, target: Tensor) -> Tensor:
+        if name in self.added:
+            return torch.zeros(target.shape, dtype=target.dtype, device=self.device)
         key = self._keys[name]
         value = self.source.tensors.read(key)
         if value.shape != target.shape:
@@ -300,7 +399,11 @@ class BlockModel:
         """Before anything is done: also what the run itself never reads, such as the output layer, must be there."""
         optional = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or []
         for name, _ in self.model.named_parameters(remove_duplicate=False):
-            if name not in self._keys and not any(re.search(pattern, name) for pattern in optional):
+            if (
+                name not in self._keys
+                and name not in self.added
+                and not any(re.search(pattern, name) for pattern in optional)
+            ):
                 raise SourceError(
                     f"{self.source.directory} has no tensor for {name}; either a file is missing, config.json belongs to "
                     "another model, or this family stores its weights in another layout than the model holds them (as "

@@ -12,7 +12,8 @@ import hashlib
 import importlib.resources
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,37 @@ from compress.errors import CalibrationError
 BUILTIN = {"c4": "c4.jsonl.gz", "wikitext2": "wikitext2-test.txt.gz"}
 _CHARACTERS_PER_TOKEN = 40
 """How many characters are read at most per token asked for: ten times what English takes."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What the model is shown: windows of text [samples, length] int64, or images [samples, 3, height, width]."""
+
+    argument: str
+    """The name under which the model's forward takes the samples."""
+    samples: Tensor
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else the forward gets."""
+    classes: Tensor | None = None
+    """The class of each image, [samples] int64, or None where it is not known."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batches(self, size: int) -> Iterator[dict[str, Any]]:
+        """Arguments of the forward for ``size`` samples at a time."""
+        for part in self.samples.split(size):
+            yield {self.argument: part, **self.settings}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256; equal digests mean the same calibration."""
+        return digest(self.samples if self.classes is None else torch.cat([self.samples.flatten(), self.classes]))
+
+
+def text_set(windows: Tensor) -> CalibrationSet:
+    """A calibration set of token windows [samples, length]."""
+    return CalibrationSet("input_ids", windows, {"use_cache": False})
 
 
 def load_windows(source: str, tokenizer: Any, *, samples: int, length: int, seed: int) -> Tensor:
@@ -80,7 +112,7 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
 
 
 def digest(windows: Tensor) -> str:
-    """SHA-256 of the windows' token ids; equal digests mean the same calibration."""
+    """SHA-256 of the samples' values (token ids); equal digests mean the same calibration."""
     return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 

@@ -29,6 +29,7 @@ def compress(
     resume: bool,
     checkpoint_seconds: float,
     device: str,
+    gradients: Path | None,
     as_json: bool,
     **fields: Any,
 ) -> None:
@@ -50,6 +51,7 @@ def compress(
             resume=resume,
             checkpoint_seconds=checkpoint_seconds,
             device=device,
+            gradients=gradients,
             progress=progress,
         )
     seconds = time.perf_counter() - started
@@ -254,6 +256,18 @@ def _with_recipe_flags(function: Any) -> Any:
         ),
         parameter(
             "device", keyword, default="auto", annotation=Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")]
+        ),
+        parameter(
+            "gradients",
+            keyword,
+            default=None,
+            annotation=Annotated[
+                Path | None,
+                typer.Option(
+                    help="a directory that keeps the gradients of the dense model for other runs, for metrics that need them",
+                    show_default=False,
+                ),
+            ],
         ),
         parameter("as_json", keyword, default=False, annotation=Json),
     ]

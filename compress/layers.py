@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.bias import mean_correction
 from compress.errors import NumericalError
+from compress.layer_statistics import LayerStatistics
 from compress.methods import Pruning, parse_options
 from compress.packed import canonical, require_finite
 from compress.patterns import NMPattern, Pattern
 from compress.recipe import Recipe
-from compress.statistics import InputStatistics, exact_products
+from compress.statistics import exact_products
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class PrunedLayer:
     record: dict[str, Any]
 
 
-def prune_layer(name: str, weight: Tensor, statistics: InputStatistics, recipe: Recipe) -> PrunedLayer:
+def prune_layer(name: str, weight: Tensor, statistics: LayerStatistics, recipe: Recipe) -> PrunedLayer:
     """Prunes a ``weight`` [N, K] by the recipe; computes in float32 and rounds once, at the end.
 
     Raises:
@@ -40,33 +42,49 @@ def prune_layer(name: str, weight: Tensor, statistics: InputStatistics, recipe: 
         recipe.parsed_pattern,
     )
     dense = weight.float()
-    mask = None
+    mask = scores = None
     if metric is not None:
         scores = metric.score(dense, statistics, parse_options(metric, recipe.metric_options))
         mask = pattern.mask(scores, recipe.chosen_group)
     options = parse_options(reconstruction, recipe.reconstruction_options)
     try:
-        result = reconstruction.run(dense, Pruning(pattern, recipe.chosen_group, mask), statistics, options)
+        result = reconstruction.run(dense, Pruning(pattern, recipe.chosen_group, mask, scores), statistics, options)
     except NumericalError as error:
         raise NumericalError(f"{name}: {error}") from None
     pruned = canonical(result.weight.to(weight.dtype))
     require_finite(pruned, f"{name} after {reconstruction.name}")
     _check_mask(name, pruned, result.mask, pattern)
+    bias, notes = result.bias, result.notes
+    if bias is None and metric is not None and metric.corrects_bias and statistics.bias is not None:
+        shift = mean_correction(dense, pruned.float(), statistics.moments.mean)
+        bias, notes = statistics.bias.float() + shift, {**notes, "bias": "corrected"}
+    if bias is not None:
+        require_finite(bias, f"the bias of {name} after {reconstruction.name}")
     record = {
         "metric": metric.name if metric else reconstruction.name,
         "reconstruction": reconstruction.name,
         "sparsity": 1 - float(result.mask.float().mean()),
-        "relative_output_error": relative_output_error(weight, pruned, statistics.sample),
-        **result.notes,
+        "relative_output_error": relative_output_error(weight, pruned, statistics.sample, _shift(bias, statistics)),
+        **notes,
     }
-    return PrunedLayer(pruned, result.bias, record)
+    return PrunedLayer(pruned, bias, record)
 
 
-def relative_output_error(dense: Tensor, pruned: Tensor, inputs: Tensor) -> float:
-    """‖X (V − W)ᵀ‖² / ‖X Wᵀ‖² for ``dense`` W and ``pruned`` V [N, K] over ``inputs`` X [T, K]; 0 for no output at all."""
+def _shift(bias: Tensor | None, statistics: LayerStatistics) -> Tensor | None:
+    """By how much a new bias moves the output [N], or None."""
+    if bias is None or statistics.bias is None:
+        return bias
+    return bias.float() - statistics.bias.float()
+
+
+def relative_output_error(dense: Tensor, pruned: Tensor, inputs: Tensor, shift: Tensor | None = None) -> float:
+    """‖X (V − W)ᵀ + shift‖² / ‖X Wᵀ‖² for ``dense`` W and ``pruned`` V [N, K] over ``inputs`` X [T, K]; 0 for no output
+    at all. ``shift`` [N] is the change of the bias."""
     with exact_products(inputs.dtype, dense.dtype):
         before = inputs.float() @ dense.float().T  # [T, N]
         after = inputs.float() @ pruned.float().T
+    if shift is not None:
+        after += shift.float()
     energy = float(before.square().sum(dtype=torch.float64))
     return float((after - before).square().sum(dtype=torch.float64)) / energy if energy else 0.0
 

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from compress.errors import RecipeError, did_you_mean
+from compress.layer_statistics import LayerStatistics
 from compress.patterns import Group, Pattern
-from compress.statistics import InputStatistics
 
 MethodT = TypeVar("MethodT", "Metric", "Reconstruction")
 
@@ -28,6 +28,19 @@ class Options(BaseModel):
     """The options of a method: a subclass adds its fields; unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that these options need beyond those that the method always needs."""
+        return frozenset()
+
+    @property
+    def group(self) -> Group | None:
+        """The comparison group that these options imply, or None for the method's own."""
+        return None
+
+    def check(self, pattern: Pattern) -> None:
+        """Raises RecipeError where these options cannot be used with the pattern."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +52,15 @@ class Metric:
     """
 
     name: str
-    score: Callable[[Tensor, InputStatistics, Any], Tensor]
+    score: Callable[[Tensor, LayerStatistics, Any], Tensor]
     paper: str
     cost: str
     needs: frozenset[str] = frozenset()
     group: Group = "row"
     options: type[Options] = Options
+    corrects_bias: bool = False
+    """The metric assumes that the layer's bias takes over the mean of what is lost. Where there is a bias and the
+    reconstruction leaves it alone, it is corrected so (needs the statistic "moments")."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,8 @@ class Pruning:
     group: Group
     mask: Tensor | None
     """[N, K], True where a weight is kept; None when the reconstruction shall choose it by its own metric."""
+    scores: Tensor | None = None
+    """[N, K], the metric's scores that gave the mask, larger is kept; None where there is no mask."""
 
 
 @dataclass
@@ -73,12 +91,13 @@ class Reconstructed:
 class Reconstruction:
     """How the surviving weights are repaired.
 
-    ``run(weight [N, K], pruning, statistics, options) -> Reconstructed`` is pure.
+    ``run(weight [N, K], pruning, statistics, options) -> Reconstructed`` is pure; it may return another mask than
+    the given one (methods that swap weights in and out do).
     ``own_metric`` is True when the method can choose the mask itself; it then does so unless a metric is given.
     """
 
     name: str
-    run: Callable[[Tensor, Pruning, InputStatistics, Any], Reconstructed]
+    run: Callable[[Tensor, Pruning, LayerStatistics, Any], Reconstructed]
     paper: str
     cost: str
     needs: frozenset[str] = frozenset()

@@ -1,14 +1,16 @@
-"""Watches the inputs of a block's linears during the calibration pass; layers that read one input share it."""
+"""Watches the inputs and outputs of a block's linears during the calibration pass; layers that read one input share it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.blocks import BlockModel, LinearModule, shape_of, stop_forward
-from compress.statistics import InputStatistics
+from compress.layer_statistics import OUTPUT_NEEDS, PLACE_NEEDS
+from compress.norms import NormOutputs
+from compress.statistics import ACCUMULATORS, InputStatistics, SumOfSquares
 
 
 class InputObserver:
@@ -20,13 +22,23 @@ class InputObserver:
 
     Args:
         linears: by full name.
-        needs: names of statistics.
+        needs: names of statistics; those that are not of inputs, outputs or the place in the graph are ignored.
         tokens: how many tokens will come in all.
+        block: the module that holds the linears.
     """
 
-    def __init__(self, linears: Mapping[str, LinearModule], needs: Iterable[str], tokens: int) -> None:
+    def __init__(
+        self, linears: Mapping[str, LinearModule], needs: Iterable[str], tokens: int, block: nn.Module
+    ) -> None:
         self.linears = linears
-        self._needs = frozenset(needs)
+        self.outputs: dict[str, SumOfSquares] = {}
+        """Of the linears' outputs, where that is needed."""
+        self.place: dict[str, dict[str, bool]] = {}
+        """Facts about the place of a linear in the graph, where they are needed."""
+        needs = frozenset(needs)
+        self._needs = needs & ACCUMULATORS.keys()
+        self._wants_outputs = bool(needs & OUTPUT_NEEDS)
+        self._norms = NormOutputs(block) if needs & PLACE_NEEDS else None
         self._tokens = tokens
         self._leader: dict[str, str] = {}
         self._statistics: dict[str, InputStatistics] = {}
@@ -39,12 +51,20 @@ class InputObserver:
         leader = self._leader.get(name)
         return None if leader is None else self._statistics[leader]
 
+    def sharing(self, name: str) -> list[str]:
+        """The linears that read the same input as this one, itself included."""
+        return [other for other, leader in self._leader.items() if leader == self._leader.get(name)]
+
     def run(self, model: BlockModel, index: int, hidden: list[Tensor]) -> None:
         """Passes all batches through a loaded block."""
         handles = [
             module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             for name, module in self.linears.items()
         ]
+        if self._wants_outputs:
+            handles += [module.register_forward_hook(self._output_hook(name)) for name, module in self.linears.items()]
+        if self._norms is not None:
+            handles += self._norms.watch()
         try:
             for batch, states in enumerate(hidden):
                 self._calls = 0
@@ -52,6 +72,8 @@ class InputObserver:
                 model.observe_block(index, batch, states)
                 if self._calls_of_first_batch is None:
                     self._calls_of_first_batch = self._calls
+                    if self._norms is not None:
+                        self._norms.forget()
         finally:
             self._seen = {}
             for handle in handles:
@@ -65,6 +87,8 @@ class InputObserver:
             leader, _ = self._seen.setdefault(key, (name, x))
             if self._calls_of_first_batch is None or name not in self._leader:
                 self._leader.setdefault(name, leader)
+                if self._norms is not None:
+                    self.place.setdefault(name, {"after_norm": self._norms.made(x)})
             if self._leader[name] == name:
                 if name not in self._statistics:
                     self._statistics[name] = InputStatistics(
@@ -78,8 +102,21 @@ class InputObserver:
                 raise AssertionError(
                     f"{name} shared its input with {self._leader[name]} in the first batch and does not any more"
                 )
-            self._calls += 1
-            if self._calls == self._calls_of_first_batch:
-                stop_forward()
+            self._count_call()
 
         return observe
+
+    def _output_hook(self, name: str) -> Any:
+        def observe(module: LinearModule, args: tuple[Any, ...], output: Tensor) -> None:
+            y = output.detach().reshape(-1, output.shape[-1])  # [T, N]
+            if name not in self.outputs:
+                self.outputs[name] = SumOfSquares(y.shape[1], y.device, self._tokens)
+            self.outputs[name].update(y)
+            self._count_call()
+
+        return observe
+
+    def _count_call(self) -> None:
+        self._calls += 1
+        if self._calls == self._calls_of_first_batch:
+            stop_forward()

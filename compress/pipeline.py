@@ -7,6 +7,7 @@ recipe on the same machine gives the same bytes, so an interrupted run can go on
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import artefact, calibration, memory, packed
-from compress.blocks import BlockModel, LinearModule, linears_of, oriented, shape_of
+from compress import artefact, calibration, memory, packed, vision
+from compress.blocks import BlockModel, LinearModule, linears_of, oriented, reads_images, shape_of
+from compress.calibration import CalibrationSet
 from compress.checkpoint import check_files
 from compress.device import choose_device
 from compress.errors import (
@@ -31,7 +33,9 @@ from compress.errors import (
     did_you_mean,
 )
 from compress.files import Entry, TensorFiles
+from compress.gradients import GradientStore, regional_gradients
 from compress.journal import Journal
+from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS, LayerStatistics
 from compress.layers import prune_layer
 from compress.observe import InputObserver
 from compress.quiet import quiet_transformers
@@ -62,6 +66,7 @@ def compress_model(
     resume: bool = False,
     checkpoint_seconds: float = 60.0,
     device: str = "auto",
+    gradients: str | Path | None = None,
     progress: Progress | None = None,
     **fields: Any,
 ) -> Compressed:
@@ -76,6 +81,9 @@ def compress_model(
             of a run that was never interrupted.
         checkpoint_seconds: how often the activations are saved, for a later resume.
         device: where blocks are run: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``.
+        gradients: a directory that keeps the gradients of the dense model for other runs with the same model and
+            calibration, for metrics that need them; they are gathered into it where it is not there. Left out: they
+            go with the work directory.
         progress: called after each step.
 
     Raises:
@@ -91,6 +99,7 @@ def compress_model(
         resume,
         checkpoint_seconds,
         choose_device(device)[0],
+        Path(gradients) if gradients is not None else None,
         progress or (lambda *_: None),
     )
     try:
@@ -109,11 +118,13 @@ class _Run:
         resume: bool,
         interval: float,
         device: torch.device,
+        gradients: Path | None,
         progress: Progress,
     ) -> None:
         self.model_name = model
         self.recipe = recipe
         self.device = device
+        self.gradients = gradients
         self.progress = progress
         if not resume and not Path(model).expanduser().exists() and model.startswith((".", "/", "~")):
             resolve(model, Path())  # raises before a work directory is made
@@ -124,10 +135,10 @@ class _Run:
         try:
             self.source = Source(resolve(self.model_name, self.journal.directory / "source"))
             check_files(self.source.tensors.files)  # those that carry a digest
-            self.model = BlockModel(self.source, self._dtype(), self.device)
-            windows = self._windows()
+            self.model = BlockModel(self.source, self._dtype(), self.device, add_bias=self.recipe.add_bias)
+            self.samples = self._samples()
             self.decisions = self._decide()
-            self.journal.open(self._identity(windows))
+            self.journal.open(self._identity())
         except HalveError:
             self.journal.abandon_if_new()
             raise
@@ -138,12 +149,13 @@ class _Run:
         if not self.journal.finished(count):
             self._require_space()
             try:
-                self._prune_blocks(windows)
+                self._gather_gradients()
+                self._prune_blocks()
             except (SourceError, NumericalError):
                 self.journal.abandon()
                 raise
         self.progress(count, count, "writing the checkpoint")
-        self._assemble(windows)
+        self._assemble()
         self.journal.finish(self.final)
         return self._result()
 
@@ -162,8 +174,12 @@ class _Run:
             )
         return packed.VALUE_DTYPES[name]
 
-    def _windows(self) -> Tensor:
+    def _samples(self) -> CalibrationSet:
         recipe = self.recipe
+        if reads_images(self.source.config):
+            return vision.load_images(
+                recipe.calibration, self.source.directory, samples=recipe.samples, seed=recipe.seed
+            )
         limit = self.source.config.get("max_position_embeddings") or self.source.config.get("n_positions")
         if isinstance(limit, int) and recipe.length > limit:
             raise CalibrationError(
@@ -178,7 +194,7 @@ class _Run:
             raise SourceError(
                 f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together"
             )
-        return windows
+        return calibration.text_set(windows)
 
     def _decide(self) -> dict[str, str | None]:
         """For every linear of every block: None if it is pruned, or the reason why it stays dense."""
@@ -208,13 +224,13 @@ class _Run:
             )
         return decisions
 
-    def _identity(self, windows: Tensor) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         gguf = Path(self.model_name).expanduser()
         return {
             "model": self.model_name,
             "source": {**self.source.fingerprint, **fingerprint([gguf] if gguf.is_file() else [])},
             "recipe": self.recipe.model_dump(mode="json"),
-            "calibration": calibration.digest(windows),
+            "calibration": self.samples.digest,
             "device": self.device.type,
             "versions": versions(),
         }
@@ -224,7 +240,8 @@ class _Run:
         if self.recipe.format == "packed":
             pruned = {self.model.key_of(f"{name}.weight") for name, reason in self.decisions.items() if reason is None}
             size -= sum(self.source.tensors.info[key].nbytes for key in pruned) * 7 // 16
-        activations = self.recipe.samples * self.recipe.length * self._hidden_size() * self.model.dtype.itemsize
+        tokens = len(self.samples) * (self.recipe.length if self.samples.argument == "input_ids" else 1)
+        activations = tokens * self._hidden_size() * self.model.dtype.itemsize
         free = shutil.disk_usage(self.journal.directory).free
         if free < size + activations:
             self.journal.abandon_if_new()
@@ -237,34 +254,68 @@ class _Run:
         embedding = self.model.model.get_input_embeddings()
         return int(getattr(embedding, "embedding_dim", 0))
 
-    def _prune_blocks(self, windows: Tensor) -> None:
+    def _prune_blocks(self) -> None:
         count = len(self.model.blocks)
-        self.progress(self.journal.next_block, count, "reading the calibration text")
-        batch = max(1, BATCH_TOKENS // windows.shape[1])
-        hidden = self.model.record_calls(windows, batch)
+        self.progress(self.journal.next_block, count, "reading the calibration samples")
+        hidden = self.model.record_calls(self.samples.batches(self._batch_size()))
         hidden = self.journal.load_activations() or hidden
         memory.give_back()
         for index in range(self.journal.next_block, count):
             self.journal.save_activations(index, hidden)
-            records = self._prune_block(index, hidden, windows.numel())
+            records = self._prune_block(index, hidden)
             errors = [record["relative_output_error"] for record in records if "relative_output_error" in record]
             mean = f"{sum(errors) / len(errors):.4f}" if errors else "none pruned"
             self.progress(index + 1, count, f"{self.model.block_name(index)}, relative output error {mean}")
 
-    def _prune_block(self, index: int, hidden: list[Tensor], tokens: int) -> list[dict[str, Any]]:
+    def _gather_gradients(self) -> None:
+        """One backward pass over the dense model, where the recipe needs the gradients of its loss."""
+        kinds = self.recipe.needs & GRADIENT_NEEDS
+        if not kinds:
+            return
+        # Small gradients vanish in float16.
+        dtype = torch.float32 if self.model.dtype == torch.float16 else self.model.dtype
+        identity = {**self._identity(), "dtype": str(dtype)}
+        for key in ("model", "recipe"):  # what is pruned and how makes no difference to them
+            del identity[key]
+        layers = [
+            [name for name in self.model.linears(index) if self.decisions[name] is None]
+            for index in range(len(self.model.blocks))
+        ]
+        identity["layers"] = [name for block in layers for name in block]
+        self.gradient_store = GradientStore(self.gradients or self.journal.directory / "gradients", identity)
+        if not self.gradient_store.has(kinds):
+            dense = BlockModel(self.source, dtype, self.device)
+            self.gradient_store.gather(dense, self.samples, layers, kinds, self.progress)
+            memory.give_back()
+
+    def _batch_size(self) -> int:
+        """Calibration samples in one forward pass."""
+        if self.recipe.needs & REGIONAL_NEEDS:
+            return 1  # a gradient is taken of each sample's own loss
+        length = self.samples.samples.shape[1] if self.samples.argument == "input_ids" else vision.TOKENS_OF_AN_IMAGE
+        return max(1, BATCH_TOKENS // length)
+
+    def _prune_block(self, index: int, hidden: list[Tensor]) -> list[dict[str, Any]]:
         """One block from its inputs to its outputs; ``hidden`` is overwritten with the outputs of the pruned block."""
         block = self.model.load_block(index)
         linears = self.model.linears(index)
         observed = {name: module for name, module in linears.items() if self.decisions[name] is None}
-        observer = InputObserver(observed, self.recipe.needs | {"sample"}, tokens)
+        tokens = sum(states.shape[:-1].numel() for states in hidden)
+        observer = InputObserver(observed, self.recipe.needs | {"sample"}, tokens, block)
         if observed:
             observer.run(self.model, index, hidden)
             memory.give_back()
-        tensors: dict[str, Tensor] = {}
+        gradients = self._gradients_of(index, observed, hidden)
+        tensors = {  # biases that the source does not have; methods may change them
+            self.model.key_of(f"{name}.bias"): module.bias.data.cpu()
+            for name, module in linears.items()
+            if f"{name}.bias" in self.model.added
+        }
         records = []
         for name, module in linears.items():
-            records.append(self._prune_linear(name, module, observer, tensors))
-        del observer
+            statistics = self._statistics(name, module, observer, gradients.get(name, {}))
+            records.append(self._prune_linear(name, module, statistics, tensors))
+        del observer, gradients
         for batch, states in enumerate(hidden):
             output = self.model.run_block(index, batch, states)
             if not packed.is_finite(output):
@@ -280,14 +331,43 @@ class _Run:
         memory.give_back()
         return records
 
+    def _gradients_of(
+        self, index: int, linears: dict[str, LinearModule], hidden: list[Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The gradients that the recipe needs of a loaded block's linears, by layer and by statistic."""
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
+        if kinds := self.recipe.needs & GRADIENT_NEEDS:
+            for name, gradient in self.gradient_store.read(index, linears, kinds, self.device).items():
+                found[name].update(gradient)
+        if self.recipe.needs & REGIONAL_NEEDS and linears:
+            for name, gradient in regional_gradients(self.model, index, linears, hidden).items():
+                found[name]["regional_gradient"] = gradient
+        return found
+
+    def _statistics(
+        self, name: str, module: LinearModule, observer: InputObserver, gradients: dict[str, Tensor]
+    ) -> LayerStatistics | None:
+        """What is known of a layer, or None where it was never called."""
+        inputs = observer.statistics(name)
+        if inputs is None:
+            return None
+        return LayerStatistics(
+            inputs,
+            seed=layer_seed(self.recipe.seed, name),
+            windows=len(self.samples),
+            bias=module.bias,
+            outputs=observer.outputs.get(name),
+            gradients=gradients,
+            place=observer.place.get(name, {}),
+        )
+
     def _prune_linear(
-        self, name: str, module: LinearModule, observer: InputObserver, tensors: dict[str, Tensor]
+        self, name: str, module: LinearModule, statistics: LayerStatistics | None, tensors: dict[str, Tensor]
     ) -> dict[str, Any]:
         """Prunes one linear in place, adds what is to be saved to ``tensors``, and returns its record."""
         weight = oriented(module.weight, module)
         record: dict[str, Any] = {"name": name, "shape": list(weight.shape), "bytes_before": weight.nbytes}
         reason = self.decisions[name]
-        statistics = observer.statistics(name)
         if reason is None and statistics is None:
             reason = "it never got a token in the calibration"
         if reason is not None or statistics is None:
@@ -301,9 +381,10 @@ class _Run:
         else:
             saved = {key: module.weight.data.cpu()}
         if result.bias is not None:
-            bias_key = self.model.key_of(f"{name}.bias")
-            module.bias.data = result.bias.to(self.model.dtype)
-            tensors[bias_key] = module.bias.data.cpu()
+            if module.bias is None:
+                raise AssertionError(f"{name}: {self.recipe.reconstruction} gave a bias to a layer that has none")
+            module.bias.data = result.bias.to(module.bias.dtype)
+            tensors[self.model.key_of(f"{name}.bias")] = module.bias.data.cpu()
         tensors.update(saved)
         return {
             **record,
@@ -312,7 +393,7 @@ class _Run:
             **result.record,
         }
 
-    def _assemble(self, windows: Tensor) -> None:
+    def _assemble(self) -> None:
         self.final.mkdir(exist_ok=True)
         for left_over in self.final.rglob(".*.tmp"):  # of a run that was killed while it wrote
             left_over.unlink()
@@ -328,6 +409,8 @@ class _Run:
             names = {record["name"] for record in pruned}
             ignore = [name for name in linears_of(self.model.model, "") if name not in names]
             config["quantization_config"] = artefact.quantization_config(self.model.dtype, ignore)
+        for switch in self.model.bias_switches:
+            config[switch] = True
         artefact.write_config(self.final, config)
         metric = self.recipe.chosen_metric
         recipe = {
@@ -335,7 +418,7 @@ class _Run:
             "model": self.model_name,
             "versions": versions(),
             "device": self.device.type,
-            "calibration": {"tokens": windows.numel(), "sha256": calibration.digest(windows)},
+            "calibration": self._calibration_record(),
         }
         report = {
             "report_version": 1,
@@ -356,6 +439,14 @@ class _Run:
         }
         artefact.write_records(self.final, recipe, report)
 
+    def _calibration_record(self) -> dict[str, Any]:
+        counted = (
+            {"tokens": self.samples.samples.numel()}
+            if self.samples.argument == "input_ids"
+            else {"images": len(self.samples)}
+        )
+        return {**counted, "sha256": self.samples.digest}
+
     def _entries(self) -> list[Entry]:
         """All tensors of the artefact in the order of the source: replaced ones from the blocks' files, others as they were."""
         replaced: dict[str, tuple[TensorFiles, list[str]]] = {}
@@ -371,7 +462,15 @@ class _Run:
             files, names = replaced.get(key, (self.source.tensors, [key]))
             for name in sorted(names, reverse=True):  # the values before their mask
                 entries.append(files.entry(name, cast if files is self.source.tensors else None))
+        for key, (files, names) in replaced.items():
+            if key not in self.source.tensors:  # a bias that the source does not have
+                entries += [files.entry(name) for name in names]
         return entries
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """The seed of what is drawn for one layer, from the recipe's seed and the layer's name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
 def _generic(names: dict[str, Any]) -> list[str]:

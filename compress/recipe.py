@@ -16,7 +16,7 @@ from compress.errors import RecipeError, did_you_mean, one_line
 # The methods import torch, which takes two seconds: they are imported where a recipe is checked, so that the
 # schema alone (which `--help` shows) costs nothing.
 if TYPE_CHECKING:
-    from compress.methods import Metric, Reconstruction
+    from compress.methods import Metric, Options, Reconstruction
     from compress.patterns import Group, Pattern
 
 Scalar = bool | int | float | str
@@ -50,11 +50,21 @@ class Recipe(BaseModel):
     reconstruction_options: dict[str, Scalar] = Field(
         default_factory=dict, description="options of the reconstruction, NAME=VALUE"
     )
+    permutation: Literal["none", "fold"] = Field(
+        "none",
+        description="fold: reorder the channels between neighbouring layers so that N:M costs less; free at run time",
+    )
+    add_bias: bool = Field(
+        False,
+        description="give linear layers a bias where the model's config.json has a switch for it, for methods that "
+        "correct it",
+    )
     calibration: str = Field(
         "c4",
-        description="c4 (a part of C4 that comes with halve), a .txt or .jsonl[.gz] file, or a Hugging Face data set",
+        description="c4 (a part of C4 that comes with halve), a .txt or .jsonl[.gz] file, a Hugging Face data set, or "
+        "for an image classifier a directory of images",
     )
-    samples: int = Field(128, ge=1, description="calibration windows")
+    samples: int = Field(128, ge=1, description="calibration windows, or images")
     length: int = Field(2048, ge=1, description="tokens in a calibration window")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     ignore: tuple[str, ...] = Field((), description="linear layers to leave dense: names or globs such as '*.k_proj'")
@@ -86,7 +96,6 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        from compress.methods import parse_options
         from compress.patterns import NMPattern
 
         pattern = self.parsed_pattern
@@ -95,11 +104,15 @@ class Recipe(BaseModel):
                 f"only 2:4 can be packed, and the pattern is {self.pattern!r}; add format='dense' (flag --format dense)"
             )
         metric = self.chosen_metric
-        if metric is not None:
-            parse_options(metric, self.metric_options)
-        elif self.metric_options:
+        if metric is None and self.metric_options:
             raise RecipeError(f"metric_options were given, but no metric: {self.reconstruction} uses its own")
-        parse_options(self.chosen_reconstruction, self.reconstruction_options)
+        for options in self._parsed_options():
+            options.check(pattern)
+        if self.permutation != "none" and not isinstance(pattern, NMPattern):
+            raise RecipeError(
+                f"permutation={self.permutation!r} moves columns between the groups of an N:M pattern, and the pattern is "
+                f"{self.pattern!r}; leave --permutation out"
+            )
         if metric is None and self.group == "layer" and not isinstance(pattern, NMPattern):
             raise RecipeError(
                 f"{self.reconstruction} goes through a layer by blocks of columns, so its own metric cannot compare a whole "
@@ -112,6 +125,9 @@ class Recipe(BaseModel):
         """The comparison group, with "auto" resolved to that of the method's paper."""
         if self.group != "auto":
             return self.group
+        for options in self._parsed_options()[:1]:
+            if options.group is not None:
+                return options.group
         return self.chosen_metric.group if self.chosen_metric else self.chosen_reconstruction.group
 
     @property
@@ -137,9 +153,21 @@ class Recipe(BaseModel):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics that the metric and the reconstruction need together."""
+        """The statistics that the metric, the reconstruction and the permutation need together."""
         metric = self.chosen_metric
-        return self.chosen_reconstruction.needs | (metric.needs if metric else frozenset())
+        needs = self.chosen_reconstruction.needs | (metric.needs if metric else frozenset())
+        if self.permutation != "none" and metric is None:
+            needs |= {"sum_of_squares"}  # the permutation keeps what Wanda would keep
+        return needs.union(*(options.needs for options in self._parsed_options()))
+
+    def _parsed_options(self) -> list[Options]:
+        """The options of the method that makes the mask first, then of the reconstruction if that is another one."""
+        from compress.methods import parse_options
+
+        parsed = [parse_options(self.chosen_reconstruction, self.reconstruction_options)]
+        if self.chosen_metric is not None:
+            parsed.insert(0, parse_options(self.chosen_metric, self.metric_options))
+        return parsed
 
     @property
     def digest(self) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class TokenCount:
     def update(self, x: Tensor) -> None:
         self.value += x.shape[0]
 
+    def permute(self, order: Tensor) -> None:
+        """Reorders the input features: feature ``i`` is then what feature ``order[i]`` was."""
+
 
 class Sum:
     """Σ_t x_t, [K] float64."""
@@ -40,6 +44,9 @@ class Sum:
 
     def update(self, x: Tensor) -> None:
         self.value += x.sum(dim=0, dtype=torch.float32)
+
+    def permute(self, order: Tensor) -> None:
+        self.value = self.value[order]
 
 
 class SumOfSquares:
@@ -51,6 +58,53 @@ class SumOfSquares:
     def update(self, x: Tensor) -> None:
         copy = x.to(torch.float32, copy=True)  # x itself is the model's activation
         self.value += copy.square_().sum(dim=0)  # many times faster than vector_norm over bfloat16
+
+    def permute(self, order: Tensor) -> None:
+        self.value = self.value[order]
+
+
+class MeanAndVariance(NamedTuple):
+    """``mean`` [K] and unbiased ``variance`` [K] over the tokens, float64."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class Moments:
+    """Mean and centred second moment, [K] float64 each.
+
+    Batches are centred by their own mean and merged by the rule of Chan, Golub & LeVeque (1979), so that a mean
+    far larger than the spread costs no digits, as Σx² − (Σx)²/T would.
+    """
+
+    def __init__(self, features: int, device: torch.device, tokens: int) -> None:
+        self._count = 0
+        self._mean = torch.zeros(features, dtype=torch.float64, device=device)
+        self._centred = torch.zeros(features, dtype=torch.float64, device=device)  # Σ (x − mean)²
+
+    def update(self, x: Tensor) -> None:
+        count = x.shape[0]
+        if count == 0:
+            return
+        x = x.float()
+        # The mean of the batch in two steps: what float32 loses in the first, the second finds.
+        rough = x.mean(dim=0)
+        rest = x - rough
+        correction = rest.mean(dim=0)
+        mean = rough.double() + correction.double()
+        centred = rest.sub_(correction).square_().sum(dim=0).double()
+        total = self._count + count
+        delta = mean - self._mean
+        self._centred += centred + delta.square() * (self._count * count / total)
+        self._mean += delta * (count / total)
+        self._count = total
+
+    @property
+    def value(self) -> MeanAndVariance:
+        return MeanAndVariance(self._mean, self._centred / max(self._count - 1, 1))
+
+    def permute(self, order: Tensor) -> None:
+        self._mean, self._centred = self._mean[order], self._centred[order]
 
 
 class Gram:
@@ -79,6 +133,9 @@ class Gram:
         lower = self._lower.tril_()
         return lower + lower.tril(-1).T
 
+    def permute(self, order: Tensor) -> None:
+        self._lower = self.value[order][:, order]
+
 
 class Sample:
     """About ``SAMPLE_TOKENS`` rows of X as they came, spread evenly over the calibration set."""
@@ -97,11 +154,15 @@ class Sample:
     def value(self) -> Tensor:
         return torch.cat(self._rows)
 
+    def permute(self, order: Tensor) -> None:
+        self._rows = [rows[:, order] for rows in self._rows]
+
 
 ACCUMULATORS = {
     "count": TokenCount,
     "sum": Sum,
     "sum_of_squares": SumOfSquares,
+    "moments": Moments,
     "gram": Gram,
     "sample": Sample,
 }
@@ -132,7 +193,14 @@ class InputStatistics:
             accumulator.update(x)
             self.__dict__.pop(name, None)  # what was read before is out of date
 
-    def _get(self, name: str) -> Tensor:
+    def permute(self, order: Tensor) -> None:
+        """Reorders the input features [K]: feature ``i`` is from now on what feature ``order[i]`` was."""
+        for name, accumulator in self._accumulators.items():
+            accumulator.permute(order)
+            self.__dict__.pop(name, None)
+        self.__dict__.pop("factors", None)
+
+    def _get(self, name: str) -> Any:
         try:
             return self._accumulators[name].value
         except KeyError:
@@ -154,6 +222,10 @@ class InputStatistics:
         return self._get("sum_of_squares")
 
     @cached_property
+    def moments(self) -> MeanAndVariance:
+        return self._get("moments")
+
+    @cached_property
     def gram(self) -> Tensor:
         return self._get("gram")
 
@@ -171,12 +243,15 @@ class InputStatistics:
         """Raises NumericalError, naming the layer, if an input had a NaN or an infinity (or its sums overflowed)."""
         for name, accumulator in self._accumulators.items():
             value = accumulator.value if name != "gram" else accumulator._lower.diagonal()
-            if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-                bad = int((~torch.isfinite(value)).sum())
-                raise NumericalError(
-                    f"{layer}: the calibration activations contain NaN or infinity ({bad} of {value.numel()} entries of "
-                    f"the statistic {name!r}). Check the model in this dtype (try --dtype float32) and the calibration text."
-                )
+            parts = value if isinstance(value, tuple) else (value,)
+            for part in parts:
+                if isinstance(part, Tensor) and not bool(torch.isfinite(part).all()):
+                    bad = int((~torch.isfinite(part)).sum())
+                    raise NumericalError(
+                        f"{layer}: the calibration activations contain NaN or infinity ({bad} of {part.numel()} entries of "
+                        f"the statistic {name!r}). Check the model in this dtype (try --dtype float32) and the calibration "
+                        "text."
+                    )
 
 
 @contextlib.contextmanager

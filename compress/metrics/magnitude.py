@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric, Options
-from compress.statistics import InputStatistics
 
 
-def magnitude(weight: Tensor, statistics: InputStatistics | None = None, options: Options | None = None) -> Tensor:
+def magnitude(weight: Tensor, statistics: LayerStatistics | None = None, options: Options | None = None) -> Tensor:
     """S_ij = |W_ij|. ``weight`` [N, K] -> [N, K]; no data are used."""
     return weight.abs()
 

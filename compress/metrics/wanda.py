@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric, Options
-from compress.statistics import InputStatistics
 
 
-def wanda(weight: Tensor, statistics: InputStatistics, options: Options | None = None) -> Tensor:
+def wanda(weight: Tensor, statistics: LayerStatistics, options: Options | None = None) -> Tensor:
     """S_ij = |W_ij| · ‖X_:j‖₂ (Sun et al. 2023, equation 1). ``weight`` [N, K] -> [N, K].
 
     The norm is over all calibration tokens; a constant factor (their number) changes no decision. It is the

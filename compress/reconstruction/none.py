@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from compress.layer_statistics import LayerStatistics
 from compress.methods import Options, Pruning, Reconstructed, Reconstruction
-from compress.statistics import InputStatistics
 
 
-def keep(weight: Tensor, pruning: Pruning, statistics: InputStatistics, options: Options) -> Reconstructed:
+def keep(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: Options) -> Reconstructed:
     """V = W ∘ mask. ``weight`` [N, K]."""
     assert pruning.mask is not None, "the pipeline gives a mask to every method without a metric of its own"
     return Reconstructed(weight.masked_fill(~pruning.mask, 0), pruning.mask)

@@ -26,10 +26,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from compress.layer_statistics import LayerStatistics
 from compress.linalg import InverseFactor, inverse_factor
 from compress.methods import Options, Pruning, Reconstructed, Reconstruction
 from compress.patterns import NMPattern
-from compress.statistics import InputStatistics
 
 PANEL = 8
 """Columns that are updated one by one before a matmul carries their errors on; an N:M group is a panel."""
@@ -41,7 +41,7 @@ class SparseGPTOptions(Options):
 
 
 def sparsegpt(
-    weight: Tensor, pruning: Pruning, statistics: InputStatistics, options: SparseGPTOptions
+    weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: SparseGPTOptions
 ) -> Reconstructed:
     """Prunes ``weight`` [N, K] by the given mask, or by SparseGPT's own metric where the mask is None.
 

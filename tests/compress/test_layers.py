@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
+from compress.layer_statistics import LayerStatistics
 from compress.layers import prune_layer, relative_output_error
 from compress.methods import Options, Pruning, Reconstructed, Reconstruction
 from compress.recipe import Recipe
@@ -26,10 +27,10 @@ def layer(n: int = 12, k: int = 64, t: int = 300, dtype: torch.dtype = torch.flo
     return weight.to(dtype), x.to(dtype)
 
 
-def gathered(x: Tensor) -> InputStatistics:
+def gathered(x: Tensor) -> LayerStatistics:
     statistics = InputStatistics({"gram", "sum_of_squares", "sample"}, x.shape[1], tokens=len(x))
     statistics.update(x)
-    return statistics
+    return LayerStatistics(statistics)
 
 
 def brute_force_error(dense: Tensor, pruned: Tensor, x: Tensor) -> float:
@@ -112,7 +113,7 @@ def test_no_negative_zero_is_saved(dtype: torch.dtype) -> None:
         assert not torch.signbit(result.weight[result.weight == 0]).any()
 
 
-Run = Callable[[Tensor, Pruning, InputStatistics, Options], Reconstructed]
+Run = Callable[[Tensor, Pruning, LayerStatistics, Options], Reconstructed]
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, run: Run) -> Recipe:
@@ -127,7 +128,7 @@ def given(pruning: Pruning) -> Tensor:
 
 
 def test_a_method_that_breaks_its_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leak(weight: Tensor, pruning: Pruning, statistics: InputStatistics, options: Options) -> Reconstructed:
+    def leak(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: Options) -> Reconstructed:
         v = weight * given(pruning)
         v[3, ~given(pruning)[3]] = 1e-3
         return Reconstructed(v, given(pruning))
@@ -138,7 +139,7 @@ def test_a_method_that_breaks_its_mask_is_caught(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_method_that_keeps_too_much_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def keep_all(weight: Tensor, pruning: Pruning, statistics: InputStatistics, options: Options) -> Reconstructed:
+    def keep_all(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: Options) -> Reconstructed:
         return Reconstructed(weight, torch.ones_like(given(pruning)))
 
     weight, x = layer()
@@ -147,7 +148,7 @@ def test_a_method_that_keeps_too_much_is_caught(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_method_that_keeps_the_right_number_in_the_wrong_groups_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shift(weight: Tensor, pruning: Pruning, statistics: InputStatistics, options: Options) -> Reconstructed:
+    def shift(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: Options) -> Reconstructed:
         mask = torch.zeros_like(given(pruning))
         mask[:, 0::8] = mask[:, 1::8] = mask[:, 2::8] = mask[:, 4::8] = True  # three of four, then one of four
         return Reconstructed(weight * mask, mask)
@@ -158,7 +159,7 @@ def test_a_method_that_keeps_the_right_number_in_the_wrong_groups_is_caught(monk
 
 
 def test_a_result_beyond_the_stored_dtype_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def grow(weight: Tensor, pruning: Pruning, statistics: InputStatistics, options: Options) -> Reconstructed:
+    def grow(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: Options) -> Reconstructed:
         return Reconstructed(weight * given(pruning) * 1e6, given(pruning))
 
     weight, x = layer(dtype=torch.float16)
@@ -167,7 +168,7 @@ def test_a_result_beyond_the_stored_dtype_is_an_error(monkeypatch: pytest.Monkey
 
 
 def test_a_new_bias_and_notes_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_bias(weight: Tensor, pruning: Pruning, statistics: InputStatistics, options: Options) -> Reconstructed:
+    def with_bias(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: Options) -> Reconstructed:
         return Reconstructed(weight * given(pruning), given(pruning), torch.arange(12.0), {"steps": 3})
 
     weight, x = layer()
@@ -192,6 +193,6 @@ def test_non_finite_numbers_name_the_layer(bad: float) -> None:
 def test_a_gram_matrix_that_cannot_be_factored_names_the_layer() -> None:
     weight, x = layer()
     statistics = gathered(x)
-    vars(statistics)["gram"] = -statistics.gram
+    vars(statistics.inputs)["gram"] = -statistics.gram
     with pytest.raises(NumericalError, match=r"q_proj: the Gram matrix cannot be factored"):
         prune_layer(NAME, weight, statistics, Recipe.create())

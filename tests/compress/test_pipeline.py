@@ -367,7 +367,7 @@ def test_against_a_reference_that_holds_the_whole_model(
         return wrapper
 
     monkeypatch.setattr(
-        pipeline, "prune_layer", recording(pipeline.prune_layer, lambda args, _: seen.update({args[0]: args[2]}))
+        pipeline, "prune_layer", recording(pipeline.prune_layer, lambda args, _: seen.update({args[0]: args[2].inputs}))
     )
     monkeypatch.setattr(
         pipeline.calibration, "load_windows", recording(pipeline.calibration.load_windows, lambda _, w: drawn.append(w))

@@ -138,6 +138,8 @@ CHANGES: dict[str, Any] = {
     "sparsity": 0.5,
     "group": "row",
     "reconstruction_options": {"damping": 0.1},
+    "permutation": "fold",
+    "add_bias": True,
     "calibration": "wikitext2",
     "samples": 64,
     "length": 512,
