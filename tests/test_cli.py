@@ -64,7 +64,7 @@ def test_methods(halve: Halve) -> None:
         ("reconstruction", name) for name in RECONSTRUCTIONS
     }
     assert methods["metric", "wanda"]["needs"] == ["sum_of_squares"]
-    assert methods["reconstruction", "sparsegpt"]["options"]["damping"]["default"] == 0.01
+    assert methods["reconstruction", "sparsegpt"]["options"]["block_size"]["default"] == 128
     for method in methods.values():
         assert {"kind", "name", "paper", "needs", "cost", "options"} <= method.keys()
         assert method["cost"]

@@ -20,14 +20,12 @@ contiguous.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from compress.layer_statistics import LayerStatistics
-from compress.linalg import InverseFactor, inverse_factor
+from compress.linalg import Damping, chosen_damping, shared_factor
 from compress.methods import Options, Pruning, Reconstructed, Reconstruction
 from compress.patterns import NMPattern
 
@@ -36,7 +34,7 @@ PANEL = 8
 
 
 class SparseGPTOptions(Options):
-    damping: float = Field(0.01, gt=0, le=1, description="ridge on the Gram matrix, as a share of its mean diagonal")
+    damping: float | None = Damping
     block_size: int = Field(128, ge=1, description="columns whose errors are carried to the rest of the matrix at once")
 
 
@@ -48,23 +46,15 @@ def sparsegpt(
     Inputs that were always zero (dead) are pruned to zero first, as the paper's code does: their weights
     never had an effect. The layers that read one input share one factorization of its Gram matrix.
     """
-    key = ("inverse_factor", options.damping)
-    if key not in statistics.factors:
-        statistics.factors[key] = inverse_factor(statistics.gram, options.damping)
-    factor = cast(InverseFactor, statistics.factors[key])
-
+    damping, notes = chosen_damping(options.damping, statistics)
+    factor, more = shared_factor(statistics, damping)
     # A copy in any case: the transpose of a Conv1D's weight, or of a single row, is contiguous as it is.
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]
     columns[factor.dead] = 0
     given = None if pruning.mask is None else pruning.mask.T.contiguous()
     pruned, mask = _prune_columns(columns, factor.upper, pruning, given, options.block_size)
 
-    notes: dict[str, object] = {"damping": factor.damping}
-    if factor.raised_from is not None:
-        notes["damping_raised_from"] = factor.raised_from
-    if dead := int(factor.dead.sum()):
-        notes["dead_inputs"] = dead
-    return Reconstructed(pruned.T.contiguous(), mask.T.contiguous(), notes=notes)
+    return Reconstructed(pruned.T.contiguous(), mask.T.contiguous(), notes=notes | more)
 
 
 def _prune_columns(

@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress import linalg
 from compress.errors import NumericalError
+from compress.layer_statistics import LayerStatistics
 from compress.layers import relative_output_error
 from compress.linalg import InverseFactor, inverse_factor
 from compress.methods import Pruning, Reconstructed
 from compress.metrics.magnitude import magnitude
 from compress.metrics.wanda import wanda
 from compress.patterns import NMPattern, Pattern, UnstructuredPattern, parse_pattern
-from compress.reconstruction import sparsegpt as module
 from compress.reconstruction.sparsegpt import SPARSEGPT, SparseGPTOptions, sparsegpt
 from compress.statistics import InputStatistics
+from tests.compress.layers import damped, gathered, layer
 
 DAMPING = 0.01
 BLOCK = 128
@@ -31,31 +33,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def layer(n: int, k: int, t: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight [n, k] and inputs [t, k]: correlated, with a mean that is not zero and a few channels far larger."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, k, generator=generator)
-    latent = torch.randn(t, max(k // 2, 1), generator=generator)
-    x = latent @ torch.randn(max(k // 2, 1), k, generator=generator) / k**0.5
-    x += 0.3 * torch.randn(t, k, generator=generator) + 0.3 * torch.randn(k, generator=generator)
-    x[:, 3::37] *= 20
-    return weight, x
-
-
-def gathered(x: Tensor) -> InputStatistics:
-    statistics = InputStatistics({"gram", "sum_of_squares", "sample"}, x.shape[1], tokens=len(x))
-    statistics.update(x)
-    return statistics
-
-
-def damped(x: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """H + λI in float64, with 1 on the diagonal of dead inputs; and which are dead."""
-    hessian = x.double().T @ x.double()
-    dead = hessian.diagonal() == 0
-    ridge = damping * hessian.diagonal().mean()
-    return hessian + torch.diag(dead.double()) + ridge * torch.eye(len(hessian), dtype=torch.float64), dead
 
 
 @dataclass
@@ -74,7 +51,7 @@ def reference(
     No Cholesky factor: ``inverse`` is the inverse of H restricted to the columns from j on. Eliminating a column
     from an inverse is one step of Gauss. Its first diagonal entry is U_jj² of the paper, its first row U_jj U_j:.
     """
-    hessian, dead = damped(x)
+    hessian, dead = damped(x, DAMPING)
     w = weight.double().clone()
     w[:, dead] = 0
     n, k = w.shape
@@ -114,13 +91,13 @@ def reference(
 
 def run(
     weight: Tensor,
-    statistics: InputStatistics,
+    statistics: LayerStatistics,
     pattern: Pattern,
     group: str = "block",
     given: Tensor | None = None,
     **options: float,
 ) -> Reconstructed:
-    chosen = SparseGPTOptions.model_validate(options)
+    chosen = SparseGPTOptions.model_validate({"damping": DAMPING, **options})
     return sparsegpt(weight, Pruning(pattern, group, given), statistics, chosen)  # type: ignore[arg-type]
 
 
@@ -130,8 +107,8 @@ def clear_case(
     t: int,
     pattern: Pattern,
     group: str,
-    given: Callable[[Tensor, InputStatistics], Tensor] | None = None,
-) -> tuple[Tensor, InputStatistics, Tensor | None, Reference]:
+    given: Callable[[Tensor, LayerStatistics], Tensor] | None = None,
+) -> tuple[Tensor, LayerStatistics, Tensor | None, Reference]:
     """The first seed for which no decision is so close that float32 may take it the other way."""
     for seed in range(20):
         weight, x = layer(n, k, t, seed)
@@ -152,7 +129,7 @@ def assert_same(result: Reconstructed, expected: Reference) -> None:
 def test_the_reference_eliminates_correctly() -> None:
     """Its running inverse is the inverse of the rest of the matrix: one row with one pruned column, by hand."""
     weight, x = layer(1, 12, 100)
-    hessian, _ = damped(x)
+    hessian, _ = damped(x, DAMPING)
     given = torch.ones(1, 12, dtype=torch.bool)
     given[0, 4] = False
     inverse = torch.linalg.inv(hessian[4:, 4:])
@@ -186,7 +163,7 @@ def test_unstructured_equals_the_paper(group: str, n: int, k: int, t: int, spars
     assert_same(run(weight, statistics, pattern, group), expected)
 
 
-def wanda_mask(pattern: Pattern, group: str = "row") -> Callable[[Tensor, InputStatistics], Tensor]:
+def wanda_mask(pattern: Pattern, group: str = "row") -> Callable[[Tensor, LayerStatistics], Tensor]:
     return lambda weight, statistics: pattern.mask(wanda(weight, statistics), group)  # type: ignore[arg-type]
 
 
@@ -255,23 +232,36 @@ def test_fewer_tokens_than_channels(tokens: int) -> None:
     weight, statistics, _, expected = clear_case(5, 96, tokens, pattern, "block")
     result = run(weight, statistics, pattern)
     assert_same(result, expected)
-    assert result.notes == {"damping": DAMPING}
+    assert result.notes["damping"] == DAMPING
+    assert "damping_raised_from" not in result.notes
+    assert result.notes["tokens_per_input"] == pytest.approx(tokens / 96, abs=1e-3)
+    assert result.notes["warning"].startswith(f"{tokens / 96:.2g} calibration tokens per input channel are few")
 
 
-class FakeStatistics:
-    """A Gram matrix that no inputs have."""
+@pytest.mark.parametrize(("tokens", "chosen"), [(127, 0.1), (128, 0.01), (1000, 0.01)])
+def test_the_damping_is_chosen_by_the_tokens_per_input(tokens: int, chosen: float) -> None:
+    """0.01 as in the paper; 0.1 for fewer than four tokens per input channel, with a warning."""
+    weight, x = layer(4, 32, tokens)
+    left_out = sparsegpt(weight, Pruning(NMPattern(2, 4), "block", None), gathered(x), SparseGPTOptions())
+    asked = run(weight, gathered(x), NMPattern(2, 4), damping=chosen)
+    assert left_out.notes["damping"] == chosen
+    assert ("warning" in left_out.notes) is (tokens < 128)
+    assert torch.equal(left_out.weight, asked.weight)
 
-    def __init__(self, gram: Tensor) -> None:
-        self.gram = gram
-        self.factors: dict[object, object] = {}
+
+def with_gram(gram: Tensor) -> LayerStatistics:
+    """A Gram matrix that no inputs have, as if 100 tokens had given it."""
+    statistics = gathered(torch.zeros(100, len(gram)))
+    vars(statistics.inputs)["gram"] = gram
+    return statistics
 
 
 def test_a_damping_that_had_to_be_raised_is_noted() -> None:
     basis = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q
     gram = (basis * torch.linspace(-0.05, 2.05, 16)) @ basis.T
     weight = torch.randn(3, 16)
-    result = run(weight, FakeStatistics(gram), NMPattern(2, 4))  # type: ignore[arg-type]
-    assert result.notes == {"damping": pytest.approx(0.1), "damping_raised_from": 0.01}
+    result = run(weight, with_gram(gram), NMPattern(2, 4))
+    assert result.notes == {"damping": pytest.approx(0.1), "damping_raised_from": 0.01, "tokens_per_input": 6.25}
     assert bool(torch.isfinite(result.weight).all())
 
 
@@ -279,7 +269,7 @@ def test_no_way_to_factor_is_an_error() -> None:
     gram = torch.eye(16)
     gram[2, 3] = gram[3, 2] = float("nan")
     with pytest.raises(NumericalError, match="cannot be factored"):
-        run(torch.randn(3, 16), FakeStatistics(gram), NMPattern(2, 4))  # type: ignore[arg-type]
+        run(torch.randn(3, 16), with_gram(gram), NMPattern(2, 4))
 
 
 def test_layers_of_one_input_share_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +279,7 @@ def test_layers_of_one_input_share_the_factor(monkeypatch: pytest.MonkeyPatch) -
         calls.append(damping)
         return inverse_factor(gram, damping)
 
-    monkeypatch.setattr(module, "inverse_factor", counting)
+    monkeypatch.setattr(linalg, "inverse_factor", counting)
     weight, x = layer(6, 32, 200)
     statistics = gathered(x)
     first = run(weight, statistics, NMPattern(2, 4))
@@ -348,4 +338,4 @@ def test_registered_with_what_it_needs() -> None:
     weight, x = layer(4, 16, 100)
     only_gram = InputStatistics(SPARSEGPT.needs, 16, tokens=100)
     only_gram.update(x)
-    run(weight, only_gram, NMPattern(2, 4))
+    run(weight, LayerStatistics(only_gram), NMPattern(2, 4))
