@@ -57,6 +57,7 @@ def compress(
     seconds = time.perf_counter() - started
     summary = done.report["summary"]
     document = {"out": str(done.directory), "seconds": round(seconds, 3), **summary, "bytes": done.report["bytes"]}
+    document["warnings"] = done.report["warnings"]
 
     def human() -> None:
         out.print(
@@ -80,6 +81,8 @@ def compress(
             out.print(
                 f"dense: {len(kept)} layers, the first is {kept[0]['name']}: {kept[0]['reason']}", highlight=False
             )
+        for warning in done.report["warnings"]:
+            out.print(f"[yellow]warning[/]: {warning}", highlight=False)
         out.print(f"next: halve verify {done.directory}, halve serve {done.directory}", highlight=False)
 
     emit(document, as_json, human)

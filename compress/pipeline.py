@@ -285,7 +285,8 @@ class _Run:
         self.gradient_store = GradientStore(self.gradients or self.journal.directory / "gradients", identity)
         if not self.gradient_store.has(kinds):
             dense = BlockModel(self.source, dtype, self.device)
-            self.gradient_store.gather(dense, self.samples, layers, kinds, self.progress)
+            gathered = GRADIENT_NEEDS if self.gradients else kinds  # another run may need another kind
+            self.gradient_store.gather(dense, self.samples, layers, gathered, self.progress)
             memory.give_back()
 
     def _batch_size(self) -> int:
@@ -435,6 +436,7 @@ class _Run:
                 "pruned_bytes_before": sum(r["bytes_before"] for r in pruned),
                 "pruned_bytes_after": sum(r["bytes_after"] for r in pruned),
             },
+            "warnings": _warnings(pruned),
             "layers": records,
         }
         artefact.write_records(self.final, recipe, report)
@@ -466,6 +468,14 @@ class _Run:
             if key not in self.source.tensors:  # a bias that the source does not have
                 entries += [files.entry(name) for name in names]
         return entries
+
+
+def _warnings(records: list[dict[str, Any]]) -> list[str]:
+    """What the methods warn of, one line for all layers."""
+    warned = [record for record in records if "warning" in record]
+    if not warned:
+        return []
+    return [f"{len(warned)} of {len(records)} layers, the first is {warned[0]['name']}: {warned[0]['warning']}"]
 
 
 def layer_seed(seed: int, name: str) -> int:

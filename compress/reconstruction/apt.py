@@ -119,11 +119,13 @@ def _walk(
     """From left to right over the panels. ``columns`` [K, N] is overwritten and returned, with the mask [K, N]."""
     pattern = pruning.pattern
     grouped = isinstance(pattern, NMPattern)
-    if grouped and can_enumerate(pattern):
+    if isinstance(pattern, NMPattern) and can_enumerate(pattern):
         panel, subsets = pattern.m, _subsets(pattern.m, pattern.m - pattern.keep_n)
     else:
         # Of a group that is too large, the largest part that divides it.
-        panel = next(size for size in range(PANEL, 0, -1) if not grouped or pattern.m % size == 0)
+        panel = next(
+            size for size in range(PANEL, 0, -1) if not isinstance(pattern, NMPattern) or pattern.m % size == 0
+        )
         subsets = _subsets(panel, None)
     unit = pattern.m if grouped else panel
     block_size = max(block_size // unit, 1) * unit  # whole groups, and whole panels

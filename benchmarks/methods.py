@@ -1,0 +1,271 @@
+"""Every metric with every reconstruction on one model and one protocol: accuracy, layer error, time and memory.
+
+    python -m benchmarks.methods [--model DIR] [--workers 2] [--threads 1] [--budget SECONDS] [--only NAME ...]
+
+Each cell of the table is one run of `compress_model` in a process of its own, followed by the perplexity of what it
+wrote. Results are written after every cell, and cells that are there already are not run again, so the script can be
+interrupted and started again; ``--budget`` starts no new cell after so many seconds. Cells that have not been run are
+shown as such. ``--workers`` cells run side by side with ``--threads`` threads each; times compare within one table only.
+
+The gradients of the dense model, which GBLM and Pruner-Zero need, are gathered once and listed as a line of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods_table import render
+from compress.console import run_app
+from compress.errors import HalveError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+METRICS = (
+    *("random", "magnitude", "wanda", "ria", "stade", "stade-w", "symwanda", "stochria"),
+    *("gblm", "pruner-zero", "wanda++"),
+)
+RECONSTRUCTIONS = ("none", "sparsegpt", "apt", "dsnot", "r2-dsnot")
+SELECTION = (("magnitude", "none"), ("wanda", "none"), ("ria", "none"), (None, "sparsegpt"), (None, "apt"))
+"""What is also run at 4:8 and at 50 % unstructured."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all cells share."""
+
+    samples: int = 128
+    length: int = 512
+    calibration: str = "c4"
+    seed: int = 0
+    text: str = "wikitext2"
+    windows: int = 40
+    window_length: int = 2048
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. ``metric`` None: the reconstruction's own."""
+
+    metric: str | None
+    reconstruction: str
+    pattern: str = "2:4"
+    sparsity: float | None = None
+    permutation: str = "none"
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def key(self) -> str:
+        """Unique, and readable."""
+        options = "".join(f" {name}={value}" for name, value in sorted(self.options.items()))
+        pattern = self.pattern if self.sparsity is None else f"{self.sparsity:.0%}"
+        permuted = " permuted" if self.permutation != "none" else ""
+        return f"{self.metric or 'own'} + {self.reconstruction}{options} {pattern}{permuted}"
+
+
+def cells() -> list[Cell]:
+    """The whole plan, what matters most first."""
+    first = [
+        Cell(None, "sparsegpt"),
+        Cell(None, "apt"),
+        *(Cell(None, "apt", options={"variant": variant}) for variant in ("SM", "MS")),
+        Cell("wanda", "none"),
+        *(Cell("wanda", "none", permutation="fold"), Cell(None, "sparsegpt", permutation="fold")),
+        *(Cell(None, "apt", permutation="fold"), Cell("wanda", "swaps"), Cell("wanda", "bias")),
+    ]
+    table = [Cell(metric, reconstruction) for reconstruction in RECONSTRUCTIONS for metric in METRICS]
+    others = [
+        Cell(metric, reconstruction, pattern, sparsity)
+        for pattern, sparsity in (("4:8", None), ("unstructured", 0.5))
+        for metric, reconstruction in SELECTION
+    ]
+    return list({cell.key: cell for cell in [*first, *table[: len(METRICS)], *others, *table]}.values())
+
+
+def run_cell(cell: Cell, model: Path, work: Path, protocol: Protocol, threads: int) -> dict[str, Any]:
+    """Runs a cell in a process of its own."""
+    request = {"cell": asdict(cell), "model": str(model), "work": str(work), "protocol": asdict(protocol)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.methods", "--child", json.dumps(request)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise HalveError(f"{cell.key} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(request: dict[str, Any]) -> dict[str, Any]:
+    """What the process of a cell does."""
+    from compress import compress_model
+    from serve.measure.commands import evaluate
+    from serve.measure.environment import environment, peak_memory
+
+    protocol, model, work = Protocol(**request["protocol"]), request["model"], Path(request["work"])
+    settings: dict[str, Any] = {
+        "samples": protocol.samples,
+        "length": protocol.length,
+        "calibration": protocol.calibration,
+        "seed": protocol.seed,
+        "format": "dense",
+        "gradients": work / "gradients",
+    }
+    cell = Cell(**request["cell"])
+    metric_first = cell.metric is not None and cell.reconstruction == "none"
+    options = {"metric_options" if metric_first else "reconstruction_options": cell.options}
+    out = work / cell.key.replace(" ", "_").replace(":", "-")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+    started = time.perf_counter()
+    done = compress_model(
+        model,
+        out,
+        metric=cell.metric,
+        reconstruction=cell.reconstruction,
+        pattern=cell.pattern,
+        sparsity=cell.sparsity,
+        permutation=cell.permutation,
+        **options,
+        **settings,
+    )
+    seconds = time.perf_counter() - started
+    memory = peak_memory()
+    measured = evaluate(out, text=protocol.text, length=protocol.window_length, windows=protocol.windows, device="cpu")
+    layers = [layer for layer in done.report["layers"] if layer["status"] == "pruned"]
+    shutil.rmtree(out)
+    return {
+        **asdict(cell),
+        "key": cell.key,
+        "perplexity": measured["perplexity"],
+        "relative_output_error": done.report["summary"]["mean_relative_output_error"],
+        "sparsity_reached": sum(layer["sparsity"] for layer in layers) / len(layers),
+        "layers_pruned": len(layers),
+        "seconds": seconds,
+        "peak_bytes": memory,
+        "environment": environment(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="left out: SmolLM2-135M-Instruct from its package")
+    parser.add_argument("--name", default="methods", help="of the results files")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "methods")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no cell is started")
+    parser.add_argument("--only", nargs="*", default=[], help="cells whose key contains one of these")
+    parser.add_argument(
+        "--smoke", action="store_true", help="few tokens, results into the work directory: does it run?"
+    )
+    parser.add_argument("--render", action="store_true", help="only write the table again from the results")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        run_app(lambda: print(json.dumps(child(json.loads(arguments.child)))))
+        return
+    run_app(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs what is missing, a cell at a time for each worker, and keeps the results up to date."""
+    from benchmarks.demo import prepare_smollm2
+    from serve.measure.commands import evaluate
+
+    work: Path = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    protocol = Protocol(samples=4, length=128, windows=2, window_length=256) if arguments.smoke else Protocol()
+    results = work if arguments.smoke else RESULTS
+    path = results / f"{arguments.name}.json"
+    document: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    plan = cells()
+    if not arguments.render:
+        model = arguments.model or prepare_smollm2(ROOT / "runs" / "smollm2-135m")
+        if document.setdefault("protocol", asdict(protocol)) != asdict(protocol):
+            raise HalveError(f"{path} was made with another protocol; remove it or give another --name")
+        document.setdefault("model", model.name)
+        document.setdefault("cells", {})
+        if "dense" not in document:
+            settings = {"length": protocol.window_length, "windows": protocol.windows, "device": "cpu"}
+            document["dense"] = evaluate(model, text=protocol.text, **settings)["perplexity"]
+        wanted = [cell for cell in plan if not arguments.only or any(part in cell.key for part in arguments.only)]
+        missing = [cell for cell in wanted if cell.key not in document["cells"]]
+        _run_missing(missing, model, work, protocol, arguments, document, path)
+    write(path, document, render(document, plan, METRICS, RECONSTRUCTIONS))
+    print(render(document, plan, METRICS, RECONSTRUCTIONS))
+
+
+def _run_missing(
+    missing: list[Cell],
+    model: Path,
+    work: Path,
+    protocol: Protocol,
+    arguments: argparse.Namespace,
+    document: dict[str, Any],
+    path: Path,
+) -> None:
+    started = time.perf_counter()
+    lock = threading.Lock()
+    gradients = threading.Lock()  # the first that needs the shared gradients gathers them, the others wait
+
+    def one(cell: Cell) -> None:
+        if time.perf_counter() - started > arguments.budget:
+            return
+        guarded = cell.metric in ("gblm", "pruner-zero") and not (work / "gradients" / "gradients.json").is_file()
+        if guarded:
+            gradients.acquire()
+        try:
+            result = run_cell(cell, model, work, protocol, arguments.threads)
+        except HalveError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return
+        finally:
+            if guarded:
+                gradients.release()
+        result["gathered_gradients"] = guarded
+        result["workers"] = arguments.workers
+        with lock:
+            document["cells"][cell.key] = result
+            write(path, document, render(document, cells(), METRICS, RECONSTRUCTIONS))
+            print(
+                f"{len(document['cells'])}: {cell.key}: perplexity {result['perplexity']:.2f}, layer error "
+                f"{result['relative_output_error']:.4f}, {result['seconds']:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
+        list(pool.map(one, missing))
+
+
+def write(path: Path, document: dict[str, Any], text: str) -> None:
+    """Both files whole or not at all."""
+    for target, content in ((path, json.dumps(document, indent=1) + "\n"), (path.with_suffix(".md"), text)):
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(content)
+        partial.replace(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The results of `benchmarks.methods` as Markdown: the table, every run, and which of the papers' orders hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A paper reports that ``better`` has a lower perplexity than ``worse`` (keys of cells)."""
+
+    paper: str
+    better: str
+    worse: str
+
+
+CLAIMS = (
+    Claim("Wanda", "wanda + none 2:4", "magnitude + none 2:4"),
+    Claim("any", "magnitude + none 2:4", "random + none 2:4"),
+    Claim("SparseGPT, Wanda", "own + sparsegpt 2:4", "wanda + none 2:4"),
+    Claim("RIA", "ria + none 2:4", "wanda + none 2:4"),
+    Claim("STADE", "stade-w + none 2:4", "wanda + none 2:4"),
+    Claim("SymWanda (ties with RIA)", "stochria + none 2:4", "wanda + none 2:4"),
+    Claim("GBLM-Pruner", "gblm + none 2:4", "wanda + none 2:4"),
+    Claim("Pruner-Zero", "pruner-zero + none 2:4", "wanda + none 2:4"),
+    Claim("Wanda++", "wanda++ + none 2:4", "wanda + none 2:4"),
+    Claim("Wanda++", "wanda++ + none 2:4", "gblm + none 2:4"),
+    Claim("DSnoT", "wanda + dsnot 2:4", "wanda + none 2:4"),
+    Claim("DSnoT", "magnitude + dsnot 2:4", "magnitude + none 2:4"),
+    Claim("R²-DSnoT", "wanda + r2-dsnot 2:4", "wanda + dsnot 2:4"),
+    Claim("SparseSwaps", "wanda + swaps 2:4", "wanda + none 2:4"),
+    Claim("APT", "own + apt 2:4", "own + sparsegpt 2:4"),
+    Claim("APT", "own + apt variant=SM 2:4", "own + sparsegpt 2:4"),
+    Claim("APT", "own + apt variant=MS 2:4", "own + sparsegpt 2:4"),
+    Claim("RIA, channel permutation", "wanda + none 2:4 permuted", "wanda + none 2:4"),
+    Claim("RIA, channel permutation", "own + sparsegpt 2:4 permuted", "own + sparsegpt 2:4"),
+    Claim("RIA, channel permutation", "own + apt 2:4 permuted", "own + apt 2:4"),
+    Claim("all", "wanda + none 4:8", "wanda + none 2:4"),
+    Claim("all", "own + sparsegpt 4:8", "own + sparsegpt 2:4"),
+    Claim("all", "wanda + none 50%", "wanda + none 4:8"),
+    Claim("all", "own + sparsegpt 50%", "own + sparsegpt 4:8"),
+)
+
+
+def render(document: dict[str, Any], plan: Sequence[Any], metrics: Sequence[str], columns: Sequence[str]) -> str:
+    """The whole page. ``plan`` are the cells that there should be."""
+    done: dict[str, dict[str, Any]] = document.get("cells", {})
+    protocol = document["protocol"]
+    lines = [
+        f"# Every metric with every reconstruction, {document['model']}",
+        "",
+        f"2:4 in all linears of all blocks; {protocol['samples']} windows of {protocol['length']} tokens of "
+        f"{protocol['calibration']}, seed {protocol['seed']}. Perplexity of {protocol['text']}, first "
+        f"{protocol['windows']} windows of {protocol['window_length']}; dense {document['dense']:.2f}. In brackets the "
+        "relative output error, the mean over the layers, each on the inputs that its own pruned prefix gives.",
+        "",
+        *_matrix(done, metrics, columns),
+        "",
+    ]
+    missing = [cell.key for cell in plan if cell.key not in done]
+    if missing:
+        lines += [f"Not run yet: {len(missing)} of {len(plan)} cells ({'; '.join(missing)}).", ""]
+    lines += ["## What the papers report, and what was measured", "", *_claims(done), "", "## Every run", ""]
+    lines += _runs(done)
+    if done:
+        environment = next(iter(done.values()))["environment"]
+        versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+        lines += [
+            "",
+            f"{environment['date']}, {environment['machine']}, {environment['cores']} cores; {versions}. Seconds are of "
+            "the run of `compress_model` (no imports, no evaluation) with the threads given, and so many runs side by "
+            "side as given: compare them within this table only. Peak memory is the resident set of the run's process.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _matrix(done: dict[str, dict[str, Any]], metrics: Sequence[str], columns: Sequence[str]) -> list[str]:
+    def cell(metric: str, column: str) -> str:
+        found = done.get(f"{metric} + {column} 2:4")
+        return f"{_number(found['perplexity'])} ({found['relative_output_error']:.3f})" if found else "not run"
+
+    rows = [f"| {metric} | " + " | ".join(cell(metric, column) for column in columns) + " |" for metric in metrics]
+    own = f"| the reconstruction's own | {' | '.join(cell('own', c) if c in ('sparsegpt', 'apt') else '-' for c in columns)} |"
+    return ["| metric | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|", *rows, own]
+
+
+def _claims(done: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| reported by | lower perplexity | than | perplexities | layer errors | holds |",
+        "|---|---|---|---:|---:|---|",
+    ]
+    for claim in CLAIMS:
+        a, b = done.get(claim.better), done.get(claim.worse)
+        if a is None or b is None:
+            figures, errors, verdict = "not run", "", ""
+        else:
+            figures = f"{_number(a['perplexity'])} / {_number(b['perplexity'])}"
+            errors = f"{a['relative_output_error']:.4f} / {b['relative_output_error']:.4f}"
+            verdict = "yes" if a["perplexity"] < b["perplexity"] else "**no**"
+        lines.append(f"| {claim.paper} | {claim.better} | {claim.worse} | {figures} | {errors} | {verdict} |")
+    return lines
+
+
+def _runs(done: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| run | perplexity | layer error | seconds | threads, runs beside | peak MB | sparsity |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for key, run in sorted(done.items(), key=lambda item: item[1]["perplexity"]):
+        beside = f"{run['environment']['threads']}, {run['workers'] - 1}"
+        gathered = " with the gradients" if run.get("gathered_gradients") else ""
+        lines.append(
+            f"| {key} | {_number(run['perplexity'])} | {run['relative_output_error']:.4f} | {run['seconds']:.0f}{gathered} | "
+            f"{beside} | {run['peak_bytes'] / 1e6:.0f} | {run['sparsity_reached']:.4f} |"
+        )
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.1e}"
