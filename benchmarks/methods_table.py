@@ -70,8 +70,9 @@ def render(document: dict[str, Any], plan: Sequence[Any], metrics: Sequence[str]
         lines += [
             "",
             f"{environment['date']}, {environment['machine']}, {environment['cores']} cores; {versions}. Seconds are of "
-            "the run of `compress_model` (no imports, no evaluation) with the threads given, and so many runs side by "
-            "side as given: compare them within this table only. Peak memory is the resident set of the run's process.",
+            "the run of `compress_model` (no imports, no evaluation). Other work went on beside many of the runs: the "
+            "processor's seconds are what compares, and only within this table. Peak memory is the resident set of the "
+            "run's process.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -105,15 +106,14 @@ def _claims(done: dict[str, dict[str, Any]]) -> list[str]:
 
 def _runs(done: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
-        "| run | perplexity | layer error | seconds | threads, runs beside | peak MB | sparsity |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| run | perplexity | layer error | seconds | of the processor | threads | peak MB | sparsity |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for key, run in sorted(done.items(), key=lambda item: item[1]["perplexity"]):
-        beside = f"{run['environment']['threads']}, {run['workers'] - 1}"
         gathered = " with the gradients" if run.get("gathered_gradients") else ""
         lines.append(
             f"| {key} | {_number(run['perplexity'])} | {run['relative_output_error']:.4f} | {run['seconds']:.0f}{gathered} | "
-            f"{beside} | {run['peak_bytes'] / 1e6:.0f} | {run['sparsity_reached']:.4f} |"
+            f"{run['processor_seconds']:.0f} | {run['environment']['threads']} | {run['peak_bytes'] / 1e6:.0f} | {run['sparsity_reached']:.4f} |"
         )
     return lines
 

@@ -105,7 +105,7 @@ def methods(as_json: Json = False) -> None:
                     "kind": kind,
                     "name": method.name,
                     "paper": method.paper,
-                    "needs": sorted(method.needs),
+                    "needs": sorted(method.needs | method.options().needs),
                     "cost": method.cost,
                     "group": method.group,
                     "options": options,
