@@ -1,9 +1,15 @@
 """One file a reconstruction: how the surviving weights are repaired. See `compress.methods`."""
 
 from compress.methods import Reconstruction
+from compress.reconstruction.bias import BIAS
+from compress.reconstruction.dsnot import DSNOT
 from compress.reconstruction.none import NONE
+from compress.reconstruction.r2_dsnot import R2_DSNOT
 from compress.reconstruction.sparsegpt import SPARSEGPT
+from compress.reconstruction.swaps import SWAPS
 
-RECONSTRUCTIONS: dict[str, Reconstruction] = {method.name: method for method in (NONE, SPARSEGPT)}
+RECONSTRUCTIONS: dict[str, Reconstruction] = {
+    method.name: method for method in (NONE, SPARSEGPT, BIAS, DSNOT, R2_DSNOT, SWAPS)
+}
 
-__all__ = ["NONE", "RECONSTRUCTIONS", "SPARSEGPT"]
+__all__ = ["BIAS", "DSNOT", "NONE", "R2_DSNOT", "RECONSTRUCTIONS", "SPARSEGPT", "SWAPS"]
