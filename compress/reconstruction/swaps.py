@@ -178,7 +178,7 @@ SWAPS = Reconstruction(
     name="swaps",
     run=swaps,
     paper="Zimmer et al. 2025, SparseSwaps (arXiv 2512.10922)",
-    cost="a few to 25 times K² N; float32 Gram matrix [K, K] in memory; the weights stay as they are",
+    cost="about 1.5 K² N for each of some 20 to 50 sweeps, in which ever fewer rows take part; float32 Gram matrix [K, K] in memory; the weights stay as they are",
     needs=frozenset({"gram"}),
     options=SwapsOptions,
 )
