@@ -2,9 +2,15 @@
 
 from compress.methods import Reconstruction
 from compress.reconstruction.apt import APT
+from compress.reconstruction.bias import BIAS
+from compress.reconstruction.dsnot import DSNOT
 from compress.reconstruction.none import NONE
+from compress.reconstruction.r2_dsnot import R2_DSNOT
 from compress.reconstruction.sparsegpt import SPARSEGPT
+from compress.reconstruction.swaps import SWAPS
 
-RECONSTRUCTIONS: dict[str, Reconstruction] = {method.name: method for method in (NONE, SPARSEGPT, APT)}
+RECONSTRUCTIONS: dict[str, Reconstruction] = {
+    method.name: method for method in (NONE, BIAS, SPARSEGPT, APT, DSNOT, R2_DSNOT, SWAPS)
+}
 
-__all__ = ["APT", "NONE", "RECONSTRUCTIONS", "SPARSEGPT"]
+__all__ = ["APT", "BIAS", "DSNOT", "NONE", "R2_DSNOT", "RECONSTRUCTIONS", "SPARSEGPT", "SWAPS"]

@@ -214,7 +214,7 @@ def test_ignored_layers(format: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", [None, "magnitude", "wanda"])
-@pytest.mark.parametrize("reconstruction", ["none", "sparsegpt"])
+@pytest.mark.parametrize("reconstruction", ["none", "sparsegpt", "bias", "dsnot", "r2-dsnot", "swaps"])
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "unstructured"])
 def test_slots(metric: str | None, reconstruction: str, pattern: str, tmp_path: Path) -> None:
     source = tiny_models.build("qwen3", tmp_path / "source", layers=1)
@@ -224,7 +224,7 @@ def test_slots(metric: str | None, reconstruction: str, pattern: str, tmp_path: 
         with pytest.raises(RecipeError, match="only 2:4 can be packed"):
             Recipe.create(**settings)
     done = compress(source, tmp_path / "out", format="dense", **settings)
-    name = metric or ("wanda" if reconstruction == "none" else "sparsegpt")
+    name = metric or ("sparsegpt" if reconstruction == "sparsegpt" else "wanda")
     for layer in done.report["layers"]:
         assert (layer["metric"], layer["reconstruction"]) == (name, reconstruction)
     original, pruned = block_linears(load(source)), block_linears(load(done.directory))
@@ -235,17 +235,18 @@ def test_slots(metric: str | None, reconstruction: str, pattern: str, tmp_path: 
             keep, m = map(int, pattern.split(":"))
             assert int(kept_in_groups(weight, m).max()) <= keep
         survivors = weight[weight != 0], original[name][weight != 0]
-        assert torch.equal(*survivors) is (reconstruction == "none")
+        assert torch.equal(*survivors) is (reconstruction != "sparsegpt")  # the others only choose, or correct the bias
 
 
 def test_reconstruction_helps(tmp_path: Path) -> None:
     source = tiny_models.build("llama", tmp_path / "source")
     errors = {}
-    for metric, reconstruction in [("magnitude", "none"), ("wanda", "none"), (None, "sparsegpt")]:
+    for metric, reconstruction in [("magnitude", "none"), ("wanda", "none"), ("wanda", "swaps"), (None, "sparsegpt")]:
         out = tmp_path / f"{metric}-{reconstruction}"
         done = compress(source, out, metric=metric, reconstruction=reconstruction, samples=16)
         errors[out.name] = done.report["summary"]["mean_relative_output_error"]
     assert errors["None-sparsegpt"] < errors["wanda-none"] < errors["magnitude-none"]
+    assert errors["wanda-swaps"] < errors["wanda-none"]
 
 
 def test_the_same_recipe_gives_the_same_files(tmp_path: Path) -> None:

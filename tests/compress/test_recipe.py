@@ -16,6 +16,9 @@ RECIPES: list[dict[str, Any]] = [
     {},
     {"metric": "wanda", "reconstruction": "none", "calibration": "texte/ä.txt", "ignore": ("*.k_proj", "lm.0")},
     {"pattern": "4:8", "format": "dense", "reconstruction_options": {"damping": 0.1, "block_size": 64}},
+    {"metric": "wanda", "reconstruction": "dsnot", "reconstruction_options": {"max_cycles": 5, "overshoot": False}},
+    {"reconstruction": "r2-dsnot", "reconstruction_options": {"relative": "grow", "gamma_grow": 0.001, "threshold": 0}},
+    {"reconstruction": "swaps", "reconstruction_options": {"max_sweeps": 3}},
     {"pattern": "16:32", "format": "dense", "metric": "magnitude", "dtype": "bfloat16"},
     {"pattern": "unstructured", "sparsity": 0.6, "group": "row", "format": "dense", "seed": 7, "samples": 1},
 ]
@@ -101,6 +104,12 @@ def test_no_file(tmp_path: Path) -> None:
         ({"reconstruction_options": {"damping": 0}}, "option 'damping' of sparsegpt: .*greater than 0.*got 0"),
         ({"reconstruction_options": {"damping": 1.5}}, "option 'damping' of sparsegpt"),
         ({"reconstruction_options": {"block_size": 0}}, "option 'block_size' of sparsegpt"),
+        ({"reconstruction": "swaps", "reconstruction_options": {"max_sweeps": 0}}, "option 'max_sweeps' of swaps"),
+        ({"reconstruction": "dsnot", "reconstruction_options": {"max_cycle": 9}}, "did you mean 'max_cycles'"),
+        (
+            {"reconstruction": "r2-dsnot", "reconstruction_options": {"relative": "both"}},
+            "option 'relative' of r2-dsnot",
+        ),
         ({"reconstruction_options": {"damping": "much"}}, "option 'damping' of sparsegpt: .*valid number"),
         ({"samples": 0}, r"samples: .*greater than or equal to 1 \(got 0\)"),
         ({"length": 0}, "length: "),
@@ -124,6 +133,15 @@ def test_what_auto_means() -> None:
     plain = Recipe.create(reconstruction="none")
     assert plain.chosen_metric is not None
     assert (plain.chosen_metric.name, plain.chosen_group, plain.needs) == ("wanda", "row", {"sum_of_squares"})
+    for method, needs in {
+        "bias": {"moments"},
+        "dsnot": {"moments"},
+        "r2-dsnot": {"moments"},
+        "swaps": {"gram"},
+    }.items():
+        recipe = Recipe.create(reconstruction=method)  # they mend a mask, and the usual one is Wanda's
+        assert recipe.chosen_metric is not None
+        assert (recipe.chosen_metric.name, recipe.needs) == ("wanda", {"sum_of_squares", *needs})
     both = Recipe.create(metric="wanda")
     assert (both.chosen_reconstruction.name, both.needs) == ("sparsegpt", {"gram", "sum_of_squares"})
     layer = Recipe.create(metric="magnitude", pattern="unstructured", sparsity=0.5, format="dense")
