@@ -102,7 +102,7 @@ def methods(as_json: Json = False) -> None:
                     "kind": kind,
                     "name": method.name,
                     "paper": method.paper,
-                    "needs": sorted(method.needs),
+                    "needs": sorted(method.needs | method.options().needs),
                     "cost": method.cost,
                     "group": method.group,
                     "options": options,
@@ -128,6 +128,8 @@ def methods(as_json: Json = False) -> None:
         )
         for column in result.columns:
             column.justify = "left"
+            column.overflow = "fold"
+        result.columns[0].no_wrap = True
         out.print(result)
 
     emit({"methods": catalogue}, as_json, human)
