@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
+from rich.padding import Padding
 
 from compress.console import Json, emit, human_bytes, out, progress_bar, table
 from compress.errors import RecipeError
@@ -113,27 +114,27 @@ def methods(as_json: Json = False) -> None:
             )
 
     def human() -> None:
-        rows = [
-            [
-                m["name"],
-                m["kind"],
-                ", ".join(m["needs"]) or "-",
-                m["cost"],
-                ", ".join(m["options"]) or "-",
-                m["paper"] or "-",
-            ]
-            for m in catalogue
-        ]
-        result = table(
-            "methods: any metric goes with any reconstruction",
-            *["name", "kind", "needs", "cost", "options", "paper"],
-            rows=rows,
-        )
-        for column in result.columns:
-            column.justify = "left"
-        out.print(result)
+        out.print("any metric goes with any reconstruction; options are NAME=VALUE", highlight=False)
+        for kind in ("metric", "reconstruction"):
+            out.print(f"\n[bold]--{kind}[/]", highlight=False)
+            for method in catalogue:
+                if method["kind"] == kind:
+                    _describe(method)
 
     emit({"methods": catalogue}, as_json, human)
+
+
+def _describe(method: dict[str, Any]) -> None:
+    """One method for people: its name, then what it is, needs and costs, then its options."""
+    out.print(f"\n[bold cyan]{method['name']}[/]", highlight=False)
+    if method["paper"]:
+        out.print(Padding(method["paper"], (0, 0, 0, 4)), highlight=False)
+    out.print(Padding(f"cost: {method['cost']}", (0, 0, 0, 4)), highlight=False)
+    if method["needs"]:
+        out.print(Padding(f"needs: {', '.join(method['needs'])}", (0, 0, 0, 4)), highlight=False)
+    for name, option in method["options"].items():
+        default = "chosen" if option["default"] is None else option["default"]
+        out.print(Padding(f"{name}={default}  {option['description']}", (0, 0, 0, 4)), highlight=False)
 
 
 def verify(directory: Directory, as_json: Json = False) -> None:

@@ -64,6 +64,7 @@ def test_methods(halve: Halve) -> None:
         ("reconstruction", name) for name in RECONSTRUCTIONS
     }
     assert methods["metric", "wanda"]["needs"] == ["sum_of_squares"]
+    assert methods["metric", "gblm"]["needs"] == ["gradient_l2", "sum_of_squares"]  # one of them by its options
     assert methods["reconstruction", "sparsegpt"]["options"]["block_size"]["default"] == 128
     for method in methods.values():
         assert {"kind", "name", "paper", "needs", "cost", "options"} <= method.keys()

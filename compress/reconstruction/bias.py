@@ -1,7 +1,7 @@
 """Bias: the survivors stay as they are, and the layer's bias takes over the mean of what was pruned.
 
 For given weights V the bias that minimizes Σ_t ‖(x_t Wᵀ + b) − (x_t Vᵀ + b')‖² is b' = b + (W − V) x̄: the least
-squares intercept. It is the second half of STADE (Mecke et al. 2025, arXiv 2503.22451), here for the mask of any
+squares intercept. It is the second half of STADE (Coello de Portugal Mecke et al. 2025, arXiv 2503.22451), here for the mask of any
 metric.
 """
 
@@ -30,7 +30,7 @@ def correct_bias(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, 
 BIAS = Reconstruction(
     name="bias",
     run=correct_bias,
-    paper="Mecke et al. 2025, STADE (arXiv 2503.22451), its bias correction alone",
+    paper="Coello de Portugal Mecke et al. 2025, STADE (arXiv 2503.22451), its bias correction alone",
     cost="one product of a matrix and a vector; changes only layers that have a bias",
     needs=frozenset({"moments"}),
 )

@@ -9,7 +9,8 @@ pruning criterion (both together are reported to hurt) and a regularizer with a 
     prune first the smallest    B_ij + γ_prune · |W_ij|^p,                              B = R_ij · ‖X_:j‖₂^α or the scores
 
 s_j, Var_j^q (q = ``variance_power``) and everything else, above all which sign a candidate must have and when a row
-stops, are as in `compress.reconstruction.dsnot`, which is the case A = |W|, B = the scores, γ = 0. For p = 1 the regularizer is any ℓp norm of the single weight.
+stops, are as in `compress.reconstruction.dsnot`, which is the case A = |W|, B = the scores, γ = 0. For p = 1 the regularizer is
+any ℓp norm of the single weight.
 
 Which of the two sides gains more we could not find stated. The default is pruning, for relative importance was made
 (and tested, as RIA) as a criterion of what to prune, while what is grown is chosen to correct the mean output.
@@ -19,12 +20,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Pruning, Reconstructed, Reconstruction
+from compress.metrics.ria import RIAOptions, ria
 from compress.reconstruction.dsnot import DSnoTOptions, exchange, growth_scale
 
 
@@ -39,12 +40,11 @@ class R2DSnoTOptions(DSnoTOptions):
 def r2_dsnot(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: R2DSnoTOptions) -> Reconstructed:
     """A better mask for the same ``weight`` [N, K]; keeps patterns like `compress.reconstruction.dsnot.dsnot`."""
     assert pruning.scores is not None, "the pipeline gives the scores to every method without a metric of its own"
-    relative = relative_importance(weight)
-    grows = relative if options.relative == "grow" else weight
+    grows = ria(weight, statistics, RIAOptions(alpha=0)) if options.relative == "grow" else weight
     growing = (grows * growth_scale(statistics, options)).abs_()
     staying = pruning.scores
     if options.relative == "prune":
-        staying = relative * statistics.sum_of_squares.pow(options.alpha / 2).float()
+        staying = ria(weight, statistics, RIAOptions(alpha=options.alpha))
     penalty = weight.abs().pow_(options.p)
     return exchange(
         weight,
@@ -54,14 +54,6 @@ def r2_dsnot(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, opti
         growing + options.gamma_grow * penalty,
         staying + options.gamma_prune * penalty,
     )
-
-
-def relative_importance(weight: Tensor) -> Tensor:
-    """R [N, K] of a ``weight`` [N, K]; 0 for a weight whose whole row or column is zero."""
-    size = weight.abs()
-    row, column = size.sum(dim=1, keepdim=True), size.sum(dim=0, keepdim=True)
-    tiny = torch.finfo(size.dtype).tiny  # of a row or column of zeros, whose share is then 0 / tiny = 0
-    return size / row.clamp(min=tiny) + size / column.clamp(min=tiny)
 
 
 R2_DSNOT = Reconstruction(

@@ -85,7 +85,7 @@ def test_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"metric": "wnda"}, "unknown metric 'wnda'; did you mean 'wanda'.*known: magnitude, wanda"),
+        ({"metric": "wnda"}, "unknown metric 'wnda'; did you mean 'wanda' or .*known: gblm, magnitude, .*wanda"),
         ({"reconstruction": "sparse-gpt"}, "unknown reconstruction 'sparse-gpt'; did you mean 'sparsegpt'"),
         ({"recons": "none"}, "no field 'recons'; did you mean 'reconstruction'"),
         ({"pattern": "2/4"}, "unknown pattern '2/4'; did you mean '2:4'"),
@@ -99,7 +99,8 @@ def test_no_file(tmp_path: Path) -> None:
             "cannot compare a whole layer; use group 'block' or 'row', or choose a metric",
         ),
         ({"metric_options": {"alpha": 1}}, "metric_options were given, but no metric: sparsegpt uses its own"),
-        ({"metric": "wanda", "metric_options": {"alpha": 1}}, r"wanda has no option 'alpha' \(it has none\)"),
+        ({"metric": "magnitude", "metric_options": {"alpha": 1}}, r"magnitude has no option 'alpha' \(it has none\)"),
+        ({"metric": "wanda", "metric_options": {"alpha": 1}}, r"wanda has no option 'alpha' \(known: variant\)"),
         ({"reconstruction_options": {"dampening": 0.1}}, "sparsegpt has no option 'dampening'; did you mean 'damping'"),
         ({"reconstruction_options": {"damping": 0}}, "option 'damping' of sparsegpt: .*greater than 0.*got 0"),
         ({"reconstruction_options": {"damping": 1.5}}, "option 'damping' of sparsegpt"),

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.statistics import SAMPLE_TOKENS, Gram, InputStatistics, exact_products
+from compress.statistics import ACCUMULATORS, SAMPLE_TOKENS, Gram, InputStatistics, exact_products
 
-EVERYTHING = ("sum", "sum_of_squares", "gram", "sample")
+EVERYTHING = ("sum", "sum_of_squares", "moments", "gram", "sample")
 
 
 def inputs(t: int, k: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -82,6 +82,117 @@ def test_batches_do_not_matter(cuts: list[int], dtype: torch.dtype) -> None:
     torch.testing.assert_close(split.sum_of_squares, whole.sum_of_squares, rtol=1e-6, atol=0)
     assert gram_error(split.gram, x) < 1e-5
     assert torch.equal(split.sample, whole.sample)
+
+
+# Moments
+
+
+def pieces(x: Tensor, *cuts: int) -> list[Tensor]:
+    """The rows of x cut into batches of unequal length."""
+    return [x[a:b] for a, b in itertools.pairwise((0, *cuts, len(x)))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("t", "k"), [(2, 8), (700, 48), (900, 96)])
+def test_moments_against_float64(dtype: torch.dtype, t: int, k: int) -> None:
+    x = inputs(t, k, dtype=dtype)
+    moments = gathered([x[: t // 3], x[t // 3 :]], ("moments",)).moments
+    exact = x.double().numpy()
+    spread = torch.from_numpy(exact.std(axis=0))
+    assert (moments.mean.dtype, moments.variance.dtype) == (torch.float64, torch.float64)
+    assert float(((moments.mean - torch.from_numpy(exact.mean(axis=0))).abs() / spread).max()) < 1e-6
+    torch.testing.assert_close(moments.variance, torch.from_numpy(exact.var(axis=0, ddof=1)), rtol=1e-5, atol=0)
+
+
+def test_moments_of_a_mean_ten_thousand_times_the_spread() -> None:
+    """Batches of unequal length; Σx² − (Σx)²/T in float32 has no right digit left here."""
+    generator = torch.Generator().manual_seed(3)
+    x = 1e4 * torch.randn(40, generator=generator).sign() + torch.randn(1000, 40, generator=generator)
+    exact = x.double().numpy()
+    for batches in (pieces(x), pieces(x, 1, 2, 9, 500, 999), pieces(x, 613)):
+        moments = gathered(batches, ("moments",)).moments
+        torch.testing.assert_close(moments.variance, torch.from_numpy(exact.var(axis=0, ddof=1)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(moments.mean, torch.from_numpy(exact.mean(axis=0)), rtol=0, atol=1e-6)
+    naive = (x.square().sum(dim=0) - x.sum(dim=0).square() / len(x)) / (len(x) - 1)
+    assert float((naive - torch.from_numpy(exact.var(axis=0, ddof=1))).abs().max()) > 0.1, "the test must be hard"
+
+
+@given(cuts=st.lists(st.integers(0, 300), max_size=6), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_batches_do_not_matter_for_moments(cuts: list[int], dtype: torch.dtype) -> None:
+    x = inputs(300, 24, dtype=dtype) + 50
+    whole, split = (gathered(batches, ("moments",)).moments for batches in ([x], pieces(x, *sorted(cuts))))
+    torch.testing.assert_close(split.variance, whole.variance, rtol=1e-5, atol=0)
+    assert float(((split.mean - whole.mean).abs() / whole.variance.sqrt()).max()) < 1e-6
+
+
+def test_moments_of_few_tokens() -> None:
+    one = gathered([inputs(1, 8)], ("moments",)).moments
+    assert torch.equal(one.mean, inputs(1, 8)[0].double())
+    assert not one.variance.any()
+    none = gathered([inputs(0, 8)], ("moments",)).moments
+    assert not none.mean.any()
+    assert not none.variance.any()
+    constant = gathered([torch.full((5, 3), 0.1), torch.full((2, 3), 0.1)], ("moments",)).moments
+    torch.testing.assert_close(constant.mean, torch.full((3,), 0.1).double(), rtol=1e-7, atol=0)
+    assert float(constant.variance.max()) < 1e-15
+
+
+# Permuted inputs
+
+
+def assert_statistics_of(statistics: InputStatistics, x: Tensor) -> None:
+    """Within what float32 sums of columns in another place in memory may differ by."""
+    other = gathered([x], tuple(ACCUMULATORS))
+    size = x.double().square().mean(dim=0).sqrt()  # [K]
+    assert statistics.count == other.count
+    assert float(((statistics.sum - other.sum) / size).abs().max()) < 1e-6 * len(x)
+    torch.testing.assert_close(statistics.sum_of_squares, other.sum_of_squares, rtol=1e-6, atol=0)
+    assert float(((statistics.moments.mean - other.moments.mean) / size).abs().max()) < 1e-6
+    torch.testing.assert_close(statistics.moments.variance, other.moments.variance, rtol=1e-5, atol=0)
+    assert gram_error(statistics.gram, x) < 1e-5
+    assert torch.equal(statistics.gram, statistics.gram.T)
+    assert torch.equal(statistics.sample, x[:: max(1, len(x) // SAMPLE_TOKENS)])
+
+
+@given(
+    k=st.integers(1, 40),
+    seed=st.integers(0, 100),
+    cut=st.integers(0, 120),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_permuted_statistics_are_those_of_permuted_inputs(k: int, seed: int, cut: int, dtype: torch.dtype) -> None:
+    """Of every statistic, whether it was read before or not; what comes afterwards is in the new order."""
+    x = inputs(120, k, dtype=dtype, seed=seed)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
+    everything = tuple(ACCUMULATORS)
+
+    at_the_end = gathered([x[:cut], x[cut:]], everything)
+    for name in ACCUMULATORS if seed % 2 else ():
+        getattr(at_the_end, name)
+    at_the_end.factors["inverse"] = "of the old order"
+    at_the_end.permute(order)
+    assert_statistics_of(at_the_end, x[:, order])
+    assert not at_the_end.factors
+
+    half_way = InputStatistics(everything, k, tokens=len(x))
+    half_way.update(x[:cut])
+    half_way.permute(order)
+    half_way.update(x[cut:, order])
+    assert_statistics_of(half_way, x[:, order])
+
+
+def test_permutation_over_several_panels_and_back() -> None:
+    x = inputs(60, Gram.panel + 40)
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))
+    statistics = gathered([x], tuple(ACCUMULATORS))
+    before = gathered([x], tuple(ACCUMULATORS))
+    statistics.permute(order)
+    assert gram_error(statistics.gram, x[:, order]) < 1e-5
+    assert not torch.equal(statistics.gram, before.gram)
+    statistics.permute(order.argsort())
+    for name in ("sum", "sum_of_squares", "gram", "sample"):
+        assert torch.equal(getattr(statistics, name), getattr(before, name)), name
+    assert all(map(torch.equal, statistics.moments, before.moments))
 
 
 def test_batch_and_sequence_axes_are_tokens() -> None:
