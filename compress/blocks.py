@@ -305,11 +305,21 @@ class BlockModel:
 
     def run_block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """The output of a loaded block for a batch of `record_calls`, [batch, length, hidden]."""
-        call = self._calls[index][batch]
+        return self._run(self.blocks[index], self._calls[index][batch], hidden, None)
+
+    def run_copy(self, index: int, batch: int, hidden: Tensor, block: nn.Module, dtype: torch.dtype) -> Tensor | None:
+        """The output of a copy of a block in another dtype, called as the block itself is; None where a hook ended it."""
+        with contextlib.suppress(_Stop):
+            return self._run(block, self._calls[index][batch], hidden, dtype)
+        return None
+
+    def _run(self, block: nn.Module, call: _Call, hidden: Tensor, dtype: torch.dtype | None) -> Tensor:
         leaves = list(call.leaves)
         leaves[call.hidden_at] = hidden.to(self.device)
+        if dtype is not None:
+            leaves = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-        output = self.blocks[index](*args, **kwargs)
+        output = block(*args, **kwargs)
         return output[0] if self._returns_tuple else output
 
     def observe_block(self, index: int, batch: int, hidden: Tensor) -> None:

@@ -12,6 +12,7 @@ from compress.bias import mean_correction
 from compress.errors import NumericalError
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Pruning, parse_options
+from compress.metrics.wanda import WANDA
 from compress.packed import canonical, require_finite
 from compress.patterns import NMPattern, Pattern
 from compress.recipe import Recipe
@@ -68,6 +69,20 @@ def prune_layer(name: str, weight: Tensor, statistics: LayerStatistics, recipe: 
         **notes,
     }
     return PrunedLayer(pruned, bias, record)
+
+
+def importance(name: str, weight: Tensor, statistics: LayerStatistics, recipe: Recipe) -> Tensor:
+    """The scores [N, K] float32 of a ``weight`` [N, K] by the recipe's metric, or Wanda's where it has none.
+
+    Raises:
+        NumericalError: the weight or the statistics are not finite.
+    """
+    require_finite(weight, name)
+    statistics.require_finite(name)
+    metric = recipe.chosen_metric
+    if metric is None:
+        return WANDA.score(weight.float(), statistics, WANDA.options())
+    return metric.score(weight.float(), statistics, parse_options(metric, recipe.metric_options))
 
 
 def _shift(bias: Tensor | None, statistics: LayerStatistics) -> Tensor | None:

@@ -33,11 +33,13 @@ from compress.errors import (
     did_you_mean,
 )
 from compress.files import Entry, TensorFiles
+from compress.folding import fold_block
 from compress.gradients import GradientStore, regional_gradients
 from compress.journal import Journal
 from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS, LayerStatistics
-from compress.layers import prune_layer
+from compress.layers import importance, prune_layer
 from compress.observe import InputObserver
+from compress.patterns import NMPattern
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
 from compress.sources import Source, fingerprint, load_tokenizer, resolve
@@ -307,15 +309,21 @@ class _Run:
             observer.run(self.model, index, hidden)
             memory.give_back()
         gradients = self._gradients_of(index, observed, hidden)
+        permuted = self._permute(index, hidden[0], observer, gradients)
         tensors = {  # biases that the source does not have; methods may change them
             self.model.key_of(f"{name}.bias"): module.bias.data.cpu()
             for name, module in linears.items()
             if f"{name}.bias" in self.model.added
         }
+        for name in {producer: None for record in permuted.values() for producer in record["folded_into"]}:
+            for parameter, value in linears[name].named_parameters():
+                if parameter != "weight" or self.decisions[name] is not None:
+                    tensors[self.model.key_of(f"{name}.{parameter}")] = value.data.cpu()
         records = []
         for name, module in linears.items():
             statistics = self._statistics(name, module, observer, gradients.get(name, {}))
-            records.append(self._prune_linear(name, module, statistics, tensors))
+            record = self._prune_linear(name, module, statistics, tensors)
+            records.append({**record, "permutation": permuted[name]} if name in permuted else record)
         del observer, gradients
         for batch, states in enumerate(hidden):
             output = self.model.run_block(index, batch, states)
@@ -344,6 +352,21 @@ class _Run:
             for name, gradient in regional_gradients(self.model, index, linears, hidden).items():
                 found[name]["regional_gradient"] = gradient
         return found
+
+    def _permute(
+        self, index: int, hidden: Tensor, observer: InputObserver, gradients: dict[str, dict[str, Tensor]]
+    ) -> dict[str, dict[str, Any]]:
+        """Reorders the channels of a loaded block where the recipe asks for it and it is free; what was done by consumer."""
+        pattern = self.recipe.parsed_pattern
+        if self.recipe.permutation == "none" or not isinstance(pattern, NMPattern):
+            return {}
+
+        def score(name: str, module: LinearModule) -> Tensor:
+            statistics = self._statistics(name, module, observer, gradients.get(name, {}))
+            assert statistics is not None, "only observed layers are scored"
+            return importance(name, oriented(module.weight, module), statistics, self.recipe)
+
+        return fold_block(self.model, index, hidden, observer, gradients, pattern, score)
 
     def _statistics(
         self, name: str, module: LinearModule, observer: InputObserver, gradients: dict[str, Tensor]
@@ -432,6 +455,7 @@ class _Run:
                 "reconstruction": self.recipe.reconstruction,
                 "layers": len(records),
                 "layers_pruned": len(pruned),
+                "layers_permuted": sum("permutation" in record for record in records),
                 "mean_relative_output_error": sum(r["relative_output_error"] for r in pruned) / max(len(pruned), 1),
                 "pruned_bytes_before": sum(r["bytes_before"] for r in pruned),
                 "pruned_bytes_after": sum(r["bytes_after"] for r in pruned),
