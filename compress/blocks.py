@@ -166,7 +166,7 @@ class _Stop(Exception):
 
 
 class BlockModel:
-    """A causal language model whose decoder blocks are loaded, run and dropped one by one.
+    """A causal language model or an image classifier whose blocks are loaded, run and dropped one by one.
 
     Args:
         source: the dense checkpoint.
@@ -232,6 +232,9 @@ class BlockModel:
 
         Returns:
             The inputs of the first block, one tensor [batch, length, hidden] a batch.
+
+        Raises:
+            SourceError: the model cannot read the batches.
         """
         surroundings = self._surroundings()
         self._materialize(surroundings)
@@ -246,6 +249,10 @@ class BlockModel:
                     self.model(**self.placed(inputs))
                 except _Stop:
                     continue
+                except ValueError as error:  # images of another size than the model's, for one
+                    raise SourceError(
+                        f"{type(self.model).__name__} refuses the calibration samples: {one_line(error)}"
+                    ) from None
                 raise AssertionError("the last block was never called")
         finally:
             for block in self.blocks:
