@@ -369,8 +369,10 @@ class BlockModel:
     def _materialize(self, modules: Mapping[str, nn.Module]) -> None:
         """Gives modules on the meta device their memory: derived buffers are computed, parameters read from disk.
 
-        Each module gets what it owns itself; its children have to be among the modules, too.
+        Each module gets what it owns itself; its children have to be among the modules, too. Tied parameters are read
+        once.
         """
+        read: dict[str, nn.Parameter] = {}
         for name, module in modules.items():
             derived = [
                 (key, buffer)
@@ -385,8 +387,11 @@ class BlockModel:
         for name, module in modules.items():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    value = self._read(_join(name, key), parameter)
-                    module._parameters[key] = nn.Parameter(value, requires_grad=False)
+                    full = _join(name, key)
+                    stored = self._keys.get(full, full)
+                    if stored not in read:
+                        read[stored] = nn.Parameter(self._read(full, parameter), requires_grad=False)
+                    module._parameters[key] = read[stored]
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     module._buffers[key] = self._read(_join(name, key), buffer)

@@ -41,7 +41,10 @@ def compress(
     recipe = Recipe.load(recipe_file, **given) if recipe_file else Recipe.create(**given)
     started = time.perf_counter()
 
-    from compress.pipeline import compress_model  # torch takes seconds to import, and --help should not wait for it
+    # torch takes seconds to import, and --help should not wait for it
+    from compress.blocks import reads_images
+    from compress.pipeline import compress_model
+    from compress.sources import read_config
 
     with progress_bar("pruning") as progress:
         done = compress_model(
@@ -80,7 +83,8 @@ def compress(
             out.print(
                 f"dense: {len(kept)} layers, the first is {kept[0]['name']}: {kept[0]['reason']}", highlight=False
             )
-        out.print(f"next: halve verify {done.directory}, halve serve {done.directory}", highlight=False)
+        steps = ["verify"] if reads_images(read_config(done.directory)) else ["verify", "serve"]
+        out.print("next: " + ", ".join(f"halve {step} {done.directory}" for step in steps), highlight=False)
 
     emit(document, as_json, human)
 
