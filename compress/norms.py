@@ -4,9 +4,9 @@ A normalization is a module whose output does not change when its input is scale
 with its input), projections, convolutions and embeddings all change; LayerNorm, every RMSNorm, with or without weights,
 do not. A module that hands its input on as it is (dropout when nothing is trained, Identity) makes nothing.
 
-Only norms inside of the block count, because only the block runs. Where the last module of a block is a norm (OPT with
-``do_layer_norm_before=False``), the next block's first linears read a normalized tensor and are told apart from those of
-a block that normalizes its own input: their scale is that of the other block's norm, which pruning this one cannot change.
+Only norms inside of the block count: one block is watched at a time. Where a block ends with a norm (OPT with
+``do_layer_norm_before=False``), the first linears of the next block read a normalized tensor and are not said to, as
+those of the first block are not, which read the embeddings.
 """
 
 from __future__ import annotations

@@ -60,6 +60,6 @@ class Products(TorchFunctionMode):
 
     def _name_of_transposed(self, tensor: Tensor) -> str | None:
         base = tensor._base
-        if base is None or tensor.ndim != 2 or tensor.stride() != base.stride()[::-1]:
+        if base is None or tensor.shape != base.shape[::-1] or tensor.stride() != base.stride()[::-1]:
             return None
         return self._name(base) if tensor.data_ptr() == base.data_ptr() else None

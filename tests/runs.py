@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+
 import serve.transformers_plugin  # noqa: F401  registers the packed format
 from compress.blocks import auto_class, is_linear, load_config, oriented
 from compress.pipeline import Compressed, compress_model

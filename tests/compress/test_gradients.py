@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +210,7 @@ def test_a_model_that_gives_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return forward(self, **inputs)
 
     monkeypatch.setattr(type(model.model), "forward", refusing)
-    with pytest.raises(SourceError, match="the model gives no loss: .*unexpected keyword argument 'labels'"):
+    with pytest.raises(SourceError, match=r"the model gives no loss: .*unexpected keyword argument 'labels'"):
         store.gather(model, samples, layers_of(model), KINDS)
 
 
@@ -261,7 +260,7 @@ def test_what_a_killed_run_left_is_no_obstacle(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def gblm(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LayerStatistics]]:
+def gblm(monkeypatch: pytest.MonkeyPatch) -> list[LayerStatistics]:
     """A metric that needs gradients, and what it was shown."""
     shown: list[LayerStatistics] = []
 
@@ -272,7 +271,7 @@ def gblm(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LayerStatistics]]:
 
     metric = Metric("test_gradient", score, paper="none", cost="none", needs=frozenset(KINDS))
     monkeypatch.setitem(METRICS, metric.name, metric)
-    yield shown
+    return shown
 
 
 SETTINGS: dict[str, Any] = {"metric": "test_gradient", "reconstruction": "none"}
