@@ -166,7 +166,7 @@ class _Stop(Exception):
 
 
 class BlockModel:
-    """A causal language model whose decoder blocks are loaded, run and dropped one by one.
+    """A causal language model or an image classifier whose blocks are loaded, run and dropped one by one.
 
     Args:
         source: the dense checkpoint.
@@ -232,6 +232,9 @@ class BlockModel:
 
         Returns:
             The inputs of the first block, one tensor [batch, length, hidden] a batch.
+
+        Raises:
+            SourceError: the model cannot read the batches.
         """
         surroundings = self._surroundings()
         self._materialize(surroundings)
@@ -246,6 +249,10 @@ class BlockModel:
                     self.model(**self.placed(inputs))
                 except _Stop:
                     continue
+                except ValueError as error:  # images of another size than the model's, for one
+                    raise SourceError(
+                        f"{type(self.model).__name__} refuses the calibration samples: {one_line(error)}"
+                    ) from None
                 raise AssertionError("the last block was never called")
         finally:
             for block in self.blocks:
@@ -372,8 +379,10 @@ class BlockModel:
     def _materialize(self, modules: Mapping[str, nn.Module]) -> None:
         """Gives modules on the meta device their memory: derived buffers are computed, parameters read from disk.
 
-        Each module gets what it owns itself; its children have to be among the modules, too.
+        Each module gets what it owns itself; its children have to be among the modules, too. Tied parameters are read
+        once.
         """
+        read: dict[str, nn.Parameter] = {}
         for name, module in modules.items():
             derived = [
                 (key, buffer)
@@ -388,8 +397,11 @@ class BlockModel:
         for name, module in modules.items():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    value = self._read(_join(name, key), parameter)
-                    module._parameters[key] = nn.Parameter(value, requires_grad=False)
+                    full = _join(name, key)
+                    stored = self._keys.get(full, full)
+                    if stored not in read:
+                        read[stored] = nn.Parameter(self._read(full, parameter), requires_grad=False)
+                    module._parameters[key] = read[stored]
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     module._buffers[key] = self._read(_join(name, key), buffer)

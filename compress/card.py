@@ -19,13 +19,13 @@ Pruned to **{{ pattern }}** by halve {{ version }} without retraining, and store
 | source | `{{ model }}` |
 | metric | {{ metric }} |
 | reconstruction | {{ reconstruction }} |
-| calibration | {{ samples }} windows of {{ length }} tokens of `{{ calibration }}`, seed {{ seed }} |
+| calibration | {{ samples }} of `{{ calibration }}`, seed {{ seed }} |
 | layers pruned | {{ pruned }} of {{ layers }} |
 | their weights | {{ before }} bytes dense, {{ after }} bytes here |
 | relative output error | {{ error }} on average over the pruned layers |
 
 Exact settings are in `recipe.yaml`; every layer, every byte and every file in `report.json`. Accuracy was not
-measured by the run that made this: `halve eval` does.
+measured by the run that made this{{ measure }}.
 
 ## Load it
 
@@ -34,13 +34,12 @@ measured by the run that made this: `halve eval` does.
 
 _USAGE_PACKED = """```python
 import serve.transformers_plugin  # pip install halve
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID")
+model = {auto_class}.from_pretrained("PATH_OR_ID")
 ```
 
-or `halve serve PATH_OR_ID` for an OpenAI-compatible endpoint. Without the plugin the weights cannot be read;
-`halve unpack` makes an ordinary checkpoint of them."""
+{serve}Without the plugin the weights cannot be read; `halve unpack` makes an ordinary checkpoint of them."""
 
 _USAGE_DENSE = """An ordinary Hugging Face checkpoint with zeros in it; it loads anywhere, in its full size.
 `halve pack` stores it in 9/16 of the bytes."""
@@ -50,10 +49,11 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     """The text of the card from the saved recipe and report."""
     settings, summary = recipe["recipe"], report["summary"]
     model = recipe["model"]
+    images = "images" in recipe["calibration"]
     is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-classification" if images else "text-generation",
         tags=["halve", "pruned", "sparse", settings["pattern"]],
         base_model=model if is_hub_id else None,
     )
@@ -69,8 +69,9 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         model=model,
         metric=summary["metric"],
         reconstruction=settings["reconstruction"],
-        samples=settings["samples"],
-        length=settings["length"],
+        samples=f"{settings['samples']} images"
+        if images
+        else f"{settings['samples']} windows of {settings['length']} tokens",
         calibration=settings["calibration"],
         seed=settings["seed"],
         pruned=summary["layers_pruned"],
@@ -78,6 +79,12 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         before=f"{summary['pruned_bytes_before']:,}",
         after=f"{summary['pruned_bytes_after']:,}",
         error=f"{summary['mean_relative_output_error']:.4f}",
-        usage=_USAGE_PACKED if settings["format"] == "packed" else _USAGE_DENSE,
+        measure="" if images else ": `halve eval` does",
+        usage=_USAGE_PACKED.format(
+            auto_class="AutoModelForImageClassification" if images else "AutoModelForCausalLM",
+            serve="" if images else "or `halve serve PATH_OR_ID` for an OpenAI-compatible endpoint. ",
+        )
+        if settings["format"] == "packed"
+        else _USAGE_DENSE,
     )
     return str(card)

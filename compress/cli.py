@@ -42,7 +42,10 @@ def compress(
     recipe = Recipe.load(recipe_file, **given) if recipe_file else Recipe.create(**given)
     started = time.perf_counter()
 
-    from compress.pipeline import compress_model  # torch takes seconds to import, and --help should not wait for it
+    # torch takes seconds to import, and --help should not wait for it
+    from compress.blocks import reads_images
+    from compress.pipeline import compress_model
+    from compress.sources import read_config
 
     with progress_bar("pruning") as progress:
         done = compress_model(
@@ -84,7 +87,8 @@ def compress(
             )
         for warning in done.report["warnings"]:
             out.print(f"[yellow]warning[/]: {warning}", highlight=False)
-        out.print(f"next: halve verify {done.directory}, halve serve {done.directory}", highlight=False)
+        steps = ["verify"] if reads_images(read_config(done.directory)) else ["verify", "serve"]
+        out.print("next: " + ", ".join(f"halve {step} {done.directory}" for step in steps), highlight=False)
 
     emit(document, as_json, human)
 

@@ -4,7 +4,7 @@
     ├── UsageError                  the call or the input is wrong: exit code 2
     │   ├── RecipeError             a recipe, a flag or a method name
     │   ├── SourceError             the model that was given
-    │   ├── CalibrationError        the calibration or evaluation text
+    │   ├── CalibrationError        the calibration or evaluation text, or images
     │   └── OutputError             the place to write to
     └── CheckError                  a check or a gate failed: exit code 1
         ├── CorruptCheckpointError  a file is truncated, tampered with or not what it says
@@ -40,7 +40,7 @@ class SourceError(UsageError):
 
 
 class CalibrationError(UsageError):
-    """The calibration or evaluation text cannot be used."""
+    """The calibration or evaluation text, or the images, cannot be used."""
 
 
 class OutputError(UsageError):

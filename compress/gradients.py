@@ -14,6 +14,7 @@ accumulated in float32. A float16 model is run in float32 here: small gradients 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,19 +50,17 @@ class GradientStore:
         self._kinds: set[str] = set()
         record = directory / RECORD
         if record.is_file():
-            found = json.loads(record.read_text())
-            if found["identity"] != self._identity:
+            kinds, identity = _read_record(record)
+            if identity != self._identity:
                 changed = sorted(
-                    key
-                    for key in {*found["identity"], *self._identity}
-                    if found["identity"].get(key) != self._identity.get(key)
+                    key for key in {*identity, *self._identity} if identity.get(key) != self._identity.get(key)
                 )
                 raise OutputError(
                     f"{directory} holds the gradients of another run (it differs in: {', '.join(changed)}); give another "
                     "directory, or remove that one"
                 )
-            self._kinds = set(found["kinds"])
-        elif directory.is_dir() and any(path.suffix != ".safetensors" for path in directory.iterdir()):
+            self._kinds = kinds
+        elif directory.is_dir() and not all(_is_ours(path) for path in directory.iterdir()):
             raise OutputError(f"{directory} is not a directory of gradients; give a new or an empty one")
 
     def has(self, kinds: Iterable[str]) -> bool:
@@ -89,7 +88,8 @@ class GradientStore:
         """
         wanted = sorted({*self._kinds, *kinds} & GRADIENT_NEEDS)
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / RECORD).unlink(missing_ok=True)
+        for left_over in filter(_is_ours, list(self.directory.iterdir())):  # of a run that was killed here, too
+            left_over.unlink()
         count = len(model.blocks)
         arguments = list(samples.batches(1))
         hidden = model.record_calls(arguments)
@@ -183,6 +183,21 @@ class GradientStore:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         write_shard(path, [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()])
+
+
+def _read_record(record: Path) -> tuple[set[str], dict[str, Any]]:
+    """The kinds and the identity of what lies in a directory of gradients."""
+    try:
+        found = json.loads(record.read_text())
+        return set(found["kinds"]), dict(found["identity"])
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(f"{record} is not a record of gradients; give a new or an empty directory") from None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a store wrote the file, or was killed while it did."""
+    name = path.name.removeprefix(".").removesuffix(".tmp")
+    return name == RECORD or re.fullmatch(r"(gradients|inputs)-\d{5}\.safetensors", name) is not None
 
 
 @torch.no_grad()

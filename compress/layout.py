@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -32,6 +33,13 @@ class LinearInfo:
     """Inside of the decoder blocks, where pruning happens."""
 
 
+class Keys(Protocol):
+    """The names of the tensors of a checkpoint."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+    def __iter__(self) -> Iterator[str]: ...
+
+
 class Layout:
     """The linears of a model by module name."""
 
@@ -44,6 +52,7 @@ class Layout:
             self.linears[name] = LinearInfo(name, n, k, isinstance(module, Conv1D), name.startswith(f"{blocks}."))
         self.parameters = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self._renamings = renamings_of(model)
+        self._older: tuple[Keys, dict[str, str]] = ({}, {})
         self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self._optional: list[str] = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
 
@@ -94,9 +103,8 @@ class Layout:
                 expected.update({part: ((dtype,), shape) for part, (dtype, shape) in pair.items()})
             else:
                 expected[name] = (floats, shape)
-        others = renamed(stored, self._renamings)
         for name, (dtypes, shape) in expected.items():
-            key = self.key(name, stored) or others.get(name)
+            key = self.key(name, stored)
             if key is None and name in self._tied:
                 key = self.key(self._tied[name], stored)
             if key is None:
@@ -112,7 +120,20 @@ class Layout:
                     f"there (in {info.file})"
                 )
 
-    def key(self, name: str, stored: Container[str]) -> str | None:
-        """The checkpoint's key of a tensor of the model, or None. The base model's prefix may be missing or added there."""
+    def key(self, name: str, stored: Keys) -> str | None:
+        """The checkpoint's key of a tensor of the model, or None.
+
+        The base model's prefix may be missing or added there, and the names may be those of an older transformers.
+        """
         candidates = (name, name.removeprefix(self._prefix), self._prefix + name)
-        return next((candidate for candidate in candidates if candidate in stored), None)
+        key = next((candidate for candidate in candidates if candidate in stored), None)
+        if key is None:
+            older = self._older_names(stored)
+            key = next((older[candidate] for candidate in candidates if candidate in older), None)
+        return key
+
+    def _older_names(self, stored: Keys) -> dict[str, str]:
+        """Name in the model -> key, where they differ; made once for a checkpoint."""
+        if self._older[0] is not stored:
+            self._older = (stored, renamed(stored, self._renamings))
+        return self._older[1]

@@ -1,7 +1,12 @@
 """Which tensors come straight from a normalization: told by what a module does, not by what it is called.
 
-A normalization is a module whose output does not change when its input is scaled. Activations, projections,
-convolutions and embeddings all change; LayerNorm, every RMSNorm, with or without weights, do not.
+A normalization is a module whose output does not change when its input is scaled. Activations (a ReLU's output scales
+with its input), projections, convolutions and embeddings all change; LayerNorm, every RMSNorm, with or without weights,
+do not. A module that hands its input on as it is (dropout when nothing is trained, Identity) makes nothing.
+
+Only norms inside of the block count: one block is watched at a time. Where a block ends with a norm (OPT with
+``do_layer_norm_before=False``), the first linears of the next block read a normalized tensor and are not said to, as
+those of the first block are not, which read the embeddings.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from compress.blocks import is_linear
 
 _SCALE = 4.0
 _TOLERANCE = 0.02
-"""Of the output's largest value: room for bfloat16, and for the small constant that norms add to the variance."""
+"""Of the output's largest value: room for bfloat16."""
 
 
 class NormOutputs:
@@ -48,7 +53,10 @@ class NormOutputs:
         self._watching = False
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._watching and isinstance(output, Tensor) and output.is_floating_point():
+        if not self._watching or not isinstance(output, Tensor) or not output.is_floating_point():
+            return
+        x, _ = _input(args, kwargs)
+        if x is not None and _key(x) != _key(output):
             # The tensors are held until the pass is over, so an address belongs to no other.
             self._made[_key(output)] = (module, args, kwargs, output)
 
@@ -57,21 +65,27 @@ def _key(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.numel(), x._version
 
 
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, str | None]:
+    """The tensor that a module was called with, and its name where it was given by one."""
+    if args:
+        return (args[0], None) if isinstance(args[0], Tensor) else (None, None)
+    name = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
+    return (None, None) if name is None else (kwargs[name], name)
+
+
 def _is_norm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> bool:
-    if not args:
-        name = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
-        if name is None:
-            return False
-        x = kwargs[name]
-        again = module.forward(**{**kwargs, name: x * _SCALE})
-    elif isinstance(args[0], Tensor):
-        x = args[0]
-        again = module.forward(x * _SCALE, *args[1:], **kwargs)
-    else:
+    x, name = _input(args, kwargs)
+    if x is None or x.shape != output.shape or not x.is_floating_point() or not bool(x.any()):
+        return False  # (of a dead input nothing can be told)
+
+    def run(scaled: Tensor) -> Any:
+        return module.forward(**{**kwargs, name: scaled}) if name else module.forward(scaled, *args[1:], **kwargs)
+
+    # Tokens of size 1: the small constant that norms add to the variance is nothing beside it, however small the
+    # embeddings of a model are, and no bounded activation is saturated.
+    sizes = x.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min_(torch.finfo(torch.float32).tiny)
+    unit = (x.float() / sizes).to(x.dtype)
+    once, scaled = run(unit), run(unit * _SCALE)
+    if not isinstance(once, Tensor) or not isinstance(scaled, Tensor):
         return False
-    if x.shape != output.shape or not isinstance(again, Tensor):
-        return False
-    largest = float(output.abs().max()) if output.numel() else 0.0
-    if largest == 0.0:
-        return False  # of a dead input nothing can be told
-    return float((again - output).abs().max()) <= _TOLERANCE * largest and not torch.equal(x, output)
+    return float((scaled - once).abs().max()) <= _TOLERANCE * float(once.abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from compress.blocks import BlockModel, LinearModule, shape_of, stop_forward
 from compress.layer_statistics import OUTPUT_NEEDS, PLACE_NEEDS
 from compress.norms import NormOutputs
+from compress.products import Products
 from compress.statistics import ACCUMULATORS, InputStatistics, SumOfSquares
 
 
@@ -18,7 +20,8 @@ class InputObserver:
 
     Which layers share an input is seen in the first batch, from the tensors themselves (q, k and v; gate and
     up), and must stay so. From the second batch on, the forward pass ends as soon as every linear has been
-    called as often as in the first: what comes after the last input is not needed.
+    called as often as in the first: what comes after the last input is not needed. A linear whose module is never
+    called, because the model multiplies by its weight itself, is watched in that product (`compress.products`).
 
     Args:
         linears: by full name.
@@ -45,6 +48,8 @@ class InputObserver:
         self._calls_of_first_batch: int | None = None
         self._calls = 0
         self._seen: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+        self._called: set[str] = set()
+        self._by_hand: set[str] = set()
 
     def statistics(self, name: str) -> InputStatistics | None:
         """The statistics of a linear's input, or None where it was never called (an expert that got no token)."""
@@ -69,7 +74,9 @@ class InputObserver:
             for batch, states in enumerate(hidden):
                 self._calls = 0
                 self._seen = {}
-                model.observe_block(index, batch, states)
+                self._called.clear()
+                with self._products():
+                    model.observe_block(index, batch, states)
                 if self._calls_of_first_batch is None:
                     self._calls_of_first_batch = self._calls
                     if self._norms is not None:
@@ -79,42 +86,62 @@ class InputObserver:
             for handle in handles:
                 handle.remove()
 
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        """Watches products outside of modules in the first batch, and later where the first batch had any."""
+        if self._calls_of_first_batch is not None and not self._by_hand:
+            return contextlib.nullcontext()
+        return Products(self.linears, self._called, self._see_product)
+
+    def _see_product(self, name: str, x: Tensor, y: Tensor) -> None:
+        self._by_hand.add(name)
+        self._see_input(name, x)
+        if self._wants_outputs:
+            self._see_output(name, y)
+
     def _hook(self, name: str) -> Any:
         def observe(module: LinearModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            # The tensor is held until the batch is over, so its address belongs to no other.
-            key = (x.data_ptr(), x.shape, x.stride(), x._version)
-            leader, _ = self._seen.setdefault(key, (name, x))
-            if self._calls_of_first_batch is None or name not in self._leader:
-                self._leader.setdefault(name, leader)
-                if self._norms is not None:
-                    self.place.setdefault(name, {"after_norm": self._norms.made(x)})
-            if self._leader[name] == name:
-                if name not in self._statistics:
-                    self._statistics[name] = InputStatistics(
-                        self._needs,
-                        features=shape_of(module)[1],
-                        device=x.device,
-                        tokens=self._tokens,
-                    )
-                self._statistics[name].update(x)
-            elif self._leader[name] != leader:
-                raise AssertionError(
-                    f"{name} shared its input with {self._leader[name]} in the first batch and does not any more"
-                )
-            self._count_call()
+            self._called.add(name)
+            self._see_input(name, args[0] if args else next(iter(kwargs.values())))
 
         return observe
 
     def _output_hook(self, name: str) -> Any:
         def observe(module: LinearModule, args: tuple[Any, ...], output: Tensor) -> None:
-            y = output.detach().reshape(-1, output.shape[-1])  # [T, N]
-            if name not in self.outputs:
-                self.outputs[name] = SumOfSquares(y.shape[1], y.device, self._tokens)
-            self.outputs[name].update(y)
-            self._count_call()
+            self._see_output(name, output)
 
         return observe
+
+    def _see_input(self, name: str, x: Tensor) -> None:
+        """x [..., K]"""
+        # The tensor is held until the batch is over, so its address belongs to no other.
+        key = (x.data_ptr(), x.shape, x.stride(), x._version)
+        leader, _ = self._seen.setdefault(key, (name, x))
+        if self._calls_of_first_batch is None or name not in self._leader:
+            self._leader.setdefault(name, leader)
+            if self._norms is not None:
+                self.place.setdefault(name, {"after_norm": self._norms.made(x)})
+        if self._leader[name] == name:
+            if name not in self._statistics:
+                self._statistics[name] = InputStatistics(
+                    self._needs,
+                    features=shape_of(self.linears[name])[1],
+                    device=x.device,
+                    tokens=self._tokens,
+                )
+            self._statistics[name].update(x)
+        elif self._leader[name] != leader:
+            raise AssertionError(
+                f"{name} shared its input with {self._leader[name]} in the first batch and does not any more"
+            )
+        self._count_call()
+
+    def _see_output(self, name: str, output: Tensor) -> None:
+        """The output [..., N]"""
+        y = output.detach().reshape(-1, output.shape[-1])  # [T, N]
+        if name not in self.outputs:
+            self.outputs[name] = SumOfSquares(y.shape[1], y.device, self._tokens)
+        self.outputs[name].update(y)
+        self._count_call()
 
     def _count_call(self) -> None:
         self._calls += 1

@@ -242,7 +242,7 @@ class _Run:
         if self.recipe.format == "packed":
             pruned = {self.model.key_of(f"{name}.weight") for name, reason in self.decisions.items() if reason is None}
             size -= sum(self.source.tensors.info[key].nbytes for key in pruned) * 7 // 16
-        tokens = len(self.samples) * (self.recipe.length if self.samples.argument == "input_ids" else 1)
+        tokens = len(self.samples) * self._tokens_of_a_sample()
         activations = tokens * self._hidden_size() * self.model.dtype.itemsize
         free = shutil.disk_usage(self.journal.directory).free
         if free < size + activations:
@@ -253,8 +253,11 @@ class _Run:
             )
 
     def _hidden_size(self) -> int:
-        embedding = self.model.model.get_input_embeddings()
-        return int(getattr(embedding, "embedding_dim", 0))
+        return int(getattr(self.model.config.get_text_config(), "hidden_size", 0))
+
+    def _tokens_of_a_sample(self) -> int:
+        """About, for an image."""
+        return self.samples.samples.shape[1] if self.samples.argument == "input_ids" else vision.TOKENS_OF_AN_IMAGE
 
     def _prune_blocks(self) -> None:
         count = len(self.model.blocks)
@@ -295,8 +298,7 @@ class _Run:
         """Calibration samples in one forward pass."""
         if self.recipe.needs & REGIONAL_NEEDS:
             return 1  # a gradient is taken of each sample's own loss
-        length = self.samples.samples.shape[1] if self.samples.argument == "input_ids" else vision.TOKENS_OF_AN_IMAGE
-        return max(1, BATCH_TOKENS // length)
+        return max(1, BATCH_TOKENS // self._tokens_of_a_sample())
 
     def _prune_block(self, index: int, hidden: list[Tensor]) -> list[dict[str, Any]]:
         """One block from its inputs to its outputs; ``hidden`` is overwritten with the outputs of the pruned block."""

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compress import sources
-from compress.blocks import load_config
+from compress.blocks import auto_class, load_config, reads_images
 from compress.checkpoint import check_files
-from compress.errors import CorruptCheckpointError, HalveError, one_line
+from compress.errors import CorruptCheckpointError, HalveError, SourceError, one_line
 from compress.files import TensorFiles
 from compress.quiet import quiet_transformers
 from compress.sources import read_config
@@ -20,7 +20,8 @@ from compress.sources import read_config
 def load_model(
     directory: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model of a local directory in evaluation mode, in its own dtype or another one.
+    """The model of a local directory, a causal language model or an image classifier, in evaluation mode, in its own
+    dtype or another one.
 
     Raises:
         SourceError: it is no model directory; CorruptCheckpointError: a file is damaged.
@@ -28,13 +29,13 @@ def load_model(
     import serve.transformers_plugin  # noqa: F401  registers the packed format
 
     config = read_config(directory)
-    load_config(directory)  # notices fields of wrong types, and names them
+    auto = auto_class(load_config(directory))  # notices fields of wrong types, and names them
     files = TensorFiles(directory)  # notices a truncated file, and names it
     if not _is_packed(config):
         check_files(files.files)  # the plugin does it for packed ones
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 directory, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
     except HalveError:
@@ -52,6 +53,15 @@ def load_model(
         )
     torch.nn.Module.to(model, torch.device(device))
     return model.eval().requires_grad_(False)
+
+
+def require_language_model(directory: Path, does: str) -> None:
+    """Raises SourceError for an image classifier; ``does`` is what the caller does with language models."""
+    if reads_images(read_config(directory)):
+        raise SourceError(
+            f"{directory} is an image classifier, and `halve {does}` is for causal language models; load it with "
+            "transformers' AutoModelForImageClassification (after `import serve.transformers_plugin`, if it is packed)"
+        )
 
 
 def load_tokenizer(directory: Path) -> Any:

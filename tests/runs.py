@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 import serve.transformers_plugin  # noqa: F401  registers the packed format
-from compress.blocks import is_linear, oriented
+from compress.blocks import auto_class, is_linear, load_config, oriented
 from compress.pipeline import Compressed, compress_model
 from serve.cli import app
 from serve.linear import Sparse24Conv1D, Sparse24Linear
@@ -154,7 +153,7 @@ def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def load(directory: Path) -> Any:
     """The model as transformers loads it when nothing else is said: in the checkpoint's own dtype."""
-    return AutoModelForCausalLM.from_pretrained(directory).eval()
+    return auto_class(load_config(directory)).from_pretrained(directory).eval()
 
 
 @cache

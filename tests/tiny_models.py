@@ -1,4 +1,5 @@
-"""Small random causal LMs of the families that halve must handle, as Hugging Face directories.
+"""Small random models of the families that halve must handle, as Hugging Face directories: causal language models, and
+an image classifier.
 
 Each is a real transformers model of its family with the traits that make the family different: grouped
 queries, tied embeddings, sliding windows shorter than the test texts, attention biases, heads wider than
@@ -27,12 +28,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     Gemma2Config,
     Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
     Phi3Config,
@@ -41,6 +44,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    ViTConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -51,6 +55,8 @@ HEADS = 4
 KV_HEADS = 2
 SLIDING_WINDOW = 16
 MAX_POSITIONS = 1024
+IMAGE_SIZE = 32
+CLASSES = ["cat", "Dog", "tench, Tinca tinca", "snow leopard"]
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 PAD, BOS, EOS = 0, 1, 2
@@ -217,6 +223,37 @@ def phi3(layers: int = 3, **overrides: Any) -> PreTrainedModel:
     return _model(Phi3Config, **{**settings, **overrides})
 
 
+def mamba(layers: int = 3, **overrides: Any) -> PreTrainedModel:
+    """A state instead of attention; dt_proj is multiplied by hand, its module is never called; residuals in float32; tied."""
+    settings = {
+        "num_hidden_layers": layers,
+        "hidden_size": HIDDEN,
+        "state_size": 16,
+        "time_step_rank": 8,
+        "tie_word_embeddings": True,
+    }
+    return _model(MambaConfig, **{**settings, **overrides})
+
+
+def vit(layers: int = 3, **overrides: Any) -> PreTrainedModel:
+    """An image classifier: 16 patches and a class token, biases everywhere, no mask."""
+    settings = {
+        "num_hidden_layers": layers,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "id2label": dict(enumerate(CLASSES)),
+        "label2id": {label: index for index, label in enumerate(CLASSES)},
+    }
+    config = ViTConfig(**{**settings, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+    redraw_weights(model, seed=0)
+    return model.eval()
+
+
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": llama,
     "qwen2": qwen2,
@@ -228,8 +265,12 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "gpt2": gpt2,
     "gpt_neox": gpt_neox,
     "phi3": phi3,
+    "mamba": mamba,
 }
 """Family -> (layers, **settings of its config) -> model in fp32, in eval mode, the same at every call."""
+
+IMAGE_FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {"vit": vit}
+"""The same for models that read images."""
 
 
 @torch.no_grad()
@@ -249,6 +290,17 @@ def redraw_weights(model: PreTrainedModel, seed: int) -> None:
             noise = normal(f"{module_name}.{parameter_name}", parameter)
             if isinstance(module, nn.Embedding):
                 parameter.copy_(noise * (2 / math.sqrt(parameter.shape[1])))
+            elif parameter_name == "A_log":
+                # As Mamba starts: the n-th state of a channel decays n times as fast as the first.
+                decay = torch.arange(1, parameter.shape[1] + 1, dtype=torch.float32)
+                parameter.copy_(decay.log() + 0.2 * noise)
+            elif module_name.endswith("dt_proj"):
+                # Steps about a tenth of what the first state takes to decay, so that the context is remembered.
+                parameter.copy_(0.4 * noise if parameter.ndim == 2 else 0.5 * noise - 2.0)
+            elif parameter_name.endswith(("_token", "position_embeddings")):
+                parameter.copy_(noise)
+            elif isinstance(module, nn.Conv1d | nn.Conv2d) and parameter_name == "weight":
+                parameter.copy_(noise * (1.5 / math.sqrt(parameter[0].numel())))
             elif parameter.ndim == 2:
                 contracted = parameter.shape[0 if isinstance(module, Conv1D) else 1]
                 gain = 2.0 if module is model.get_output_embeddings() else 1.5
@@ -310,16 +362,20 @@ def build(
 ) -> Path:
     """Save a small model of `family` with its tokenizer and generation config, and return `directory`.
 
-    `max_shard_size` as in `save_pretrained` ("100KB" makes several shards of any family). `hub_gpt2_keys`
+    An image model gets an image processor instead. `max_shard_size` as in `save_pretrained` ("100KB" makes several shards of any family). `hub_gpt2_keys`
     saves GPT-2 as the hub's own checkpoint is: no `transformer.` prefix, and the causal masks as buffers
     (`h.0.attn.bias`). `overrides` are settings of the family's config (`hidden_size=512`).
     """
     if hub_gpt2_keys and family != "gpt2":
         raise ValueError("hub_gpt2_keys is about gpt2")
-    model = FAMILIES[family](layers, **overrides)
+    model = {**FAMILIES, **IMAGE_FAMILIES}[family](layers, **overrides)
     if seed:
         redraw_weights(model, seed)
     model = model.to(dtype)
+    if family in IMAGE_FAMILIES:
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        _save_image_processor(directory)
+        return directory
     model.generation_config = GenerationConfig(**TOKEN_IDS, max_new_tokens=32, do_sample=False)
     directory = Path(directory)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
@@ -327,6 +383,22 @@ def build(
     if hub_gpt2_keys:
         _to_hub_gpt2_keys(directory, layers)
     return directory
+
+
+def _save_image_processor(directory: Path) -> None:
+    """As the hub's ViTs have it; halves of the pixels' range are -1 and 1."""
+    settings = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _to_hub_gpt2_keys(directory: Path, layers: int) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from compress.device import choose_device
 from compress.errors import HalveError, SourceError, UsageError, did_you_mean
 from serve.engines.directory import require_checkpoint
-from serve.loading import load_model, load_tokenizer
+from serve.loading import load_model, load_tokenizer, require_language_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Layers whose cache is keys and values, one column a token; others (recurrent, convolutional) keep a state
@@ -40,6 +40,7 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
     Raises `SourceError` where the directory is not a causal language model with a tokenizer.
     """
     path = require_checkpoint(directory)
+    require_language_model(path, "serve")
     place, why_place = choose_device(device)
     try:
         config = AutoConfig.from_pretrained(path).get_text_config()
@@ -52,6 +53,11 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
     # tokenizer while another thread decodes with it fails; from now on it is only read.
     tokenizer("", verbose=False)
     model = load_model(path, device=place, dtype=kind)
+    if getattr(model, "_is_stateful", False):  # of a family whose configuration does not list its layers
+        raise SourceError(
+            f"{directory!r} is a {type(model).__name__}, which keeps a state instead of keys and values; the transformers "
+            "engine cannot batch that."
+        )
     return model, tokenizer, [f"device {place}: {why_place}", f"dtype {str(kind)[6:]}: {why_kind}"]
 
 

@@ -13,9 +13,10 @@ import torch
 from compress import calibration
 from compress.device import choose_device
 from compress.errors import SourceError
+from compress.quiet import quiet_transformers
 from serve.kernels import choose
 from serve.linear import Sparse24Linear
-from serve.loading import linear_bytes, load_model, load_tokenizer, weight_bytes
+from serve.loading import linear_bytes, load_model, load_tokenizer, require_language_model, weight_bytes
 from serve.measure.environment import environment, peak_memory
 from serve.measure.perplexity import perplexity
 from serve.measure.speed import measure_speed, ratio
@@ -39,9 +40,12 @@ def evaluate(
         A document with the protocol, the perplexity and the loss of every window for each model, and the ratio.
 
     Raises:
-        SourceError: the two have tokenizers that cut the text differently, so that their figures cannot be compared.
+        SourceError: the two have tokenizers that cut the text differently, so that their figures cannot be compared;
+            or they are no language models.
     """
     place, _ = choose_device(device)
+    for path in filter(None, (directory, against)):
+        require_language_model(path, "eval")
     tokens = calibration.evaluation_windows(text, load_tokenizer(directory), length=length, windows=windows)
     if against is not None:
         others = calibration.evaluation_windows(text, load_tokenizer(against), length=length, windows=windows)
@@ -53,11 +57,12 @@ def evaluate(
     for path in [against, directory] if against else [directory]:
         model = load_model(path, device=place)
         started = time.perf_counter()
-        result = perplexity(
-            model,
-            tokens,
-            lambda done, total, value, path=path: progress(done, total, f"{path}: perplexity {value:.2f}"),
-        )
+        with quiet_transformers():
+            result = perplexity(
+                model,
+                tokens,
+                lambda done, total, value, path=path: progress(done, total, f"{path}: perplexity {value:.2f}"),
+            )
         measured.append(
             {
                 "directory": str(path),
@@ -102,11 +107,17 @@ def bench(
     Returns:
         A document with every sample, medians, the ratios with their spread, bytes on disk and in memory, and which
         backend multiplied the sparse layers, and why.
+
+    Raises:
+        SourceError: a checkpoint is no language model.
     """
     place, _ = choose_device(device)
+    for path in filter(None, (directory, against)):
+        require_language_model(path, "bench")
     paths = {"dense": against, "sparse": directory} if against else {"model": directory}
     models = {name: load_model(path, device=place) for name, path in paths.items() if path is not None}
-    speeds = measure_speed(models, prompt=prompt, output=output, batch=batch, rounds=rounds, progress=progress)
+    with quiet_transformers():
+        speeds = measure_speed(models, prompt=prompt, output=output, batch=batch, rounds=rounds, progress=progress)
     last = list(models.values())[-1]
     sparse_layers = {name: module for name, module in last.named_modules() if isinstance(module, Sparse24Linear)}
     document: dict[str, Any] = {

@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, SourceError
+
+_CACHES = ("past_key_values", "cache_params")
+"""How models call what they keep from one token to the next: keys and values, or a state."""
 
 
 @dataclass
@@ -77,16 +80,20 @@ def ratio(sparse: list[float], dense: list[float]) -> dict[str, float]:
 def _generate(model: PreTrainedModel, tokens: Tensor, output: int) -> tuple[float, float]:
     """Seconds of the prefill, and of one decoded token."""
     tokens = tokens.to(model.device)
-    cache = DynamicCache(config=model.config)
     _synchronize(model.device)
     start = time.perf_counter()
-    logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    token = logits[:, -1:].argmax(dim=-1)
+    result = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+    token = result.logits[:, -1:].argmax(dim=-1)
     _synchronize(model.device)
     middle = time.perf_counter()
+    cache = next((name for name in _CACHES if result.get(name) is not None), None)
+    if cache is None:
+        raise SourceError(
+            f"{type(model).__name__} keeps nothing from one token to the next, so its decoding has no time"
+        )
     for _ in range(output):
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-        token = logits[:, -1:].argmax(dim=-1)
+        result = model(input_ids=token, use_cache=True, **{cache: result[cache]})
+        token = result.logits[:, -1:].argmax(dim=-1)
     _synchronize(model.device)
     return middle - start, (time.perf_counter() - middle) / output
 

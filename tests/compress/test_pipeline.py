@@ -12,6 +12,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from compress import pipeline
+from compress.blocks import find_blocks
+from compress.convert import pack_checkpoint, unpack_checkpoint
 from compress.errors import RecipeError
 from compress.files import check_digest
 from compress.journal import Journal
@@ -35,7 +37,7 @@ from tests.runs import (
     tree,
 )
 
-LINEARS_OF_A_BLOCK = {"gpt2": 4, "gpt_neox": 4, "phi3": 4, "opt": 6}  # the others have 7
+LINEARS_OF_A_BLOCK = {"gpt2": 4, "gpt_neox": 4, "phi3": 4, "mamba": 4, "opt": 6}  # the others have 7
 
 
 def stem(name: str) -> str:
@@ -98,9 +100,18 @@ def assert_artefact(source: Path, packed: Path, dense: Path, itemsize: int = 2) 
     assert_same_model(packed, dense)
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
-def test_family(family: str, tmp_path: Path) -> None:
-    source = tiny_models.build(family, tmp_path / "source")
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in tiny_models.FAMILIES},
+    "opt with norms at the end": ("opt", {"do_layer_norm_before": False}),
+    "mamba with biases": ("mamba", {"use_bias": True, "residual_in_fp32": False}),
+    "mamba, not tied": ("mamba", {"tie_word_embeddings": False}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_family(variant: str, tmp_path: Path) -> None:
+    family, overrides = VARIANTS[variant]
+    source = tiny_models.build(family, tmp_path / "source", **overrides)
     before = tree(source)
     packed, dense = both(source, tmp_path)
     assert tree(source) == before
@@ -122,6 +133,13 @@ def test_family(family: str, tmp_path: Path) -> None:
     assert any(isinstance(module, Sparse24Linear) for module in reloaded.modules())
     assert identical(logits(reloaded), logits(load(packed)))
     assert verify(tmp_path / "saved").kind == "packed"
+
+    unpack_checkpoint(packed, tmp_path / "unpacked")
+    pack_checkpoint(dense, tmp_path / "again")
+    for one, other in ((tmp_path / "unpacked", dense), (tmp_path / "again", packed)):
+        theirs = stored(other)
+        assert stored(one).keys() == theirs.keys()
+        assert all(identical(tensor, theirs[name]) for name, tensor in stored(one).items())
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"])
@@ -423,13 +441,14 @@ def test_against_a_reference_that_holds_the_whole_model(
     assert len(groups) == 3 * len(first)
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("batch", [1, 4])
 def test_activations_are_those_of_the_pruned_model(
-    family: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variant: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What goes into each block is, to the bit, what goes into it in the whole pruned model."""
-    source = tiny_models.build(family, tmp_path / "source")
+    family, overrides = VARIANTS[variant]
+    source = tiny_models.build(family, tmp_path / "source", **overrides)
     propagated: dict[int, list[torch.Tensor]] = {}
     drawn: list[torch.Tensor] = []
     load_windows = pipeline.calibration.load_windows
@@ -445,8 +464,20 @@ def test_activations_are_those_of_the_pruned_model(
     )
     out = compress(source, tmp_path / "out").directory
     model = load(out)
+    blocks = model.get_submodule(find_blocks(load(source))[0])  # (packed modules are no linears to find them by)
     for number, windows in enumerate(drawn[0].split(batch)):
+        states: list[torch.Tensor] = []
+        handles = [
+            block.register_forward_pre_hook(
+                lambda module, args, kwargs, into=states: into.append(args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+            for block in blocks
+        ]
         with torch.no_grad():
-            states = model(windows, output_hidden_states=True, use_cache=False).hidden_states
+            model(windows, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        assert len(states) == len(propagated) == 3
         for index in range(3):
             assert identical(propagated[index][number], states[index]), (index, number)
