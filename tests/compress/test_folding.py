@@ -53,6 +53,7 @@ FOLDS: dict[str, dict[str, list[str]]] = {
         "model.layers.{}.self_attn.o_proj": ["model.layers.{}.self_attn.qkv_proj"],
         "model.layers.{}.mlp.down_proj": ["model.layers.{}.mlp.gate_up_proj"],
     },
+    "mamba": {},  # the state space mixes what its channels read, and more than linears would have to move
 }
 """Consumer -> producers, by family."""
 
@@ -135,7 +136,7 @@ def test_found(family: str, dtype: str, tmp_path: Path) -> None:
         assert all(torch.equal(module.weight, before[name]) for name, module in loaded.linears.items())
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", [family for family, folds in FOLDS.items() if folds])
 def test_the_model_stays_the_same(family: str, tmp_path: Path) -> None:
     """Random reorderings in all blocks, in float64; the consumers alone give another model."""
     source = tiny_models.build(family, tmp_path / "source", layers=2, dtype=torch.float32)
