@@ -21,7 +21,8 @@ Pruned to **{{ pattern }}** by halve {{ version }} without retraining, and store
 | reconstruction | {{ reconstruction }} |
 | calibration | {{ samples }} of `{{ calibration }}`, seed {{ seed }} |
 | layers pruned | {{ pruned }} of {{ layers }} |
-| their weights | {{ before }} bytes dense, {{ after }} bytes here |
+{% if permuted %}| channels reordered for it, folded into neighbouring layers | in {{ permuted }} layers |
+{% endif %}| their weights | {{ before }} bytes dense, {{ after }} bytes here |
 | relative output error | {{ error }} on average over the pruned layers |
 
 Exact settings are in `recipe.yaml`; every layer, every byte and every file in `report.json`. Accuracy was not
@@ -76,6 +77,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         seed=settings["seed"],
         pruned=summary["layers_pruned"],
         layers=summary["layers"],
+        permuted=summary["layers_permuted"],
         before=f"{summary['pruned_bytes_before']:,}",
         after=f"{summary['pruned_bytes_after']:,}",
         error=f"{summary['mean_relative_output_error']:.4f}",

@@ -85,6 +85,23 @@ def test_wrong_calls(arguments: list[str], halve: Halve) -> None:
     assert "Traceback" not in called.stderr
 
 
+def test_few_tokens_are_warned_of(halve: Halve, tmp_path: Path) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    few = halve(*flags(source, tmp_path / "few", samples=1, length=60), "--json")
+    [warning] = few.document["warnings"]
+    assert warning.startswith("7 of 7 layers, the first is model.layers.0.self_attn.q_proj: 0.94 calibration tokens")
+    assert "damping 0.1" in warning
+    report = json.loads((tmp_path / "few" / "report.json").read_text())
+    assert report["warnings"] == [warning]
+    assert {layer["damping"] for layer in report["layers"]} == {0.1}
+    human = halve(*flags(source, tmp_path / "human", samples=1, length=60))
+    assert "warning: 7 of 7 layers" in " ".join(human.stdout.split())
+    enough = halve(*flags(source, tmp_path / "enough", samples=16), "--json")
+    assert enough.document["warnings"] == []
+    by_scores = halve(*flags(source, tmp_path / "scores", samples=1, length=60, metric="wanda", reconstruction="none"))
+    assert "warning" not in by_scores.stdout
+
+
 def test_compress(halve: Halve, tmp_path: Path) -> None:
     source = tiny_models.build("llama", tmp_path / "source", layers=2)
     called = halve(*flags(source, tmp_path / "out"), "--json")

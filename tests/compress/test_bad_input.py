@@ -50,7 +50,9 @@ class Case:
         calibration(self.directory)
         before = tree(self.directory)
         defaults = {"calibration": self.directory / "calibration.txt"}
-        called = self.halve(*flags(self.directory / "x", self.directory / "out", **{**defaults, **settings})[2:], model=model)
+        called = self.halve(
+            *flags(self.directory / "x", self.directory / "out", **{**defaults, **settings})[2:], model=model
+        )
         assert called.code == code, called
         assert called.stdout == ""
         for word in words:

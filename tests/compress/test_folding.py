@@ -394,6 +394,8 @@ def test_family(family: str, tmp_path: Path) -> None:
         assert 0 < record["kept_score_gain"] < 0.1
     plain = compress(source, tmp_path / "plain").report
     assert plain["summary"]["layers_permuted"] == 0
+    assert f"folded into neighbouring layers | in {len(expected)} layers" in (packed / "README.md").read_text()
+    assert "folded into" not in (tmp_path / "plain" / "README.md").read_text()
     assert not any("permutation" in layer for layer in plain["layers"])
     # What is kept more is lost less.
     error = "relative_output_error"
