@@ -75,22 +75,25 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """The whole plan, what matters most first."""
-    first = [
-        Cell(None, "sparsegpt"),
-        Cell(None, "apt"),
-        *(Cell(None, "apt", options={"variant": variant}) for variant in ("SM", "MS")),
-        Cell("wanda", "none"),
+    """The whole plan, what matters most first: what the papers claim before the rest of the table."""
+    none = [Cell(metric, "none") for metric in METRICS]
+    papers = [
+        *(Cell(None, "sparsegpt"), Cell(None, "apt"), Cell("wanda", "none")),
         *(Cell("wanda", "none", permutation="fold"), Cell(None, "sparsegpt", permutation="fold")),
-        *(Cell(None, "apt", permutation="fold"), Cell("wanda", "swaps"), Cell("wanda", "bias")),
+        *(cell for cell in none if cell.metric not in ("random", "stochria")),
+        *(Cell("wanda", "dsnot"), Cell("wanda", "r2-dsnot"), Cell("wanda", "swaps")),
+        *none,
+        *(Cell("wanda", reconstruction) for reconstruction in ("sparsegpt", "apt", "bias")),
+        Cell(None, "apt", permutation="fold"),
+        *(Cell(None, "apt", options={"variant": variant}) for variant in ("SM", "MS")),
     ]
-    table = [Cell(metric, reconstruction) for reconstruction in RECONSTRUCTIONS for metric in METRICS]
     others = [
         Cell(metric, reconstruction, pattern, sparsity)
         for pattern, sparsity in (("4:8", None), ("unstructured", 0.5))
         for metric, reconstruction in SELECTION
     ]
-    return list({cell.key: cell for cell in [*first, *table[: len(METRICS)], *others, *table]}.values())
+    table = [Cell(metric, reconstruction) for reconstruction in RECONSTRUCTIONS for metric in METRICS]
+    return list({cell.key: cell for cell in [*papers, *others, *table]}.values())
 
 
 def run_cell(cell: Cell, model: Path, work: Path, protocol: Protocol, threads: int) -> dict[str, Any]:
