@@ -8,7 +8,6 @@ from benchmarks import memory_vs_depth
 from compress.blocks import find_blocks, is_linear
 from tests import tiny_models
 
-
 ATTEMPTS = 3
 
 
