@@ -8,147 +8,31 @@ masks, cache) is recorded as the model itself passes it, whatever it is.
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
-from transformers.pytorch_utils import Conv1D
 
+from compress.architecture import (
+    LinearModule,
+    find_blocks,
+    join_names,
+    linears_of,
+    load_config,
+    renamed,
+    renamings_of,
+    skeleton,
+    switch_biases_on,
+)
 from compress.errors import SourceError, one_line
 from compress.sources import Source
 
 _COMPARED = 8
 """How many of the latest tensors of a shape a new one is compared with before it is kept as a new one."""
-
-
-LinearModule = nn.Linear | Conv1D
-
-
-def is_linear(module: nn.Module) -> TypeGuard[LinearModule]:
-    """Whether the module is a matrix that halve knows how to prune: nn.Linear or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def oriented(weight: Tensor, module: LinearModule) -> Tensor:
-    """A module's weight as [N, K] (output, input features), or back: Conv1D stores it as [K, N]."""
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def shape_of(module: LinearModule) -> tuple[int, int]:
-    """(N, K) of a linear module."""
-    n, k = oriented(module.weight, module).shape
-    return n, k
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the decoder blocks: of all module lists the one with most linear weights.
-
-    A list inside of a block (experts) has fewer than the list that holds it.
-
-    Raises:
-        SourceError: the model has no list of modules with linears in it.
-    """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            size = sum(m.weight.numel() for m in module.modules() if is_linear(m))
-            if size and (best is None or size > best[0]):
-                best = (size, name, module)
-    if best is None:
-        raise SourceError(
-            f"{type(model).__name__} has no repeated blocks with linear layers: there is nothing that halve can prune"
-        )
-    return best[1], best[2]
-
-
-def renamings_of(model: PreTrainedModel) -> list[WeightRenaming]:
-    """How transformers renames tensors of older checkpoints of this model when it reads them (and back when it writes)."""
-    return [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
-
-
-def renamed(stored: Iterable[str], renamings: list[WeightRenaming]) -> dict[str, str]:
-    """Name in the model -> key in the checkpoint, for the keys that are not called as in the model."""
-    names = {apply_renamings(key, renamings): key for key in stored}
-    return {name: key for name, key in names.items() if name != key}
-
-
-def linears_of(module: nn.Module, prefix: str) -> dict[str, LinearModule]:
-    """The linears below a module by their full names, in the order of the model."""
-    return {_join(prefix, name): child for name, child in module.named_modules() if is_linear(child)}
-
-
-def load_config(directory: Path) -> Any:
-    """The configuration of a model directory as transformers reads it.
-
-    Raises:
-        SourceError: transformers does not know the model, or a field has a wrong type.
-    """
-    try:
-        return AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, StrictDataclassError) as error:
-        raise SourceError(f"transformers cannot read {directory / 'config.json'}: {one_line(error)}") from None
-
-
-def reads_images(config: Any) -> bool:
-    """Whether a configuration (an object, or the content of ``config.json``) is that of an image classifier."""
-    named = config.get("architectures") if isinstance(config, dict) else getattr(config, "architectures", None)
-    return any(str(name).endswith("ForImageClassification") for name in named or ())
-
-
-def auto_class(config: Any) -> Any:
-    """The Auto class of transformers that builds and loads models of a configuration."""
-    return AutoModelForImageClassification if reads_images(config) else AutoModelForCausalLM
-
-
-def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a configuration on the meta device: shapes and names, no memory."""
-    kind = "an image classifier" if reads_images(config) else "a causal language model"
-    try:
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=dtype)
-    except (ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise SourceError(f"transformers cannot build {kind} of this config.json: {one_line(error)}") from None
-    return model.eval().requires_grad_(False)
-
-
-def switch_biases_on(config: Any, model: PreTrainedModel) -> tuple[Any, list[str], list[str]]:
-    """Gives the linears of the blocks a bias where the family's configuration has a switch for it.
-
-    A switch is a field of the configuration that is False, has "bias" in its name, and that adds nothing to the model
-    but biases of linears in the blocks when it is True (Llama's ``attention_bias`` and ``mlp_bias``).
-
-    Returns:
-        The changed configuration, the names of the switches, and the names of the parameters that are new.
-    """
-    before = dict(model.named_parameters(remove_duplicate=False))
-    blocks, _ = find_blocks(model)
-    switches, added = [], set()
-    for field, value in config.to_dict().items():
-        if value is not False or "bias" not in field:
-            continue
-        trial = copy.deepcopy(config)
-        setattr(trial, field, True)
-        other = skeleton(trial, model.dtype)
-        after = dict(other.named_parameters(remove_duplicate=False))
-        new = after.keys() - before.keys()
-        linears = {f"{name}.bias" for name in linears_of(other, "") if name.startswith(f"{blocks}.")}
-        if new and new <= linears and before.keys() <= after.keys():
-            switches.append(field)
-            added |= new
-    changed = copy.deepcopy(config)
-    for field in switches:
-        setattr(changed, field, True)
-    return changed, switches, sorted(added)
 
 
 @dataclass
@@ -215,7 +99,7 @@ class BlockModel:
     def load_block(self, index: int) -> nn.Module:
         """Reads the weights of a block from disk."""
         block = self.blocks[index]
-        self._materialize({_join(self.block_name(index), name): module for name, module in block.named_modules()})
+        self._materialize({join_names(self.block_name(index), name): module for name, module in block.named_modules()})
         return block
 
     def drop_block(self, index: int) -> None:
@@ -387,7 +271,7 @@ class BlockModel:
             derived = [
                 (key, buffer)
                 for key, buffer in module._buffers.items()
-                if buffer is not None and _join(name, key) not in self._keys
+                if buffer is not None and join_names(name, key) not in self._keys
             ]
             for key, buffer in derived:
                 module._buffers[key] = torch.empty_like(buffer, device=self.device)
@@ -397,14 +281,14 @@ class BlockModel:
         for name, module in modules.items():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    full = _join(name, key)
+                    full = join_names(name, key)
                     stored = self._keys.get(full, full)
                     if stored not in read:
                         read[stored] = nn.Parameter(self._read(full, parameter), requires_grad=False)
                     module._parameters[key] = read[stored]
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
-                    module._buffers[key] = self._read(_join(name, key), buffer)
+                    module._buffers[key] = self._read(join_names(name, key), buffer)
 
     def _read(self, name: str, target: Tensor) -> Tensor:
         if name in self.added:
@@ -453,10 +337,6 @@ class BlockModel:
             if owner in keys:
                 keys.setdefault(tied, keys[owner])
         return keys
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 def stop_forward() -> None:

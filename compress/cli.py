@@ -43,7 +43,7 @@ def compress(
     started = time.perf_counter()
 
     # torch takes seconds to import, and --help should not wait for it
-    from compress.blocks import reads_images
+    from compress.architecture import reads_images
     from compress.pipeline import compress_model
     from compress.sources import read_config
 

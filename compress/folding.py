@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.blocks import BlockModel, LinearModule, linears_of, oriented, shape_of, stop_forward
+from compress.architecture import LinearModule, linears_of, oriented, shape_of
+from compress.blocks import BlockModel, stop_forward
 from compress.errors import NumericalError
 from compress.observe import InputObserver
 from compress.patterns import NMPattern

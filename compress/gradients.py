@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.blocks import BlockModel, LinearModule, oriented
+from compress.architecture import LinearModule, oriented
+from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
 from compress.errors import OutputError, SourceError, one_line
 from compress.files import Entry, TensorFiles, write_shard, write_text

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compress.blocks import find_blocks, linears_of, load_config, renamed, renamings_of, shape_of, skeleton
+from compress.architecture import find_blocks, linears_of, load_config, renamed, renamings_of, shape_of, skeleton
 from compress.checkpoint import expected_tensors
 from compress.errors import CorruptCheckpointError
 from compress.files import TensorInfo

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compress.blocks import is_linear
+from compress.architecture import is_linear
 
 _SCALE = 4.0
 _TOLERANCE = 0.02

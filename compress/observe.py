@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.blocks import BlockModel, LinearModule, shape_of, stop_forward
+from compress.architecture import LinearModule, shape_of
+from compress.blocks import BlockModel, stop_forward
 from compress.layer_statistics import OUTPUT_NEEDS, PLACE_NEEDS
 from compress.norms import NormOutputs
 from compress.products import Products

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from compress import artefact, calibration, memory, packed, vision
-from compress.blocks import BlockModel, LinearModule, linears_of, oriented, reads_images, shape_of
+from compress.architecture import LinearModule, linears_of, oriented, reads_images, shape_of
+from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
 from compress.checkpoint import check_files
 from compress.device import choose_device

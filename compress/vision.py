@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.blocks import load_config
+from compress.architecture import load_config
 from compress.calibration import BUILTIN, CalibrationSet
 from compress.errors import CalibrationError, SourceError, one_line
 

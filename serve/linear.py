@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compress.blocks import LinearModule, shape_of
+from compress.architecture import LinearModule, shape_of
 from compress.packed import PackedWeight, validate
 from serve.kernels import plain, sparse24_linear
 

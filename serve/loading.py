@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compress import sources
-from compress.blocks import auto_class, load_config, reads_images
+from compress.architecture import auto_class, load_config, reads_images
 from compress.checkpoint import check_files
 from compress.errors import CorruptCheckpointError, HalveError, SourceError, one_line
 from compress.files import TensorFiles

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.blocks import LinearModule
+from compress.architecture import LinearModule
 from compress.checkpoint import PackedConfig, check_files, parse_config
 from compress.errors import CorruptCheckpointError
 from compress.files import TensorInfo, read_header

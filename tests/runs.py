@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 import serve.transformers_plugin  # noqa: F401  registers the packed format
-from compress.blocks import auto_class, is_linear, load_config, oriented
+from compress.architecture import auto_class, is_linear, load_config, oriented
 from compress.pipeline import Compressed, compress_model
 from serve.cli import app
 from serve.linear import Sparse24Conv1D, Sparse24Linear

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import memory_vs_depth
-from compress.blocks import find_blocks, is_linear
+from compress.architecture import find_blocks, is_linear
 from tests import tiny_models
 
 ATTEMPTS = 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compress.blocks import find_blocks, linears_of, load_config, skeleton, switch_biases_on
+from compress.architecture import find_blocks, linears_of, load_config, skeleton, switch_biases_on
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric
 from compress.metrics import METRICS

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from compress import pipeline
-from compress.blocks import BlockModel, LinearModule, oriented
+from compress.architecture import LinearModule, oriented
+from compress.blocks import BlockModel
 from compress.calibration import load_windows, text_set
 from compress.errors import NumericalError, RecipeError
 from compress.folding import Fold, Trial, find_folds, fold_block, proposals, reorder_columns, reorder_rows, spread

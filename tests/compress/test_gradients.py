@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from compress import gradients, pipeline
-from compress.blocks import BlockModel, find_blocks, is_linear, oriented
+from compress.architecture import find_blocks, is_linear, oriented
+from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet, text_set
 from compress.errors import OutputError, SourceError
 from compress.gradients import GradientStore, regional_gradients

@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from compress import pipeline
-from compress.blocks import find_blocks
+from compress.architecture import find_blocks
 from compress.convert import pack_checkpoint, unpack_checkpoint
 from compress.errors import RecipeError
 from compress.files import check_digest

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress import pipeline
-from compress.blocks import BlockModel, find_blocks
+from compress.architecture import find_blocks
+from compress.blocks import BlockModel
 from compress.layer_statistics import LayerStatistics
 from compress.observe import InputObserver
 from compress.products import Products

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 from compress import pipeline, vision
-from compress.blocks import find_blocks
+from compress.architecture import find_blocks
 from compress.convert import pack_checkpoint, unpack_checkpoint
 from compress.errors import CalibrationError, HalveError, SourceError
 from compress.files import check_digest
