@@ -7,7 +7,6 @@ recipe on the same machine gives the same bytes, so an interrupted run can go on
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from compress import artefact, calibration, memory, packed, vision
-from compress.architecture import LinearModule, linears_of, oriented, reads_images, shape_of
+from compress.architecture import reads_images, shape_of
+from compress.assembly import assemble
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
 from compress.checkpoint import check_files
@@ -33,14 +33,10 @@ from compress.errors import (
     SourceError,
     did_you_mean,
 )
-from compress.files import Entry, TensorFiles
-from compress.folding import fold_block
-from compress.gradients import GradientStore, regional_gradients
+from compress.gradients import GradientStore
 from compress.journal import Journal
-from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS, LayerStatistics
-from compress.layers import importance, prune_layer
-from compress.observe import InputObserver
-from compress.patterns import NMPattern
+from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS
+from compress.pruner import BlockPruner
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
 from compress.sources import Source, fingerprint, load_tokenizer, resolve
@@ -152,13 +148,14 @@ class _Run:
         if not self.journal.finished(count):
             self._require_space()
             try:
-                self._gather_gradients()
+                gradients = self._gather_gradients()
+                self.pruner = BlockPruner(self.model, self.recipe, self.decisions, len(self.samples), gradients)
                 self._prune_blocks()
             except (SourceError, NumericalError):
                 self.journal.abandon()
                 raise
         self.progress(count, count, "writing the checkpoint")
-        self._assemble()
+        assemble(self.final, self.model_name, self.model, self.recipe, self.samples, self.journal)
         self.journal.finish(self.final)
         return self._result()
 
@@ -268,16 +265,16 @@ class _Run:
         memory.give_back()
         for index in range(self.journal.next_block, count):
             self.journal.save_activations(index, hidden)
-            records = self._prune_block(index, hidden)
+            records = self._finish_block(index, hidden)
             errors = [record["relative_output_error"] for record in records if "relative_output_error" in record]
             mean = f"{sum(errors) / len(errors):.4f}" if errors else "none pruned"
             self.progress(index + 1, count, f"{self.model.block_name(index)}, relative output error {mean}")
 
-    def _gather_gradients(self) -> None:
+    def _gather_gradients(self) -> GradientStore | None:
         """One backward pass over the dense model, where the recipe needs the gradients of its loss."""
         kinds = self.recipe.needs & GRADIENT_NEEDS
         if not kinds:
-            return
+            return None
         # Small gradients vanish in float16.
         dtype = torch.float32 if self.model.dtype == torch.float16 else self.model.dtype
         identity = {**self._identity(), "dtype": str(dtype)}
@@ -288,12 +285,13 @@ class _Run:
             for index in range(len(self.model.blocks))
         ]
         identity["layers"] = [name for block in layers for name in block]
-        self.gradient_store = GradientStore(self.gradients or self.journal.directory / "gradients", identity)
-        if not self.gradient_store.has(kinds):
+        store = GradientStore(self.gradients or self.journal.directory / "gradients", identity)
+        if not store.has(kinds):
             dense = BlockModel(self.source, dtype, self.device)
             gathered = GRADIENT_NEEDS if self.gradients else kinds  # another run may need another kind
-            self.gradient_store.gather(dense, self.samples, layers, gathered, self.progress)
+            store.gather(dense, self.samples, layers, gathered, self.progress)
             memory.give_back()
+        return store
 
     def _batch_size(self) -> int:
         """Calibration samples in one forward pass."""
@@ -301,33 +299,10 @@ class _Run:
             return 1  # a gradient is taken of each sample's own loss
         return max(1, BATCH_TOKENS // self._tokens_of_a_sample())
 
-    def _prune_block(self, index: int, hidden: list[Tensor]) -> list[dict[str, Any]]:
+    def _finish_block(self, index: int, hidden: list[Tensor]) -> list[dict[str, Any]]:
         """One block from its inputs to its outputs; ``hidden`` is overwritten with the outputs of the pruned block."""
         block = self.model.load_block(index)
-        linears = self.model.linears(index)
-        observed = {name: module for name, module in linears.items() if self.decisions[name] is None}
-        tokens = sum(states.shape[:-1].numel() for states in hidden)
-        observer = InputObserver(observed, self.recipe.needs | {"sample"}, tokens, block)
-        if observed:
-            observer.run(self.model, index, hidden)
-            memory.give_back()
-        gradients = self._gradients_of(index, observed, hidden)
-        permuted = self._permute(index, hidden[0], observer, gradients)
-        tensors = {  # biases that the source does not have; methods may change them
-            self.model.key_of(f"{name}.bias"): module.bias.data.cpu()
-            for name, module in linears.items()
-            if f"{name}.bias" in self.model.added
-        }
-        for name in {producer: None for record in permuted.values() for producer in record["folded_into"]}:
-            for parameter, value in linears[name].named_parameters():
-                if parameter != "weight" or self.decisions[name] is not None:
-                    tensors[self.model.key_of(f"{name}.{parameter}")] = value.data.cpu()
-        records = []
-        for name, module in linears.items():
-            statistics = self._statistics(name, module, observer, gradients.get(name, {}))
-            record = self._prune_linear(name, module, statistics, tensors)
-            records.append({**record, "permutation": permuted[name]} if name in permuted else record)
-        del observer, gradients
+        tensors, records = self.pruner.prune(index, block, hidden)
         for batch, states in enumerate(hidden):
             output = self.model.run_block(index, batch, states)
             if not packed.is_finite(output):
@@ -342,172 +317,6 @@ class _Run:
         del tensors
         memory.give_back()
         return records
-
-    def _gradients_of(
-        self, index: int, linears: dict[str, LinearModule], hidden: list[Tensor]
-    ) -> dict[str, dict[str, Tensor]]:
-        """The gradients that the recipe needs of a loaded block's linears, by layer and by statistic."""
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
-        if kinds := self.recipe.needs & GRADIENT_NEEDS:
-            for name, gradient in self.gradient_store.read(index, linears, kinds, self.device).items():
-                found[name].update(gradient)
-        if self.recipe.needs & REGIONAL_NEEDS and linears:
-            for name, gradient in regional_gradients(self.model, index, linears, hidden).items():
-                found[name]["regional_gradient"] = gradient
-        return found
-
-    def _permute(
-        self, index: int, hidden: Tensor, observer: InputObserver, gradients: dict[str, dict[str, Tensor]]
-    ) -> dict[str, dict[str, Any]]:
-        """Reorders the channels of a loaded block where the recipe asks for it and it is free; what was done by consumer."""
-        pattern = self.recipe.parsed_pattern
-        if self.recipe.permutation == "none" or not isinstance(pattern, NMPattern):
-            return {}
-
-        def score(name: str, module: LinearModule) -> Tensor:
-            statistics = self._statistics(name, module, observer, gradients.get(name, {}))
-            assert statistics is not None, "only observed layers are scored"
-            return importance(name, oriented(module.weight, module), statistics, self.recipe)
-
-        return fold_block(self.model, index, hidden, observer, gradients, pattern, score)
-
-    def _statistics(
-        self, name: str, module: LinearModule, observer: InputObserver, gradients: dict[str, Tensor]
-    ) -> LayerStatistics | None:
-        """What is known of a layer, or None where it was never called."""
-        inputs = observer.statistics(name)
-        if inputs is None:
-            return None
-        return LayerStatistics(
-            inputs,
-            seed=layer_seed(self.recipe.seed, name),
-            windows=len(self.samples),
-            bias=module.bias,
-            outputs=observer.outputs.get(name),
-            gradients=gradients,
-            place=observer.place.get(name, {}),
-        )
-
-    def _prune_linear(
-        self, name: str, module: LinearModule, statistics: LayerStatistics | None, tensors: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        """Prunes one linear in place, adds what is to be saved to ``tensors``, and returns its record."""
-        weight = oriented(module.weight, module)
-        record: dict[str, Any] = {"name": name, "shape": list(weight.shape), "bytes_before": weight.nbytes}
-        reason = self.decisions[name]
-        if reason is None and statistics is None:
-            reason = "it never got a token in the calibration"
-        if reason is not None or statistics is None:
-            packed.require_finite(weight, name)
-            return {**record, "status": "dense", "reason": reason, "bytes_after": weight.nbytes}
-        result = prune_layer(name, weight, statistics, self.recipe)
-        module.weight.data = oriented(result.weight, module).contiguous()
-        key = self.model.key_of(f"{name}.weight")
-        if self.recipe.format == "packed":
-            saved = artefact.packed_entries(key, result.weight.cpu(), name)
-        else:
-            saved = {key: module.weight.data.cpu()}
-        if result.bias is not None:
-            if module.bias is None:
-                raise AssertionError(f"{name}: {self.recipe.reconstruction} gave a bias to a layer that has none")
-            module.bias.data = result.bias.to(module.bias.dtype)
-            tensors[self.model.key_of(f"{name}.bias")] = module.bias.data.cpu()
-        tensors.update(saved)
-        return {
-            **record,
-            "status": "pruned",
-            "bytes_after": sum(t.nbytes for t in saved.values()),
-            **result.record,
-        }
-
-    def _assemble(self) -> None:
-        self.final.mkdir(exist_ok=True)
-        for left_over in self.final.rglob(".*.tmp"):  # of a run that was killed while it wrote
-            left_over.unlink()
-        records = [record for index in range(len(self.model.blocks)) for record in self.journal.record(index)]
-        pruned = [record for record in records if record["status"] == "pruned"]
-        artefact.write_weights(self.final, self._entries())
-        artefact.copy_companions(self.source.directory, self.final)
-        config = dict(self.source.config)
-        if self.recipe.dtype != "auto":
-            config["dtype"] = self.recipe.dtype
-            config.pop("torch_dtype", None)
-        if self.recipe.format == "packed":
-            names = {record["name"] for record in pruned}
-            ignore = [name for name in linears_of(self.model.model, "") if name not in names]
-            config["quantization_config"] = artefact.quantization_config(self.model.dtype, ignore)
-        for switch in self.model.bias_switches:
-            config[switch] = True
-        artefact.write_config(self.final, config)
-        metric = self.recipe.chosen_metric
-        recipe = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "model": self.model_name,
-            "versions": versions(),
-            "device": self.device.type,
-            "calibration": self._calibration_record(),
-        }
-        report = {
-            "report_version": 1,
-            "name": Path(self.model_name.rstrip("/")).name.removesuffix(".gguf"),
-            "model": self.model_name,
-            "recipe_sha256": self.recipe.digest,
-            "summary": {
-                "pattern": self.recipe.pattern,
-                "metric": metric.name if metric else f"{self.recipe.reconstruction}'s own",
-                "reconstruction": self.recipe.reconstruction,
-                "layers": len(records),
-                "layers_pruned": len(pruned),
-                "layers_permuted": sum("permutation" in record for record in records),
-                "mean_relative_output_error": sum(r["relative_output_error"] for r in pruned) / max(len(pruned), 1),
-                "pruned_bytes_before": sum(r["bytes_before"] for r in pruned),
-                "pruned_bytes_after": sum(r["bytes_after"] for r in pruned),
-            },
-            "warnings": _warnings(pruned),
-            "layers": records,
-        }
-        artefact.write_records(self.final, recipe, report)
-
-    def _calibration_record(self) -> dict[str, Any]:
-        counted = (
-            {"tokens": self.samples.samples.numel()}
-            if self.samples.argument == "input_ids"
-            else {"images": len(self.samples)}
-        )
-        return {**counted, "sha256": self.samples.digest}
-
-    def _entries(self) -> list[Entry]:
-        """All tensors of the artefact in the order of the source: replaced ones from the blocks' files, others as they were."""
-        replaced: dict[str, tuple[TensorFiles, list[str]]] = {}
-        for index in range(len(self.model.blocks)):
-            part = TensorFiles(self.journal.directory, [self.journal.block_file(index)])
-            for name in part:
-                stem = name.removesuffix(packed.VALUES_SUFFIX).removesuffix(packed.MASK_SUFFIX)
-                original = name if stem == name else stem + packed.DENSE_SUFFIX
-                replaced.setdefault(original, (part, []))[1].append(name)
-        cast = None if self.recipe.dtype == "auto" else self.model.dtype
-        entries = []
-        for key in self.source.tensors:
-            files, names = replaced.get(key, (self.source.tensors, [key]))
-            for name in sorted(names, reverse=True):  # the values before their mask
-                entries.append(files.entry(name, cast if files is self.source.tensors else None))
-        for key, (files, names) in replaced.items():
-            if key not in self.source.tensors:  # a bias that the source does not have
-                entries += [files.entry(name) for name in names]
-        return entries
-
-
-def _warnings(records: list[dict[str, Any]]) -> list[str]:
-    """What the methods warn of, one line for all layers."""
-    warned = [record for record in records if "warning" in record]
-    if not warned:
-        return []
-    return [f"{len(warned)} of {len(records)} layers, the first is {warned[0]['name']}: {warned[0]['warning']}"]
-
-
-def layer_seed(seed: int, name: str) -> int:
-    """The seed of what is drawn for one layer, from the recipe's seed and the layer's name."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
 def _generic(names: dict[str, Any]) -> list[str]:

@@ -160,7 +160,7 @@ def test_interrupt(halve: Halve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("compress.pipeline.prune_layer", interrupt)
+    monkeypatch.setattr("compress.pruner.prune_layer", interrupt)
     called = halve(*flags(source, tmp_path / "out"))
     assert called.code == 130
     assert "Traceback" not in called.stderr

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress import files, pipeline
+from compress import files, pruner
 from tests import tiny_models
 from tests.runs import Halve, beside, calibration, call, compress, flags, stored, tree
 
@@ -486,7 +486,7 @@ def test_unexpected_failure_keeps_its_traceback(tmp_path: Path, monkeypatch: pyt
     def broken(*args: Any) -> Any:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(pipeline, "prune_layer", broken)
+    monkeypatch.setattr(pruner, "prune_layer", broken)
     with pytest.raises(AssertionError, match="a bug"):
         compress(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

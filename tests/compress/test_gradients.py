@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress import gradients, pipeline
+from compress import gradients, pruner
 from compress.architecture import find_blocks, is_linear, oriented
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet, text_set
@@ -359,7 +359,7 @@ def test_regional_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         lengths.extend(len(states) for states in hidden)
         return regional_gradients(model, index, linears, hidden)
 
-    monkeypatch.setattr(pipeline, "regional_gradients", recording)
+    monkeypatch.setattr(pruner, "regional_gradients", recording)
     source = tiny_models.build("mamba", tmp_path / "source", layers=2)
     done = compress(source, tmp_path / "out", metric="test_regional", reconstruction="none", samples=4)
     assert lengths == [1] * 4 * 2

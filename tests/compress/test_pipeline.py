@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from compress import pipeline
+from compress import pipeline, pruner
 from compress.architecture import find_blocks
 from compress.convert import pack_checkpoint, unpack_checkpoint
 from compress.errors import RecipeError
@@ -386,7 +386,7 @@ def test_against_a_reference_that_holds_the_whole_model(
         return wrapper
 
     monkeypatch.setattr(
-        pipeline, "prune_layer", recording(pipeline.prune_layer, lambda args, _: seen.update({args[0]: args[2].inputs}))
+        pruner, "prune_layer", recording(pruner.prune_layer, lambda args, _: seen.update({args[0]: args[2].inputs}))
     )
     monkeypatch.setattr(
         pipeline.calibration, "load_windows", recording(pipeline.calibration.load_windows, lambda _, w: drawn.append(w))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress import pipeline
+from compress import pipeline, pruner
 from compress.architecture import find_blocks
 from compress.blocks import BlockModel
 from compress.layer_statistics import LayerStatistics
@@ -66,7 +66,7 @@ def test_mamba_time_step(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     source = tiny_models.build("mamba", tmp_path / "source", dtype=torch.float32)
     seen: dict[str, LayerStatistics] = {}
     drawn: list[Tensor] = []
-    prune, load_windows = pipeline.prune_layer, pipeline.calibration.load_windows
+    prune, load_windows = pruner.prune_layer, pipeline.calibration.load_windows
 
     def recording(name: str, weight: Tensor, statistics: LayerStatistics, recipe: Any) -> Any:
         seen[name] = statistics
@@ -76,7 +76,7 @@ def test_mamba_time_step(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
         drawn.append(load_windows(*args, **kwargs))
         return drawn[0]
 
-    monkeypatch.setattr(pipeline, "prune_layer", recording)
+    monkeypatch.setattr(pruner, "prune_layer", recording)
     monkeypatch.setattr(pipeline.calibration, "load_windows", windows)
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", batch * LENGTH)
     done = compress(source, tmp_path / "out", samples=8)

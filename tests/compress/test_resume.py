@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from compress import pipeline
+from compress import pruner
 from compress.errors import HalveError, NumericalError, OutputError
 from tests import tiny_models
 from tests.runs import (
@@ -281,14 +281,14 @@ def test_failed_new_run_leaves_nothing(settings: dict[str, Any], tmp_path: Path)
 def test_failure_that_would_come_again_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in the second block: a resumed run could only find it again."""
     source = tiny_models.build("llama", tmp_path / "source", layers=2)
-    prune = pipeline.prune_layer
+    prune = pruner.prune_layer
 
     def failing(name: str, *args: Any) -> Any:
         if name.startswith("model.layers.1."):
             raise NumericalError(f"{name}: not finite")
         return prune(name, *args)
 
-    monkeypatch.setattr(pipeline, "prune_layer", failing)
+    monkeypatch.setattr(pruner, "prune_layer", failing)
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.self_attn\.q_proj"):
         compress(source, tmp_path / "out")
     assert beside(source) == ["calibration.txt", "source"]

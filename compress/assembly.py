@@ -1,0 +1,111 @@
+"""The artefact of a finished run: its weights from the blocks' files and the source, its configuration, recipe and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compress import artefact, packed
+from compress.architecture import linears_of
+from compress.blocks import BlockModel
+from compress.calibration import CalibrationSet
+from compress.files import Entry, TensorFiles
+from compress.journal import Journal
+from compress.recipe import Recipe
+from compress.version import versions
+
+
+def assemble(
+    directory: Path, name: str, model: BlockModel, recipe: Recipe, samples: CalibrationSet, journal: Journal
+) -> None:
+    """Writes everything that the artefact of a run consists of; shards that are there already stay.
+
+    Args:
+        directory: where to.
+        name: how the user called the model.
+        journal: of the run, with all blocks finished.
+    """
+    directory.mkdir(exist_ok=True)
+    for left_over in directory.rglob(".*.tmp"):  # of a run that was killed while it wrote
+        left_over.unlink()
+    records = [record for index in range(len(model.blocks)) for record in journal.record(index)]
+    pruned = [record for record in records if record["status"] == "pruned"]
+    artefact.write_weights(directory, _entries(model, recipe, journal))
+    artefact.copy_companions(model.source.directory, directory)
+    artefact.write_config(directory, _config(model, recipe, {record["name"] for record in pruned}))
+    saved_recipe = {
+        "recipe": recipe.model_dump(mode="json"),
+        "model": name,
+        "versions": versions(),
+        "device": model.device.type,
+        "calibration": _calibration_record(samples),
+    }
+    metric = recipe.chosen_metric
+    report = {
+        "report_version": 1,
+        "name": Path(name.rstrip("/")).name.removesuffix(".gguf"),
+        "model": name,
+        "recipe_sha256": recipe.digest,
+        "summary": {
+            "pattern": recipe.pattern,
+            "metric": metric.name if metric else f"{recipe.reconstruction}'s own",
+            "reconstruction": recipe.reconstruction,
+            "layers": len(records),
+            "layers_pruned": len(pruned),
+            "layers_permuted": sum("permutation" in record for record in records),
+            "mean_relative_output_error": sum(r["relative_output_error"] for r in pruned) / max(len(pruned), 1),
+            "pruned_bytes_before": sum(r["bytes_before"] for r in pruned),
+            "pruned_bytes_after": sum(r["bytes_after"] for r in pruned),
+        },
+        "warnings": _warnings(pruned),
+        "layers": records,
+    }
+    artefact.write_records(directory, saved_recipe, report)
+
+
+def _config(model: BlockModel, recipe: Recipe, pruned: set[str]) -> dict[str, Any]:
+    """``config.json``: the source's, with what this run changed."""
+    config = dict(model.source.config)
+    if recipe.dtype != "auto":
+        config["dtype"] = recipe.dtype
+        config.pop("torch_dtype", None)
+    if recipe.format == "packed":
+        ignore = [name for name in linears_of(model.model, "") if name not in pruned]
+        config["quantization_config"] = artefact.quantization_config(model.dtype, ignore)
+    return {**config, **dict.fromkeys(model.bias_switches, True)}
+
+
+def _calibration_record(samples: CalibrationSet) -> dict[str, Any]:
+    is_text = samples.argument == "input_ids"
+    counted = {"tokens": samples.samples.numel()} if is_text else {"images": len(samples)}
+    return {**counted, "sha256": samples.digest}
+
+
+def _entries(model: BlockModel, recipe: Recipe, journal: Journal) -> list[Entry]:
+    """All tensors of the artefact in the order of the source: replaced ones from the blocks' files, others as they were."""
+    source = model.source.tensors
+    replaced: dict[str, tuple[TensorFiles, list[str]]] = {}
+    for index in range(len(model.blocks)):
+        part = TensorFiles(journal.directory, [journal.block_file(index)])
+        for name in part:
+            stem = name.removesuffix(packed.VALUES_SUFFIX).removesuffix(packed.MASK_SUFFIX)
+            original = name if stem == name else stem + packed.DENSE_SUFFIX
+            replaced.setdefault(original, (part, []))[1].append(name)
+    cast = None if recipe.dtype == "auto" else model.dtype
+    entries = []
+    for key in source:
+        files, names = replaced.get(key, (source, [key]))
+        for name in sorted(names, reverse=True):  # the values before their mask
+            entries.append(files.entry(name, cast if files is source else None))
+    for key, (files, names) in replaced.items():
+        if key not in source:  # a bias that the source does not have
+            entries += [files.entry(name) for name in names]
+    return entries
+
+
+def _warnings(records: list[dict[str, Any]]) -> list[str]:
+    """What the methods warn of, one line for all layers."""
+    warned = [record for record in records if "warning" in record]
+    if not warned:
+        return []
+    return [f"{len(warned)} of {len(records)} layers, the first is {warned[0]['name']}: {warned[0]['warning']}"]

@@ -1,0 +1,166 @@
+"""One decoder block from its inputs to its pruned self: observe, gradients, channels, every linear.
+
+The pipeline loads the block, saves what comes out and passes the activations on; here is what happens in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress import artefact, memory, packed
+from compress.architecture import LinearModule, oriented
+from compress.blocks import BlockModel
+from compress.folding import fold_block
+from compress.gradients import GradientStore, regional_gradients
+from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS, LayerStatistics
+from compress.layers import importance, prune_layer
+from compress.observe import InputObserver
+from compress.patterns import NMPattern
+from compress.recipe import Recipe
+
+
+class BlockPruner:
+    """Prunes loaded blocks of a model by a recipe.
+
+    Args:
+        decisions: for every linear the reason why it stays dense, or None.
+        samples: how many calibration samples there are.
+        gradients: of the dense model's loss, where the recipe needs them.
+    """
+
+    def __init__(
+        self,
+        model: BlockModel,
+        recipe: Recipe,
+        decisions: Mapping[str, str | None],
+        samples: int,
+        gradients: GradientStore | None,
+    ) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.decisions = decisions
+        self._samples = samples
+        self._gradients = gradients
+
+    def prune(
+        self, index: int, block: nn.Module, hidden: list[Tensor]
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Prunes a loaded block in place.
+
+        Args:
+            hidden: the block's inputs, [batch, length, hidden] each.
+
+        Returns:
+            What has to be saved under the checkpoint's names, and a record for each linear.
+        """
+        linears = self.model.linears(index)
+        observed = {name: module for name, module in linears.items() if self.decisions[name] is None}
+        tokens = sum(states.shape[:-1].numel() for states in hidden)
+        observer = InputObserver(observed, self.recipe.needs | {"sample"}, tokens, block)
+        if observed:
+            observer.run(self.model, index, hidden)
+            memory.give_back()
+        gradients = self._gradients_of(index, observed, hidden)
+        permuted = self._permute(index, hidden[0], observer, gradients)
+        tensors = {  # biases that the source does not have; methods may change them
+            self.model.key_of(f"{name}.bias"): module.bias.data.cpu()
+            for name, module in linears.items()
+            if f"{name}.bias" in self.model.added
+        }
+        for name in {producer: None for record in permuted.values() for producer in record["folded_into"]}:
+            for parameter, value in linears[name].named_parameters():
+                if parameter != "weight" or self.decisions[name] is not None:
+                    tensors[self.model.key_of(f"{name}.{parameter}")] = value.data.cpu()
+        records = []
+        for name, module in linears.items():
+            statistics = self._statistics(name, module, observer, gradients.get(name, {}))
+            record = self._prune_linear(name, module, statistics, tensors)
+            records.append({**record, "permutation": permuted[name]} if name in permuted else record)
+        return tensors, records
+
+    def _gradients_of(
+        self, index: int, linears: dict[str, LinearModule], hidden: list[Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The gradients that the recipe needs of a loaded block's linears, by layer and by statistic."""
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
+        if kinds := self.recipe.needs & GRADIENT_NEEDS:
+            assert self._gradients is not None, "the pipeline gathers what the recipe needs"
+            for name, gradient in self._gradients.read(index, linears, kinds, self.model.device).items():
+                found[name].update(gradient)
+        if self.recipe.needs & REGIONAL_NEEDS and linears:
+            for name, gradient in regional_gradients(self.model, index, linears, hidden).items():
+                found[name]["regional_gradient"] = gradient
+        return found
+
+    def _permute(
+        self, index: int, hidden: Tensor, observer: InputObserver, gradients: dict[str, dict[str, Tensor]]
+    ) -> dict[str, dict[str, Any]]:
+        """Reorders the channels of a loaded block where the recipe asks for it and it is free; what was done by consumer."""
+        pattern = self.recipe.parsed_pattern
+        if self.recipe.permutation == "none" or not isinstance(pattern, NMPattern):
+            return {}
+
+        def score(name: str, module: LinearModule) -> Tensor:
+            statistics = self._statistics(name, module, observer, gradients.get(name, {}))
+            assert statistics is not None, "only observed layers are scored"
+            return importance(name, oriented(module.weight, module), statistics, self.recipe)
+
+        return fold_block(self.model, index, hidden, observer, gradients, pattern, score)
+
+    def _statistics(
+        self, name: str, module: LinearModule, observer: InputObserver, gradients: dict[str, Tensor]
+    ) -> LayerStatistics | None:
+        """What is known of a layer, or None where it was never called."""
+        inputs = observer.statistics(name)
+        if inputs is None:
+            return None
+        return LayerStatistics(
+            inputs,
+            seed=layer_seed(self.recipe.seed, name),
+            windows=self._samples,
+            bias=module.bias,
+            outputs=observer.outputs.get(name),
+            gradients=gradients,
+            place=observer.place.get(name, {}),
+        )
+
+    def _prune_linear(
+        self, name: str, module: LinearModule, statistics: LayerStatistics | None, tensors: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """Prunes one linear in place, adds what is to be saved to ``tensors``, and returns its record."""
+        weight = oriented(module.weight, module)
+        record: dict[str, Any] = {"name": name, "shape": list(weight.shape), "bytes_before": weight.nbytes}
+        reason = self.decisions[name]
+        if reason is None and statistics is None:
+            reason = "it never got a token in the calibration"
+        if reason is not None or statistics is None:
+            packed.require_finite(weight, name)
+            return {**record, "status": "dense", "reason": reason, "bytes_after": weight.nbytes}
+        result = prune_layer(name, weight, statistics, self.recipe)
+        module.weight.data = oriented(result.weight, module).contiguous()
+        key = self.model.key_of(f"{name}.weight")
+        if self.recipe.format == "packed":
+            saved = artefact.packed_entries(key, result.weight.cpu(), name)
+        else:
+            saved = {key: module.weight.data.cpu()}
+        if result.bias is not None:
+            if module.bias is None:
+                raise AssertionError(f"{name}: {self.recipe.reconstruction} gave a bias to a layer that has none")
+            module.bias.data = result.bias.to(module.bias.dtype)
+            tensors[self.model.key_of(f"{name}.bias")] = module.bias.data.cpu()
+        tensors.update(saved)
+        return {
+            **record,
+            "status": "pruned",
+            "bytes_after": sum(t.nbytes for t in saved.values()),
+            **result.record,
+        }
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """The seed of what is drawn for one layer, from the recipe's seed and the layer's name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
