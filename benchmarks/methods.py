@@ -197,7 +197,7 @@ def run(arguments: argparse.Namespace) -> None:
     from benchmarks.demo import prepare_smollm2
     from serve.measure.commands import evaluate
 
-    work: Path = arguments.work.resolve()
+    work: Path = arguments.work.resolve() / ("smoke" if arguments.smoke else "full")
     work.mkdir(parents=True, exist_ok=True)
     protocol = Protocol(samples=4, length=128, windows=2, window_length=256) if arguments.smoke else Protocol()
     results = work if arguments.smoke else RESULTS

@@ -71,6 +71,12 @@ class BlockModel:
         """Parameters that the checkpoint does not have: biases of zeros."""
         if add_bias:
             self.config, self.bias_switches, added = switch_biases_on(self.config, self.model)
+            bare = [name for name, module in linears_of(find_blocks(self.model)[1], "").items() if module.bias is None]
+            if bare and not self.bias_switches:
+                raise SourceError(
+                    f"--add-bias: config.json of {type(self.model).__name__} has no switch that gives the linears "
+                    f"of the blocks a bias ({len(bare)} have none, the first is {bare[0]}); leave the flag out"
+                )
             self.added = set(added)
             self.model = skeleton(self.config, dtype)
         self.block_list_name, blocks = find_blocks(self.model)

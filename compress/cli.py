@@ -302,5 +302,8 @@ def _parse_options(flag: str, pairs: list[str]) -> dict[str, Any]:
         name, separator, value = pair.partition("=")
         if not separator:
             raise RecipeError(f"--{flag.replace('_', '-')} takes NAME=VALUE, got {pair!r}")
-        parsed[name] = yaml.safe_load(value)
+        try:
+            parsed[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"--{flag.replace('_', '-')}: {value!r} is not a value for {name!r}") from None
     return parsed

@@ -13,60 +13,115 @@ accumulated in float32. A float16 model is run in float32 here: small gradients 
 
 from __future__ import annotations
 
+import copy
+import fcntl
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from compress.architecture import LinearModule, oriented
+from compress.architecture import LinearModule, linears_of, oriented
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
 from compress.errors import OutputError, SourceError, one_line
-from compress.files import Entry, TensorFiles, write_shard, write_text
+from compress.files import Entry, TensorFiles, check_digest, explain_os_error, write_shard, write_text
 from compress.layer_statistics import GRADIENT_NEEDS
 
 Progress = Callable[[int, int, str], None]
 RECORD = "gradients.json"
+LOCK = "lock"
 
 
 class GradientStore:
     """Accumulated gradients on disk, a file a block; `read` gives those of one block.
+
+    A directory may be kept for several runs, at the same time, too: who gathers holds its lock alone, who reads shares
+    it, and `provide` waits for the other.
 
     Args:
         directory: where they lie; made when they are gathered. One that is complete and fits is used as it is.
         identity: what they were made from: source, calibration, dtype, versions.
 
     Raises:
-        OutputError: the directory holds gradients of something else.
+        OutputError: the directory holds gradients of something else, or is none.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
         self.directory = directory
         self._identity = json.loads(json.dumps(identity))
         self._kinds: set[str] = set()
-        record = directory / RECORD
+        self._lock: IO[str] | None = None
+        if directory.exists() and not directory.is_dir():
+            raise OutputError(f"{directory} is not a directory; give a new or an empty one for the gradients")
+        self._look()
+
+    def _look(self) -> None:
+        """What is complete in the directory now."""
+        self._kinds = set()
+        record = self.directory / RECORD
         if record.is_file():
-            kinds, identity = _read_record(record)
+            kinds, blocks, identity = _read_record(record)
             if identity != self._identity:
                 changed = sorted(
                     key for key in {*identity, *self._identity} if identity.get(key) != self._identity.get(key)
                 )
                 raise OutputError(
-                    f"{directory} holds the gradients of another run (it differs in: {', '.join(changed)}); give another "
-                    "directory, or remove that one"
+                    f"{self.directory} holds the gradients of another run (it differs in: {', '.join(changed)}); give "
+                    "another directory, or remove that one"
                 )
-            self._kinds = kinds
-        elif directory.is_dir() and not all(_is_ours(path) for path in directory.iterdir()):
-            raise OutputError(f"{directory} is not a directory of gradients; give a new or an empty one")
+            if all(self._file(index).is_file() for index in range(blocks)):
+                self._kinds = kinds
+        elif self.directory.is_dir() and not all(_is_ours(path) for path in self.directory.iterdir()):
+            raise OutputError(f"{self.directory} is not a directory of gradients; give a new or an empty one")
 
     def has(self, kinds: Iterable[str]) -> bool:
         """Whether these kinds are complete already."""
         return self._kinds >= set(kinds)
+
+    def provide(
+        self,
+        kinds: Iterable[str],
+        model: Callable[[], BlockModel],
+        samples: CalibrationSet,
+        layers: Sequence[Sequence[str]],
+        required: Collection[str],
+        progress: Progress,
+    ) -> None:
+        """Sees to it that these kinds are there, and holds them until `close`: gathers them, or waits for the run that
+        does. ``model`` makes the dense model where it is needed; the rest as for `gather`.
+
+        Raises:
+            OutputError: the place cannot be written, is too small, or was taken by another run's gradients meanwhile.
+        """
+        kinds = set(kinds)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.directory / LOCK).open("w")
+        except OSError as error:
+            raise explain_os_error(error, self.directory) from None
+        for mode in (fcntl.LOCK_SH, fcntl.LOCK_EX):
+            try:
+                fcntl.flock(self._lock, mode | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress(0, 1, f"gradients: waiting for the run that is using {self.directory}")
+                fcntl.flock(self._lock, mode)
+            self._look()
+            if self.has(kinds):
+                break
+        else:
+            self.gather(model(), samples, layers, kinds, progress, required)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def gather(
         self,
@@ -75,6 +130,7 @@ class GradientStore:
         layers: Sequence[Sequence[str]],
         kinds: Iterable[str],
         progress: Progress = lambda done, total, text: None,
+        required: Collection[str] | None = None,
     ) -> None:
         """Runs the forward and the backward pass over the dense model and writes a file for each block.
 
@@ -82,15 +138,17 @@ class GradientStore:
             model: the dense model, in the dtype of the passes.
             layers: for each block the full names of the linears that are wanted.
             kinds: names out of ``GRADIENT_NEEDS``.
+            required: which of the layers must have a gradient; left out: all.
 
         Raises:
-            SourceError: the model gives no gradient: no loss, or one that does not reach a layer.
+            SourceError: the model gives no gradient: no loss, or one that does not reach a required layer.
             OutputError: there is not enough space on the disk.
         """
         wanted = sorted({*self._kinds, *kinds} & GRADIENT_NEEDS)
         self.directory.mkdir(parents=True, exist_ok=True)
         for left_over in filter(_is_ours, list(self.directory.iterdir())):  # of a run that was killed here, too
-            left_over.unlink()
+            if left_over.name != LOCK:
+                left_over.unlink()
         count = len(model.blocks)
         arguments = list(samples.batches(1))
         hidden = model.record_calls(arguments)
@@ -106,19 +164,27 @@ class GradientStore:
         for index in reversed(range(count)):
             progress(2 * count - 1 - index, 2 * count, f"gradients: backward through {model.block_name(index)}")
             model.load_block(index)
-            found = self._backward(model, index, layers[index], wanted, upstream)
+            found = self._backward(model, index, layers[index], wanted, upstream, required)
             model.drop_block(index)
             self._write(self._file(index), found)
             self._inputs(index).unlink()
-        write_text(self.directory / RECORD, json.dumps({"identity": self._identity, "kinds": wanted}))
+        record = {"identity": self._identity, "kinds": wanted, "blocks": count}
+        write_text(self.directory / RECORD, json.dumps(record))
         self._kinds = set(wanted)
 
     def read(
         self, index: int, layers: Iterable[str], kinds: Iterable[str], device: torch.device
     ) -> dict[str, dict[str, Tensor]]:
-        """The gradients of a block: layer -> kind -> [N, K] float32."""
+        """The gradients of a block: layer -> kind -> [N, K] float32.
+
+        Raises:
+            SourceError: a layer has none; CorruptCheckpointError: the file is damaged.
+        """
+        check_digest(self._file(index))
         files = TensorFiles(self.directory, [self._file(index)])
-        kinds = list(kinds)
+        kinds, layers = list(kinds), list(layers)
+        if missing := [layer for layer in layers for kind in kinds if f"{layer}.{kind}" not in files]:
+            raise _no_gradient("the model", missing)
         return {layer: {kind: files.read(f"{layer}.{kind}", str(device)) for kind in kinds} for layer in layers}
 
     def _loss_gradients(
@@ -145,7 +211,13 @@ class GradientStore:
         return gradients
 
     def _backward(
-        self, model: BlockModel, index: int, layers: Sequence[str], kinds: Sequence[str], upstream: list[Tensor]
+        self,
+        model: BlockModel,
+        index: int,
+        layers: Sequence[str],
+        kinds: Sequence[str],
+        upstream: list[Tensor],
+        required: Collection[str] | None,
     ) -> dict[str, Tensor]:
         """One block; ``upstream`` is overwritten with the gradients of the block's inputs."""
         linears = {name: module for name, module in model.linears(index).items() if name in set(layers)}
@@ -156,7 +228,7 @@ class GradientStore:
             with torch.enable_grad(), total.tracked():
                 output = model.run_block(index, n, leaf.clone())  # blocks may write into their input
                 upstream[n] = total.add(output, gradient.to(model.device), leaf).to(gradient.device)
-        return total.result(type(model.model).__name__)
+        return total.result(type(model.model).__name__, required)
 
     def _require_space(
         self, model: BlockModel, hidden: Sequence[Tensor], layers: Sequence[Sequence[str]], kinds: int
@@ -186,11 +258,11 @@ class GradientStore:
         write_shard(path, [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()])
 
 
-def _read_record(record: Path) -> tuple[set[str], dict[str, Any]]:
-    """The kinds and the identity of what lies in a directory of gradients."""
+def _read_record(record: Path) -> tuple[set[str], int, dict[str, Any]]:
+    """The kinds, the number of blocks and the identity of what lies in a directory of gradients."""
     try:
         found = json.loads(record.read_text())
-        return set(found["kinds"]), dict(found["identity"])
+        return set(found["kinds"]), int(found["blocks"]), dict(found["identity"])
     except (ValueError, KeyError, TypeError):
         raise OutputError(f"{record} is not a record of gradients; give a new or an empty directory") from None
 
@@ -198,7 +270,14 @@ def _read_record(record: Path) -> tuple[set[str], dict[str, Any]]:
 def _is_ours(path: Path) -> bool:
     """Whether a store wrote the file, or was killed while it did."""
     name = path.name.removeprefix(".").removesuffix(".tmp")
-    return name == RECORD or re.fullmatch(r"(gradients|inputs)-\d{5}\.safetensors", name) is not None
+    return name in (RECORD, LOCK) or re.fullmatch(r"(gradients|inputs)-\d{5}\.safetensors", name) is not None
+
+
+def _no_gradient(model: str, layers: Sequence[str]) -> SourceError:
+    return SourceError(
+        f"the method needs gradients, and {model} gives none for {layers[0]} ({len(layers)} layers): its output does not "
+        f"depend on them; add --ignore {layers[0]!r}, or choose a metric without gradients (see `halve methods`)"
+    )
 
 
 @torch.no_grad()
@@ -213,11 +292,15 @@ def regional_gradients(
     Raises:
         SourceError: the output of the block does not depend on a layer.
     """
-    total = _Accumulator(linears, ["gradient_l2"])
+    # A copy, as some blocks keep what they computed (a recurrent state), which would hold the graph in the block.
+    block = copy.deepcopy(model.blocks[index])
+    copies = linears_of(block, model.block_name(index))
+    total = _Accumulator({name: copies[name] for name in linears}, ["gradient_l2"])
     for n, states in enumerate(hidden):
         with torch.enable_grad(), total.tracked():
-            norm = model.run_block(index, n, states).float().norm()
-            total.add(norm, None, None)
+            output = model.run_copy(index, n, states, block, model.dtype)
+            assert output is not None, "no hook ends this pass"
+            total.add(output.float().norm(), None, None)
     scale = max(len(hidden), 1) ** -0.5
     found = total.result(type(model.model).__name__)
     return {name: found[f"{name}.gradient_l2"] * scale for name in linears}
@@ -264,19 +347,21 @@ class _Accumulator:
             return torch.empty(0)
         return torch.zeros_like(leaf) if gradients[-1] is None else gradients[-1]
 
-    def result(self, model: str) -> dict[str, Tensor]:
-        """``NAME.gradient_l1`` and ``NAME.gradient_l2``, the latter as a root."""
-        if missing := [name for name in self._linears if name not in self._reached]:
-            raise SourceError(
-                f"the method needs gradients, and {model} gives none for {missing[0]} ({len(missing)} layers): its output "
-                f"does not depend on them; add --ignore {missing[0]!r}, or choose a metric without gradients (see "
-                "`halve methods`)"
-            )
+    def result(self, model: str, required: Collection[str] | None = None) -> dict[str, Tensor]:
+        """``NAME.gradient_l1`` and ``NAME.gradient_l2``, the latter as a root, of every layer that was reached.
+
+        Raises:
+            SourceError: a required layer was not (left out: none may be missing).
+        """
+        needed = self._linears if required is None else required
+        if missing := [name for name in self._linears if name not in self._reached and name in needed]:
+            raise _no_gradient(model, missing)
         return {
             f"{name}.{kind}": oriented(
                 total.sqrt_() if kind == "gradient_l2" else total, self._linears[name]
             ).contiguous()
             for (name, kind), total in self._sums.items()
+            if name in self._reached
         }
 
 

@@ -104,6 +104,8 @@ class Reconstruction:
     own_metric: bool = False
     group: Group = "row"
     options: type[Options] = Options
+    corrects_bias: bool = False
+    """The method gives layers that have a bias another one."""
 
 
 def find(kind: Literal["metric", "reconstruction"], name: str, table: Mapping[str, MethodT]) -> MethodT:

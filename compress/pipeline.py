@@ -105,7 +105,7 @@ def compress_model(
         with torch.no_grad(), quiet_transformers():
             return run.run()
     finally:
-        run.journal.close()
+        run.close()
 
 
 class _Run:
@@ -129,6 +129,13 @@ class _Run:
             resolve(model, Path())  # raises before a work directory is made
         self.journal = Journal(out, resume=resume, interval=interval)
         self.final = self.journal.directory / "final"
+        self.store: GradientStore | None = None
+
+    def close(self) -> None:
+        """Lets other runs at what this one holds."""
+        self.journal.close()
+        if self.store is not None:
+            self.store.close()
 
     def run(self) -> Compressed:
         try:
@@ -137,6 +144,7 @@ class _Run:
             self.model = BlockModel(self.source, self._dtype(), self.device, add_bias=self.recipe.add_bias)
             self.samples = self._samples()
             self.decisions = self._decide()
+            self.store = self._gradient_store()
             self.journal.open(self._identity())
         except HalveError:
             self.journal.abandon_if_new()
@@ -148,8 +156,13 @@ class _Run:
         if not self.journal.finished(count):
             self._require_space()
             try:
-                gradients = self._gather_gradients()
-                self.pruner = BlockPruner(self.model, self.recipe, self.decisions, len(self.samples), gradients)
+                if self.store is not None:
+                    self._provide_gradients(self.store)
+            except HalveError:
+                self.journal.abandon_if_new()
+                raise
+            self.pruner = BlockPruner(self.model, self.recipe, self.decisions, len(self.samples), self.store)
+            try:
                 self._prune_blocks()
             except (SourceError, NumericalError):
                 self.journal.abandon()
@@ -270,28 +283,35 @@ class _Run:
             mean = f"{sum(errors) / len(errors):.4f}" if errors else "none pruned"
             self.progress(index + 1, count, f"{self.model.block_name(index)}, relative output error {mean}")
 
-    def _gather_gradients(self) -> GradientStore | None:
-        """One backward pass over the dense model, where the recipe needs the gradients of its loss."""
-        kinds = self.recipe.needs & GRADIENT_NEEDS
-        if not kinds:
+    def _gradient_store(self) -> GradientStore | None:
+        """Where the gradients of the dense model's loss lie, or will lie, if the recipe needs them."""
+        if not self.recipe.needs & GRADIENT_NEEDS:
             return None
-        # Small gradients vanish in float16.
-        dtype = torch.float32 if self.model.dtype == torch.float16 else self.model.dtype
-        identity = {**self._identity(), "dtype": str(dtype)}
-        for key in ("model", "recipe"):  # what is pruned and how makes no difference to them
-            del identity[key]
-        layers = [
-            [name for name in self.model.linears(index) if self.decisions[name] is None]
-            for index in range(len(self.model.blocks))
-        ]
-        identity["layers"] = [name for block in layers for name in block]
-        store = GradientStore(self.gradients or self.journal.directory / "gradients", identity)
-        if not store.has(kinds):
-            dense = BlockModel(self.source, dtype, self.device)
-            gathered = GRADIENT_NEEDS if self.gradients else kinds  # another run may need another kind
-            store.gather(dense, self.samples, layers, gathered, self.progress)
-            memory.give_back()
-        return store
+        # What is pruned and how makes no difference to them.
+        identity = {key: value for key, value in self._identity().items() if key not in ("model", "recipe")}
+        if (gguf := Path(self.model_name).expanduser()).is_file():
+            identity["source"] = fingerprint([gguf])  # what was made of it is new in each run
+        identity["dtype"] = str(self._gradient_dtype())
+        return GradientStore(self.gradients or self.journal.directory / "gradients", identity)
+
+    def _gradient_dtype(self) -> torch.dtype:
+        """Small gradients vanish in float16."""
+        return torch.float32 if self.model.dtype == torch.float16 else self.model.dtype
+
+    def _provide_gradients(self, store: GradientStore) -> None:
+        """One backward pass over the dense model, unless another run has made it."""
+        every = [list(self.model.linears(index)) for index in range(len(self.model.blocks))]
+        wanted = {name for name, reason in self.decisions.items() if reason is None}
+        kept = self.gradients is not None  # another run may need other kinds and layers
+        store.provide(
+            GRADIENT_NEEDS if kept else self.recipe.needs & GRADIENT_NEEDS,
+            lambda: BlockModel(self.source, self._gradient_dtype(), self.device),
+            self.samples,
+            every if kept else [[name for name in block if name in wanted] for block in every],
+            wanted,
+            self.progress,
+        )
+        memory.give_back()
 
     def _batch_size(self) -> int:
         """Calibration samples in one forward pass."""

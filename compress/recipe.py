@@ -108,6 +108,11 @@ class Recipe(BaseModel):
             raise RecipeError(f"metric_options were given, but no metric: {self.reconstruction} uses its own")
         for options in self._parsed_options():
             options.check(pattern)
+        if self.add_bias and not self.chosen_reconstruction.corrects_bias and not (metric and metric.corrects_bias):
+            raise RecipeError(
+                "add_bias gives layers a bias of zeros, and neither the metric nor the reconstruction would change it; use "
+                "it with metric 'stade' or 'stade-w' or reconstruction 'bias', or leave --add-bias out"
+            )
         if self.permutation != "none" and not isinstance(pattern, NMPattern):
             raise RecipeError(
                 f"permutation={self.permutation!r} moves columns between the groups of an N:M pattern, and the pattern is "

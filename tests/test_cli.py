@@ -85,6 +85,13 @@ def test_wrong_calls(arguments: list[str], halve: Halve) -> None:
     assert "Traceback" not in called.stderr
 
 
+@pytest.mark.parametrize("value", ["[1", "%x", "{"])
+def test_an_option_value_that_is_none(value: str, halve: Halve, tmp_path: Path) -> None:
+    called = halve("compress", "m", "--out", tmp_path / "out", "--metric", "ria", "--metric-options", f"alpha={value}")
+    assert called.code == 2
+    assert called.message == f"--metric-options: {value!r} is not a value for 'alpha'"
+
+
 def test_few_tokens_are_warned_of(halve: Halve, tmp_path: Path) -> None:
     source = tiny_models.build("llama", tmp_path / "source", layers=1)
     few = halve(*flags(source, tmp_path / "few", samples=1, length=60), "--json")

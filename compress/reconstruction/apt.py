@@ -7,8 +7,9 @@ optimum
     δw = −w_P (K_PP)⁻¹ K_P:        with the loss   ½ w_P (K_PP)⁻¹ w_Pᵀ,
 
 of which SparseGPT's step is the case of one weight. It gives two choices, single (S) or multiple (M), for the mask and
-for the compensation: ``SS`` is SparseGPT; ``SM`` keeps its mask; ``MS`` chooses the mask of an N:M group among all of its
-subsets (six for 2:4) by the loss of the set; ``MM`` does both. The paper uses SM where a subset cannot be enumerated
+for the compensation. A mask S ranks weights by their loss one at a time, w_j² / K_jj; a mask M chooses among all subsets of
+an N:M group (six for 2:4) by the loss of the set. ``SS`` is SparseGPT itself, which takes for K_jj the inverse of the columns
+from j on, where ``SM`` takes that of the columns from the group on, which is the loss of the paper. The paper uses SM where a subset cannot be enumerated
 (unstructured patterns), and so does ``auto`` here.
 
 The columns are walked from left to right like SparseGPT's. Of the columns from g on, the inverse is U_g:ᵀ U_g: with
@@ -42,6 +43,8 @@ from compress.refit import joint_refit
 Variant = Literal["SS", "SM", "MS", "MM"]
 MAX_SUBSETS = 128
 """Of a group, that are enumerated: 2:4 has 6, 4:8 has 70."""
+MAX_GROUP = 16
+"""Members of a group whose subsets are enumerated: they are looked up by a bit for each."""
 PANEL = 4
 """Columns that are removed together at most where the pattern has no groups that can be enumerated; 16 subsets."""
 
@@ -63,7 +66,7 @@ class APTOptions(Options):
         if self.variant in ("MS", "MM") and not can_enumerate(pattern):
             raise RecipeError(
                 f"variant {self.variant} of apt compares all subsets of a group, and pattern {str(pattern)!r} has "
-                f"{'no groups' if not isinstance(pattern, NMPattern) else f'more than {MAX_SUBSETS}'}; use variant SM or auto"
+                f"{'no groups' if not isinstance(pattern, NMPattern) else 'too many of them, or too long groups'}; use variant SM or auto"
             )
 
     def resolve(self, pattern: Pattern) -> Variant:
@@ -75,7 +78,9 @@ class APTOptions(Options):
 
 def can_enumerate(pattern: Pattern) -> bool:
     """Whether the pattern has groups of few subsets."""
-    return isinstance(pattern, NMPattern) and math.comb(pattern.m, pattern.keep_n) <= MAX_SUBSETS
+    if not isinstance(pattern, NMPattern) or pattern.m > MAX_GROUP:
+        return False
+    return math.comb(pattern.m, pattern.keep_n) <= MAX_SUBSETS
 
 
 def apt(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: APTOptions) -> Reconstructed:
@@ -94,7 +99,7 @@ def apt(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: 
 
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]
     columns[factor.dead] = 0
-    dense = columns.T.contiguous()
+    dense = columns.T.clone(memory_format=torch.contiguous_format)  # (of one row, the transpose is contiguous as it is)
     given = None if pruning.mask is None else pruning.mask.T.contiguous()
     pruned, mask = _walk(columns, factor.upper, pruning, given, variant, options.block_size)
     result, mask = pruned.T.contiguous(), mask.T.contiguous()

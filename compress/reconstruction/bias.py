@@ -33,4 +33,5 @@ BIAS = Reconstruction(
     paper="Coello de Portugal Mecke et al. 2025, STADE (arXiv 2503.22451), its bias correction alone",
     cost="one product of a matrix and a vector; changes only layers that have a bias",
     needs=frozenset({"moments"}),
+    corrects_bias=True,
 )

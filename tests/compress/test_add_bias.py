@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.architecture import find_blocks, linears_of, load_config, skeleton, switch_biases_on
+from compress.errors import SourceError
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric
 from compress.metrics import METRICS
+from compress.reconstruction import RECONSTRUCTIONS, SPARSEGPT
 from compress.verify import verify
 from tests import tiny_models
 from tests.runs import block_linears, compress, generated, identical, load, logits, stored
@@ -55,8 +58,16 @@ def test_switches_that_are_on_already(tmp_path: Path) -> None:
     assert {name.split(".", 3)[3].removesuffix(".bias") for name in added} == MLP
 
 
+@pytest.fixture(autouse=True)
+def leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reconstruction that may correct biases and does not, so that they stay what they were made as."""
+    method = dataclasses.replace(SPARSEGPT, name="test_leaving", corrects_bias=True)
+    monkeypatch.setitem(RECONSTRUCTIONS, method.name, method)
+
+
 def artefacts(family: str, directory: Path, **settings: Any) -> tuple[Path, Path, Path]:
     source = tiny_models.build(family, directory / "source")
+    settings = {"reconstruction": "test_leaving", **settings}
     packed = compress(source, directory / "packed", add_bias=True, **settings).directory
     dense = compress(source, directory / "dense", add_bias=True, format="dense", **settings).directory
     return source, packed, dense
@@ -101,6 +112,13 @@ def test_families_without_switches_are_unchanged(family: str, tmp_path: Path) ->
     assert ours.keys() == theirs.keys()
     assert all(identical(tensor, theirs[name]) for name, tensor in ours.items())
     assert stored(dense).keys() == stored(source).keys()
+
+
+def test_no_switch_for_what_has_no_bias(tmp_path: Path) -> None:
+    source = tiny_models.build("phi3", tmp_path / "source")
+    with pytest.raises(SourceError, match=r"Phi3ForCausalLM has no switch .* \(12 have none, the first is .*\); leave"):
+        compress(source, tmp_path / "out", add_bias=True, reconstruction="bias", metric="wanda")
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_metric_that_corrects_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

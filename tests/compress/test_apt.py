@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -216,7 +217,7 @@ def test_the_variant_is_chosen_by_the_pattern() -> None:
     assert APTOptions().resolve(NMPattern(2, 4)) == APTOptions().resolve(NMPattern(4, 8)) == "MM"
     assert APTOptions().resolve(NMPattern(8, 16)) == APTOptions().resolve(UnstructuredPattern(0.5)) == "SM"
     assert APTOptions(variant="MS").resolve(NMPattern(2, 4)) == "MS"
-    with pytest.raises(RecipeError, match=r"compares all subsets of a group, and pattern '16:32' has more than"):
+    with pytest.raises(RecipeError, match=r"compares all subsets of a group, and pattern '16:32' has too many of them"):
         Recipe.create(reconstruction="apt", pattern="16:32", format="dense", reconstruction_options={"variant": "MM"})
     with pytest.raises(RecipeError, match=r"'unstructured 0\.5' has no groups; use variant SM or auto"):
         Recipe.create(
@@ -229,6 +230,27 @@ def test_the_variant_is_chosen_by_the_pattern() -> None:
     assert MAX_SUBSETS >= 70
     assert APT.own_metric
     assert Recipe.create(reconstruction="apt").chosen_metric is None
+
+
+def test_a_single_row_is_refitted_like_any_other() -> None:
+    """The transpose of one row is contiguous as it is: the dense row must not be what the walk overwrites."""
+    weight, x = layer(3, 64, 1024)
+    exactly: dict[str, Any] = {"refit_steps": 200, "refit_tolerance": 1e-6}
+    whole, alone = (run(rows, x, NMPattern(2, 4), **exactly) for rows in (weight, weight[:1]))
+    assert torch.equal(whole.mask[:1], alone.mask)
+    assert alone.notes["refit_steps"] > 0
+    torch.testing.assert_close(alone.weight, whole.weight[:1], rtol=1e-2, atol=1e-3)
+    walked = run(weight[:1], x, NMPattern(2, 4), refit_steps=0)
+    hessian, _ = damped(x, DAMPING)
+    assert float(loss(weight[:1], alone.weight, hessian)) < 0.95 * float(loss(weight[:1], walked.weight, hessian))
+
+
+@pytest.mark.parametrize("pattern", [NMPattern(1, 64), NMPattern(63, 64), NMPattern(1, 32)], ids=str)
+def test_long_groups_of_few_subsets(pattern: NMPattern) -> None:
+    weight, x = layer(3, 128, 600)
+    result = run(weight, x, pattern)
+    assert result.notes["variant"] == "SM"
+    assert bool((result.mask.view(3, -1, pattern.m).sum(dim=2) == pattern.keep_n).all())
 
 
 def test_rows_are_independent_and_repeatable() -> None:

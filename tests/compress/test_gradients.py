@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from compress import gradients, pruner
 from compress.architecture import find_blocks, is_linear, oriented
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet, text_set
-from compress.errors import OutputError, SourceError
+from compress.errors import CorruptCheckpointError, OutputError, SourceError
 from compress.gradients import GradientStore, regional_gradients
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric
@@ -257,6 +259,72 @@ def test_what_a_killed_run_left_is_no_obstacle(tmp_path: Path) -> None:
     assert names == ["gradients-00000.safetensors", "gradients-00001.safetensors", gradients.RECORD]
 
 
+def test_a_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is not a directory"):
+        GradientStore(tmp_path / "file", {})
+    store = GradientStore(tmp_path / "file" / "below", {})
+    with pytest.raises(OutputError, match="cannot write"):
+        store.provide(KINDS, lambda: pytest.fail("no model"), samples_of("llama"), [], set(), lambda *_: None)
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    model, samples = block_model("llama", tmp_path, num_hidden_layers=2), samples_of("llama")
+    directory = tmp_path / "gradients"
+    store = GradientStore(directory, {})
+    store.gather(model, samples, layers_of(model), KINDS)
+    file = directory / "gradients-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(CorruptCheckpointError, match="its SHA-256 does not fit"):
+        store.read(1, layers_of(model)[1], KINDS, CPU)
+    file.unlink()
+    assert not GradientStore(directory, {}).has(KINDS), "a block is missing"
+
+
+def test_two_runs_of_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first, and gathers nothing itself."""
+    samples = samples_of("llama")
+    models = [block_model("llama", tmp_path / name, num_hidden_layers=2) for name in ("a", "b")]
+    directory = tmp_path / "gradients"
+    started, go_on, gathered = threading.Event(), threading.Event(), []
+    gather = GradientStore.gather
+
+    def slow(self: GradientStore, model: BlockModel, *args: Any) -> None:
+        gathered.append(model)
+        started.set()
+        assert go_on.wait(30)
+        gather(self, model, *args)
+
+    monkeypatch.setattr(GradientStore, "gather", slow)
+    said: list[str] = []
+
+    def provide(model: BlockModel) -> GradientStore:
+        store = GradientStore(directory, {})
+        wanted = {name for block in layers_of(model) for name in block}
+
+        def progress(done: int, total: int, text: str) -> None:
+            said.append(text)
+            if "waiting" in text:
+                go_on.set()
+
+        store.provide(KINDS, lambda: model, samples, layers_of(model), wanted, progress)
+        return store
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(provide, models[0])
+        assert started.wait(30)
+        second = pool.submit(provide, models[1])
+        stores = [first.result(60), second.result(60)]
+    assert gathered == [models[0]]
+    assert any("waiting for the run that is using" in text for text in said)
+    one, two = (store.read(1, layers_of(models[0])[1], KINDS, CPU) for store in stores)
+    assert all(torch.equal(one[name][kind], two[name][kind]) for name in one for kind in KINDS)
+    for store in stores:
+        store.close()
+
+
 # In a run
 
 
@@ -295,6 +363,23 @@ def test_run(family: str, gblm: list[LayerStatistics], tmp_path: Path, monkeypat
     assert tree(one) == tree(three)
     with pytest.raises(OutputError, match="it differs in: calibration"):
         compress(source, tmp_path / "four", gradients=kept, seed=1, **settings)
+
+
+def test_kept_gradients_are_for_any_layers_and_a_refusal_leaves_nothing(
+    gblm: list[LayerStatistics], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, kept = tiny_models.build("llama", tmp_path / "source", layers=2), tmp_path / "kept"
+    compress(source, tmp_path / "one", gradients=kept, ignore=("*.k_proj",), **SETTINGS)
+    expected = compress(source, tmp_path / "expected", **SETTINGS).directory
+    monkeypatch.setattr(GradientStore, "gather", lambda *_: pytest.fail("they are there already"))
+    two = compress(source, tmp_path / "two", gradients=kept, **SETTINGS).directory
+    assert tree(two) == tree(expected)
+    for wrong in ({"samples": 5}, {"gradients": source}):
+        with pytest.raises(OutputError):
+            compress(source, tmp_path / "three", **{"gradients": kept, **wrong}, **SETTINGS)
+        assert not (tmp_path / "three.partial").exists()
+    three = compress(source, tmp_path / "three", gradients=kept, **SETTINGS).directory
+    assert tree(three) == tree(expected)
 
 
 @pytest.mark.parametrize(("stored", "passes"), [("float16", "float32"), ("bfloat16", "bfloat16")])

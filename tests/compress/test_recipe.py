@@ -118,6 +118,7 @@ def test_no_file(tmp_path: Path) -> None:
         ({"dtype": "float8"}, r"dtype: Input should be 'auto', 'bfloat16', 'float16' or 'float32' \(got 'float8'\)"),
         ({"format": "zip"}, "format: Input should be 'packed' or 'dense'"),
         ({"group": "matrix"}, "group: "),
+        ({"add_bias": True}, "neither the metric nor the reconstruction would change it"),
         ({"metric": 3}, "metric: Input should be a valid string"),
         ({"ignore": "lm_head"}, "ignore: "),
     ],
@@ -174,10 +175,11 @@ def test_every_field_is_in_the_digest_and_the_differences() -> None:
     digests = {default.digest}
     assert CHANGES.keys() | {"metric_options"} == Recipe.model_fields.keys(), "a new field belongs in this test"
     for name, value in CHANGES.items():
-        changed = Recipe.create(**{name: value})
+        beside = {"reconstruction": "bias"} if name == "add_bias" else {}  # which alone would be refused
+        before, changed = Recipe.create(**beside), Recipe.create(**beside, **{name: value})
         digests.add(changed.digest)
-        [difference] = changed.differences(default)
-        old, new = (recipe.model_dump(mode="json")[name] for recipe in (default, changed))
+        [difference] = changed.differences(before)
+        old, new = (recipe.model_dump(mode="json")[name] for recipe in (before, changed))
         assert difference == f"{name}: {new!r} instead of {old!r}"
     assert len(digests) == 1 + len(CHANGES)
 
