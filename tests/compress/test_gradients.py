@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress import gradients, pruner
+from compress import gradients, pruner, sources
 from compress.architecture import find_blocks, is_linear, oriented
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet, text_set
@@ -380,6 +382,33 @@ def test_kept_gradients_are_for_any_layers_and_a_refusal_leaves_nothing(
         assert not (tmp_path / "three.partial").exists()
     three = compress(source, tmp_path / "three", gradients=kept, **SETTINGS).directory
     assert tree(three) == tree(expected)
+
+
+def test_kept_gradients_of_a_gguf(gblm: list[LayerStatistics], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of the file is new in each run; the file is what counts."""
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    gguf, kept = tmp_path / "model.gguf", tmp_path / "kept"
+    gguf.write_bytes(b"GGUF")
+    monkeypatch.setattr(sources, "from_gguf", lambda _, directory: shutil.copytree(source, directory))
+    one = compress(gguf, tmp_path / "one", gradients=kept, **SETTINGS).directory
+    monkeypatch.setattr(GradientStore, "gather", lambda *_: pytest.fail("they are there already"))
+    two = compress(gguf, tmp_path / "two", gradients=kept, **SETTINGS).directory
+    assert tree(one)["model.safetensors"] == tree(two)["model.safetensors"]
+    gguf.write_bytes(b"GGUF2")
+    with pytest.raises(OutputError, match="it differs in: source"):
+        compress(gguf, tmp_path / "three", gradients=kept, **SETTINGS)
+
+
+def test_regional_leaves_no_graph_in_the_block(tmp_path: Path) -> None:
+    """Some blocks keep what they computed, such as a recurrent state."""
+    model = block_model("llama", tmp_path, num_hidden_layers=1)
+    hidden = model.record_calls(samples_of("llama").batches(1))
+    block = model.load_block(0)
+    block.register_forward_hook(lambda module, args, output: setattr(module, "state", output))
+    regional_gradients(model, 0, model.linears(0), hidden)
+    assert not hasattr(block, "state")
+    assert all(not parameter.requires_grad for parameter in block.parameters())
+    copy.deepcopy(block)
 
 
 @pytest.mark.parametrize(("stored", "passes"), [("float16", "float32"), ("bfloat16", "bfloat16")])
