@@ -54,7 +54,8 @@ def render(document: dict[str, Any], plan: Sequence[Any], metrics: Sequence[str]
         f"2:4 in all linears of all blocks; {protocol['samples']} windows of {protocol['length']} tokens of "
         f"{protocol['calibration']}, seed {protocol['seed']}. Perplexity of {protocol['text']}, first "
         f"{protocol['windows']} windows of {protocol['window_length']}; dense {document['dense']:.2f}. In brackets the "
-        "relative output error, the mean over the layers, each on the inputs that its own pruned prefix gives.",
+        "relative output error, the mean over the layers, each on the inputs that its own pruned prefix gives. What is empty "
+        "was not run (yet).",
         "",
         *_matrix(done, metrics, columns),
         "",
@@ -78,13 +79,17 @@ def render(document: dict[str, Any], plan: Sequence[Any], metrics: Sequence[str]
 
 
 def _matrix(done: dict[str, dict[str, Any]], metrics: Sequence[str], columns: Sequence[str]) -> list[str]:
-    def cell(metric: str, column: str) -> str:
-        found = done.get(f"{metric} + {column} 2:4")
-        return f"{_number(found['perplexity'])} ({found['relative_output_error']:.3f})" if found else "not run"
-
-    rows = [f"| {metric} | " + " | ".join(cell(metric, column) for column in columns) + " |" for metric in metrics]
-    own = f"| the reconstruction's own | {' | '.join(cell('own', c) if c in ('sparsegpt', 'apt') else '-' for c in columns)} |"
-    return ["| metric | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|", *rows, own]
+    """The table of metrics and reconstructions; rows of which nothing has been run yet are left out."""
+    own = "the reconstruction's own"
+    labels = {**{metric: metric for metric in metrics}, "own": own}
+    rows = []
+    for metric, label in labels.items():
+        for suffix, addition in (("", ""), (" permuted", ", channels reordered")):
+            found = [done.get(f"{metric} + {column} 2:4{suffix}") for column in columns]
+            cells = [f"{_number(f['perplexity'])} ({f['relative_output_error']:.3f})" if f else "" for f in found]
+            if any(cells):
+                rows.append(f"| {label}{addition} | " + " | ".join(cells) + " |")
+    return ["| metric | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|", *rows]
 
 
 def _claims(done: dict[str, dict[str, Any]]) -> list[str]:
