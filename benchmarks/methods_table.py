@@ -60,9 +60,6 @@ def render(document: dict[str, Any], plan: Sequence[Any], metrics: Sequence[str]
         *_matrix(done, metrics, columns),
         "",
     ]
-    missing = [cell.key for cell in plan if cell.key not in done]
-    if missing:
-        lines += [f"Not run yet: {len(missing)} of {len(plan)} cells ({'; '.join(missing)}).", ""]
     lines += ["## What the papers report, and what was measured", "", *_claims(done), "", "## Every run", ""]
     lines += _runs(done)
     if done:
@@ -75,6 +72,9 @@ def render(document: dict[str, Any], plan: Sequence[Any], metrics: Sequence[str]
             "processor's seconds are what compares, and only within this table. Peak memory is the resident set of the "
             "run's process.",
         ]
+    missing = [cell.key for cell in plan if cell.key not in done]
+    if missing:
+        lines += ["", f"Not run yet: {len(missing)} of {len(plan)} cells ({'; '.join(missing)})."]
     return "\n".join(lines) + "\n"
 
 
