@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,11 @@ def layer(n: int, k: int, t: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return weight, x
 
 
-def gathered(x: Tensor, needs: Iterable[str] = ("gram", "sum_of_squares", "sample")) -> LayerStatistics:
-    """The statistics of inputs [t, k]."""
+def gathered(x: Tensor, needs: Iterable[str] = ("gram", "sum_of_squares", "sample"), **more: Any) -> LayerStatistics:
+    """The statistics of inputs [t, k], with what else is known of the layer."""
     statistics = InputStatistics(needs, x.shape[1], tokens=len(x))
     statistics.update(x)
-    return LayerStatistics(statistics)
+    return LayerStatistics(statistics, **more)
 
 
 def damped(x: Tensor, damping: float) -> tuple[Tensor, Tensor]:

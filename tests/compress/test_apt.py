@@ -23,6 +23,7 @@ from tests.compress.layers import damped, gathered, layer
 from tests.compress.test_refit import by_kept_set, loss
 
 DAMPING = 0.01
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(weight: Tensor, x: Tensor, pattern: Pattern, given: Tensor | None = None, **options: object) -> Reconstructed:

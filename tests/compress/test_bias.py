@@ -6,27 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.layer_statistics import LayerStatistics
 from compress.layers import prune_layer
 from compress.methods import Options, Pruning, Reconstructed
 from compress.metrics.magnitude import magnitude
 from compress.patterns import NMPattern, Pattern, UnstructuredPattern
 from compress.recipe import Recipe
 from compress.reconstruction import BIAS
-from compress.statistics import InputStatistics
-from tests.compress.test_sparsegpt import layer
-
-
-def gathered(x: Tensor, bias: Tensor | None) -> LayerStatistics:
-    statistics = InputStatistics({"moments", "sum_of_squares", "sample"}, x.shape[1], tokens=len(x))
-    statistics.update(x)
-    return LayerStatistics(statistics, bias=bias)
+from tests.compress.layers import gathered, layer
 
 
 def run(weight: Tensor, x: Tensor, bias: Tensor | None, pattern: Pattern) -> Reconstructed:
     scores = magnitude(weight)
     pruning = Pruning(pattern, "row", pattern.mask(scores), scores)
-    return BIAS.run(weight, pruning, gathered(x, bias), Options())
+    return BIAS.run(weight, pruning, gathered(x, {"moments", "sum_of_squares", "sample"}, bias=bias), Options())
 
 
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), UnstructuredPattern(0.6)], ids=str)
@@ -65,7 +57,7 @@ def test_one_token_is_reproduced_exactly() -> None:
 def test_a_layer_without_a_bias_is_left_as_none_leaves_it() -> None:
     weight, x = layer(6, 32, 100)
     recipe = {"metric": "magnitude", "format": "dense"}
-    given = gathered(x, None)
+    given = gathered(x, {"moments", "sum_of_squares", "sample"}, bias=None)
     plain = prune_layer("a", weight, given, Recipe.create(reconstruction="none", **recipe))
     ours = prune_layer("a", weight, given, Recipe.create(reconstruction="bias", **recipe))
     assert torch.equal(ours.weight, plain.weight)
@@ -77,7 +69,12 @@ def test_a_layer_without_a_bias_is_left_as_none_leaves_it() -> None:
 def test_the_recorded_error_counts_the_new_bias() -> None:
     weight, x = layer(6, 32, 100)
     records = {
-        name: prune_layer("a", weight, gathered(x, torch.ones(6)), Recipe.create(metric="wanda", reconstruction=name))
+        name: prune_layer(
+            "a",
+            weight,
+            gathered(x, {"moments", "sum_of_squares", "sample"}, bias=torch.ones(6)),
+            Recipe.create(metric="wanda", reconstruction=name),
+        )
         for name in ("none", "bias")
     }
     assert records["bias"].record["relative_output_error"] < records["none"].record["relative_output_error"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,28 +17,16 @@ from compress.patterns import Group, NMPattern, Pattern, UnstructuredPattern, pa
 from compress.reconstruction import DSNOT, R2_DSNOT
 from compress.reconstruction.dsnot import DSnoTOptions, dsnot
 from compress.reconstruction.r2_dsnot import R2DSnoTOptions, r2_dsnot
-from compress.statistics import InputStatistics
-from tests.compress.test_sparsegpt import layer
+from tests.compress.layers import gathered, layer
 
 CASES = [("2:4", "row"), ("4:8", "row"), ("1:4", "row"), ("0.5", "row"), ("0.7", "layer"), ("0.5", "block")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parse(pattern: str) -> Pattern:
     return parse_pattern(pattern) if ":" in pattern else UnstructuredPattern(float(pattern))
-
-
-def gathered(x: Tensor, windows: int) -> LayerStatistics:
-    statistics = InputStatistics({"moments", "sum_of_squares"}, x.shape[1], tokens=len(x))
-    statistics.update(x)
-    return LayerStatistics(statistics, windows=windows)
 
 
 def one_row(
@@ -137,7 +124,7 @@ def plain(weight: Tensor, x: Tensor, windows: int, pruning: Pruning, options: DS
 
 
 def start(weight: Tensor, x: Tensor, windows: int, pattern: Pattern, group: Group) -> tuple[LayerStatistics, Pruning]:
-    statistics = gathered(x, windows)
+    statistics = gathered(x, {"moments", "sum_of_squares"}, windows=windows)
     scores = wanda(weight, statistics)
     return statistics, Pruning(pattern, group, pattern.mask(scores, group), scores)
 
@@ -279,7 +266,7 @@ def test_ties(pattern: str) -> None:
 def test_negative_scores_are_ordered() -> None:
     """A metric's scores may be anything finite; −0.0 and 0.0 are equal."""
     weight, x = layer(8, 64, 200)
-    statistics = gathered(x, 4)
+    statistics = gathered(x, {"moments", "sum_of_squares"}, windows=4)
     scores = (torch.randn(8, 64, generator=torch.Generator().manual_seed(1)) * 2).round() / 2
     for pattern in (NMPattern(2, 4), UnstructuredPattern(0.5)):
         pruning = Pruning(pattern, "row", pattern.mask(scores), scores)

@@ -17,6 +17,7 @@ from compress.refit import joint_refit
 from tests.compress.layers import damped, gathered, layer
 
 DAMPING = 0.01
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def by_kept_set(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:

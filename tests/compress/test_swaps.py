@@ -11,29 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.layer_statistics import LayerStatistics
 from compress.methods import Pruning, Reconstructed
 from compress.metrics.magnitude import magnitude
 from compress.patterns import Group, NMPattern, Pattern, UnstructuredPattern, parse_pattern
 from compress.reconstruction.swaps import SWAPS, SwapsOptions, _costs, _start, _with_best_partner, swaps
-from compress.statistics import InputStatistics
-from tests.compress.test_sparsegpt import layer
+from tests.compress.layers import gathered, layer
 
 WINDOW = 128
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def gathered(x: Tensor) -> LayerStatistics:
-    statistics = InputStatistics({"gram"}, x.shape[1], tokens=len(x))
-    statistics.update(x)
-    return LayerStatistics(statistics)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(
