@@ -17,8 +17,7 @@ DAMPING = 0.01
 """Of the papers (SparseGPT, APT), for a Gram matrix that has seen enough tokens."""
 FEW_TOKENS_DAMPING = 0.1
 FEW_TOKENS = 4
-"""Tokens per input channel below which a Gram matrix fits its tokens rather than the layer's inputs: on held-out
-inputs a damping of 0.1 is then the better one (synthetic layers, T/K = 1 and 2)."""
+"""Tokens per input channel below which a Gram matrix fits its tokens rather than the layer's inputs, and is damped more."""
 
 Damping: Any = Field(
     None,

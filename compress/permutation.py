@@ -18,8 +18,7 @@ from torch import Tensor
 ROUNDS = 3
 """Most passes over the slots."""
 ENOUGH = 1e-3
-"""A pass that gains less than this share of the retained score is the last one. Of a gain of 3 per cent the heuristic
-makes two thirds, the first pass nearly all of the rest, the second one a fortieth, and each later one still less."""
+"""A pass that gains less than this share of the retained score is the last one."""
 CHUNK = 2**20
 """Scores of one slot that are compared at a time: about as many as fit the cache of one core."""
 
