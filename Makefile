@@ -1,16 +1,17 @@
 # Every target sets up what it needs. `make demo` runs the main job on a real model, `make test` the tests.
 ENVIRONMENT := .venv/.ready
 RUN := .venv/bin/
+LIBRARY := serve/kernels/cpu/libhalve_cpu.so
 
 .PHONY: demo test check format clean
 
-demo: $(ENVIRONMENT)
+demo: $(ENVIRONMENT) $(LIBRARY)
 	$(RUN)python -m benchmarks.demo
 
-test: $(ENVIRONMENT)
+test: $(ENVIRONMENT) $(LIBRARY)
 	$(RUN)python -m pytest
 
-check: $(ENVIRONMENT)
+check: $(ENVIRONMENT) $(LIBRARY)
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)pyright
@@ -21,8 +22,12 @@ format: $(ENVIRONMENT)
 	$(RUN)ruff format .
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv build dist runs $(LIBRARY)
 
 $(ENVIRONMENT): pyproject.toml deploy/constraints.txt deploy/environment.sh
 	sh deploy/environment.sh
 	touch $@
+
+# Where there is no compiler, this says so and halve works without its kernels.
+$(LIBRARY): serve/kernels/cpu/build.py $(wildcard serve/kernels/cpu/src/*) | $(ENVIRONMENT)
+	$(RUN)python $< --if-possible
