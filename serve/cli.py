@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 import compress.cli
 from compress.cli import Directory
@@ -163,6 +165,31 @@ def serve(
         max_num_seqs=max_num_seqs,
         device=device,
     )
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What works on this machine, what does not, why, and what to do about it."""
+    from serve.doctor import SECTIONS, examine
+
+    document = examine()
+
+    def human() -> None:
+        out.print(f"halve {document['halve']}, Python {document['python']}", highlight=False)
+        for section in SECTIONS:
+            lines = Table.grid(padding=(0, 2))
+            for check in document[section]:
+                failed = "red" if check["required"] else "yellow"
+                mark = Text("works", "green") if check["works"] else Text("no", failed)
+                lines.add_row("", mark, check["name"], Text(check["detail"]))
+                if check["remedy"]:
+                    lines.add_row("", "", "", Text(f"to do: {check['remedy']}", "bold"))
+            out.print(f"\n[bold]{section}[/]")
+            out.print(lines)
+
+    emit(document, as_json, human)
+    if not document["ok"]:
+        raise typer.Exit(1)
 
 
 def main() -> None:
