@@ -1,0 +1,218 @@
+"""Multiplies packed weights with the C++ kernels, on every processor that they were built for.
+
+A packed weight is prepared once: its bytes are put into the order in which a multiplication reads them, without
+growing (``src/halve_cpu.h`` shows the order). Up to `few_rows` rows of x, the weight is read once past sums in registers;
+above, rows of x fill the vector lanes and only kept values are multiplied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import CorruptCheckpointError, UsageError, did_you_mean
+from compress.packed import PackedWeight
+from serve.kernels.cpu import library
+
+PATHS = ("portable", "avx2", "avx512", "avx512bf16")
+"""The code paths in the library's own order."""
+
+_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_LINE = 64
+
+_REFUSALS = {
+    -1: "this processor cannot run the code path {path}",
+    -2: "the prepared weight is damaged, or no prepared weight at all",
+    -3: "the prepared weight has another shape or dtype than the call",
+    -4: "the prepared weight does not start at a cache line",
+}
+
+
+@cache
+def path() -> str | None:
+    """The code path that is used; None where the library is not there.
+
+    ``HALVE_CPU_PATH`` chooses another one than the best.
+
+    Raises:
+        UsageError: it names none, or one that this processor cannot run.
+    """
+    can = library.paths()
+    wish = os.environ.get("HALVE_CPU_PATH")
+    if wish is None or not can:
+        return can[0] if can else None
+    if wish not in PATHS:
+        raise UsageError(f"HALVE_CPU_PATH={wish!r} is not known{did_you_mean(wish, PATHS)}.")
+    if wish not in can:
+        raise UsageError(f"HALVE_CPU_PATH={wish!r}: this processor can run {', '.join(can)}.")
+    return wish
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why weights of that kind cannot be multiplied here, or None."""
+    if device.type != "cpu":
+        return f"the weight is on {device.type}"
+    if dtype not in _CODES:
+        return f"values are {str(dtype).removeprefix('torch.')}"
+    if path() is None:
+        return library.status()
+    return None
+
+
+def few_rows(dtype: torch.dtype) -> int:
+    """Up to how many rows of x the weight is streamed past sums that stay in registers."""
+    return _library().halve_sparse24_few_rows(_path_number(), _CODES[dtype])
+
+
+def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
+    """The bytes of a packed weight [N, K] in the order of the kernels, [bytes] uint8.
+
+    Raises:
+        CorruptCheckpointError: the mask has not two bits in every group of four; names the layer and the place.
+    """
+    n, k = weight.shape
+    values, mask = weight.values.contiguous(), weight.mask.contiguous()
+    code = _CODES[values.dtype]
+    lib = _library()
+    stream = torch.empty(lib.halve_sparse24_stream_bytes(code, n, k), dtype=torch.uint8)
+    bad = lib.halve_sparse24_prepare(
+        code, values.data_ptr(), mask.data_ptr(), n, k, stream.data_ptr(), torch.get_num_threads()
+    )
+    if bad >= 0:
+        row, byte = divmod(bad, k // 8)
+        raise CorruptCheckpointError(
+            f"{name}: the mask does not have two bits in every group of four (row {row}, columns {byte * 8} to "
+            f"{byte * 8 + 7}); the file is damaged, get it again"
+        )
+    return stream
+
+
+def restore(stream: Tensor) -> PackedWeight:
+    """The packed weight that was prepared, to the bit."""
+    dtype, n, k = describe(stream)
+    values = torch.empty(n, k // 2, dtype=dtype)
+    mask = torch.empty(n, k // 8, dtype=torch.uint8)
+    _check(
+        _library().halve_sparse24_restore(
+            stream.data_ptr(), stream.numel(), values.data_ptr(), mask.data_ptr(), torch.get_num_threads()
+        )
+    )
+    return PackedWeight(values, mask)
+
+
+def describe(stream: Tensor) -> tuple[torch.dtype, int, int]:
+    """dtype, N and K of a prepared weight."""
+    shape = (ctypes.c_int64 * 3)()
+    _check(_library().halve_sparse24_describe(stream.data_ptr(), stream.numel(), shape))
+    return _DTYPES[shape[0]], shape[1], shape[2]
+
+
+def expand(stream: Tensor, first_row: int, rows: int, out: Tensor) -> None:
+    """Writes rows of the dense weight to ``out`` [rows, K]."""
+    _check(
+        _library().halve_sparse24_expand(
+            stream.data_ptr(), stream.numel(), first_row, rows, out.data_ptr(), torch.get_num_threads()
+        )
+    )
+
+
+def linear(x: Tensor, stream: Tensor, bias: Tensor | None, n: int, few_rows: int = -1) -> Tensor:
+    """x [..., K] times the transposed prepared weight [N, K] plus bias [N] -> [..., N], in x's dtype.
+
+    Sums are float32 and in the order of K, whatever the number of threads.
+
+    Args:
+        few_rows: up to how many rows of x the weight is streamed past registers; negative: `few_rows` of the path.
+    """
+    # A decoding step calls this for every layer, so each operation on tensors here is felt.
+    x = x.contiguous()
+    shape = x.shape
+    k = shape[-1]
+    m = x.numel() // k
+    code = _CODES[x.dtype]
+    y = x.new_empty((*shape[:-1], n))
+    run, scratch_bytes, which = _linear()
+    scratch = None
+    if need := scratch_bytes(which, code, n, k, m, few_rows):
+        scratch = torch.empty(need, dtype=torch.uint8)
+    refusal = run(
+        *(which, stream.data_ptr(), stream.numel(), code, n, k, x.data_ptr(), m, k),
+        *(None if bias is None else bias.data_ptr(), y.data_ptr(), n, few_rows),
+        *(None if scratch is None else scratch.data_ptr(), torch.get_num_threads()),
+    )
+    if refusal:
+        _check(refusal)
+    return y
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times a transposed dense weight [N, K] plus bias [N] -> [..., N]; for few rows."""
+    x = x.contiguous()
+    n, k = weight.shape
+    m = x.numel() // k
+    y = x.new_empty((*x.shape[:-1], n))
+    refusal = _library().halve_dense_linear(
+        *(_path_number(), _CODES[x.dtype], weight.data_ptr(), n, k, weight.stride(0), x.data_ptr(), m, k),
+        *(None if bias is None else bias.data_ptr(), y.data_ptr(), n, torch.get_num_threads()),
+    )
+    if refusal:
+        _check(refusal)
+    return y
+
+
+@cache
+def _linear() -> tuple[Any, Callable[..., int], int]:
+    """What a multiplication needs every time, looked up once."""
+    lib = _library()
+    return lib.halve_sparse24_linear, lru_cache(maxsize=4096)(lib.halve_sparse24_scratch_bytes), _path_number()
+
+
+def _check(refusal: int) -> None:
+    if refusal:
+        raise RuntimeError(_REFUSALS[refusal].format(path=path()))
+
+
+@cache
+def _path_number() -> int:
+    chosen = path()
+    assert chosen is not None, "asked only where `why_not` gives no reason"
+    return PATHS.index(chosen)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The library with the types of its functions, running on torch's threads."""
+    lib = library.load()
+    assert lib is not None, "asked only where `why_not` gives no reason"
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    signatures = {
+        "halve_sparse24_stream_bytes": (size, (number, size, size)),
+        "halve_sparse24_prepare": (size, (number, pointer, pointer, size, size, pointer, number)),
+        "halve_sparse24_few_rows": (size, (number, number)),
+        "halve_sparse24_describe": (number, (pointer, size, pointer)),
+        "halve_sparse24_restore": (number, (pointer, size, pointer, pointer, number)),
+        "halve_sparse24_expand": (number, (pointer, size, size, size, pointer, number)),
+        "halve_sparse24_scratch_bytes": (size, (number, number, size, size, size, size)),
+        "halve_sparse24_linear": (
+            number,
+            (number, pointer, size, number, size, size, pointer, size, size, pointer, pointer, size, size, pointer, number),
+        ),
+        "halve_dense_linear": (
+            number,
+            (number, number, pointer, size, size, size, pointer, size, size, pointer, pointer, size, number),
+        ),
+        "halve_cpu_set_thread_pool": (None, (pointer, pointer, pointer)),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    if pool := library.thread_pool():
+        lib.halve_cpu_set_thread_pool(pool.parallel, pool.thread_num, pool.num_threads)
+    return lib

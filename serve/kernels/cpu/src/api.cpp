@@ -1,0 +1,204 @@
+// What Python calls, by ctypes. Sizes are checked by the caller against the header of the stream; functions return 0,
+// or a negative number for a call that makes no sense.
+#include "halve_cpu.h"
+#include "kernels.h"
+#include "threads.h"
+
+#include "export.h"
+
+namespace halve {
+namespace {
+
+enum PathNumber : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kPaths = 4 };
+constexpr const char* kNames[kPaths] = {"portable", "avx2", "avx512", "avx512bf16"};
+
+bool can_run(int path) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  switch (path) {
+    case kPortable: return true;
+    case kAvx2: return avx2;
+    case kAvx512: return avx512;
+    case kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    default: return false;
+  }
+#else
+  return path == kPortable;
+#endif
+}
+
+// What a path takes for a dtype. The one for bfloat16 leaves other dtypes to the one below.
+Path kernels_of(int path, [[maybe_unused]] DType dtype) {
+  switch (path) {
+#if defined(__x86_64__)
+    case kAvx512Bf16:
+      if (dtype == kBFloat16) return {&kAvx512Bf16Stream, &kAvx512Bf16Panel, 30};
+      [[fallthrough]];
+    case kAvx512: return {&kAvx512Stream, &kAvx512Panel, 20};
+    case kAvx2: return {&kAvx2Stream, &kAvx2Panel, 20};
+#endif
+    default: return {&kPortableOne, &kPortablePanel, 1};
+  }
+}
+
+// `few_rows`: negative for the path's own limit; tests set it to see either kernel at any size.
+const Kernel& kernel(int path, DType dtype, int64_t rows, int64_t few_rows) {
+  const Path kernels = kernels_of(path, dtype);
+  if (few_rows < 0 || kernels.few == &kPortableOne) few_rows = kernels.few_rows;
+  return rows <= few_rows ? *kernels.few : *kernels.many;
+}
+
+struct Pass {
+  const Call* call;
+  void (*run)(const Call&, int64_t, int64_t);
+};
+
+void run_pass(void* context, int64_t first, int64_t last) {
+  const Pass& pass = *static_cast<const Pass*>(context);
+  pass.run(*pass.call, first, last);
+}
+
+// Sizes come from the stream itself, and are compared with what the caller takes them for: nothing is read or written
+// out of bounds, whatever bytes are handed over.
+enum Refusal : int { kNoPath = -1, kNoStream = -2, kOtherShape = -3, kMisaligned = -4 };
+
+int read_header(const uint8_t* stream, int64_t bytes, Weight& weight) {
+  if (reinterpret_cast<uintptr_t>(stream) % 64 != 0) return kMisaligned;
+  if (bytes < kHeaderBytes) return kNoStream;
+  Header header;
+  std::memcpy(&header, stream, sizeof header);
+  if (header.magic != kMagic || header.dtype < kBFloat16 || header.dtype > kFloat32) return kNoStream;
+  if (header.n < 0 || header.k < 0 || header.bytes != bytes) return kNoStream;
+  const DType dtype = static_cast<DType>(header.dtype);
+  if (stream_bytes(dtype, header.n, header.k) != bytes) return kNoStream;
+  weight = describe(dtype, header.n, header.k, stream + kHeaderBytes);
+  return 0;
+}
+
+struct DensePass {
+  const DenseCall* call;
+  DenseKernel run;
+};
+
+constexpr int64_t kDenseUnit = 16;  // rows
+
+void run_dense(void* context, int64_t first, int64_t last) {
+  const DensePass& pass = *static_cast<const DensePass*>(context);
+  const int64_t end = last * kDenseUnit < pass.call->n ? last * kDenseUnit : pass.call->n;
+  pass.run(*pass.call, first * kDenseUnit, end);
+}
+
+}  // namespace
+}  // namespace halve
+
+using namespace halve;
+
+// Names of the paths that this processor can run, best first, separated by commas.
+HALVE_EXPORT const char* halve_cpu_paths() {
+  static const struct Names {
+    char text[64] = {};
+    Names() {
+      for (int path = kPaths - 1; path >= 0; --path) {
+        if (!can_run(path)) continue;
+        if (text[0] != 0) std::strcat(text, ",");
+        std::strcat(text, kNames[path]);
+      }
+    }
+  } names;
+  return names.text;
+}
+
+// Bytes of the stream of a weight [n, k], for a buffer that starts at a cache line.
+HALVE_EXPORT int64_t halve_sparse24_stream_bytes(int dtype, int64_t n, int64_t k) {
+  return stream_bytes(static_cast<DType>(dtype), n, k);
+}
+
+// values [n, k/2], mask [n, k/8] -> stream. Returns -1, or the index of the first byte of the mask that is not two of
+// four twice (the stream is of no use then).
+HALVE_EXPORT int64_t halve_sparse24_prepare(int dtype, const uint8_t* values, const uint8_t* mask, int64_t n, int64_t k,
+                                            uint8_t* stream, int threads) {
+  return prepare(static_cast<DType>(dtype), values, mask, n, k, stream, threads);
+}
+
+// Up to how many rows of x the weight is streamed past registers.
+HALVE_EXPORT int64_t halve_sparse24_few_rows(int path, int dtype) {
+  return kernels_of(path, static_cast<DType>(dtype)).few_rows;
+}
+
+// shape: dtype, n, k of a stream.
+HALVE_EXPORT int halve_sparse24_describe(const uint8_t* stream, int64_t bytes, int64_t* shape) {
+  Weight weight;
+  if (const int refusal = read_header(stream, bytes, weight)) return refusal;
+  shape[0] = weight.dtype;
+  shape[1] = weight.n;
+  shape[2] = weight.k;
+  return 0;
+}
+
+// The inverse of prepare.
+HALVE_EXPORT int halve_sparse24_restore(const uint8_t* stream, int64_t bytes, uint8_t* values, uint8_t* mask, int threads) {
+  Weight weight;
+  if (const int refusal = read_header(stream, bytes, weight)) return refusal;
+  restore(weight, values, mask, threads);
+  return 0;
+}
+
+// Rows first_row to first_row + rows of the dense weight, [rows, k].
+HALVE_EXPORT int halve_sparse24_expand(const uint8_t* stream, int64_t bytes, int64_t first_row, int64_t rows, uint8_t* dense,
+                                 int threads) {
+  Weight weight;
+  if (const int refusal = read_header(stream, bytes, weight)) return refusal;
+  if (first_row < 0 || rows < 0 || first_row + rows > weight.n) return kOtherShape;
+  if (rows > 0) expand(weight, first_row, rows, dense, threads);
+  return 0;
+}
+
+// Bytes of scratch (aligned to a cache line) that a multiplication of m rows needs.
+HALVE_EXPORT int64_t halve_sparse24_scratch_bytes(int path, int dtype, int64_t n, int64_t k, int64_t m, int64_t few_rows) {
+  if (!can_run(path)) return kNoPath;
+  const DType kind = static_cast<DType>(dtype);
+  const Call call{describe(kind, n, k, nullptr), nullptr, m, 0, nullptr, nullptr, 0, 1, nullptr};
+  return kernel(path, kind, m, few_rows).scratch_bytes(call);
+}
+
+// y [m, n] = x [m, k] W^T + bias (or null). `few_rows`: see `kernel`.
+HALVE_EXPORT int halve_sparse24_linear(int path, const uint8_t* stream, int64_t bytes, int dtype, int64_t n, int64_t k,
+                                 const void* x, int64_t m, int64_t x_stride, const void* bias, void* y,
+                                 int64_t y_stride, int64_t few_rows, uint8_t* scratch, int threads) {
+  Weight weight;
+  if (!can_run(path)) return kNoPath;
+  if (const int refusal = read_header(stream, bytes, weight)) return refusal;
+  if (weight.dtype != dtype || weight.n != n || weight.k != k) return kOtherShape;
+  if (m == 0) return 0;
+  const Call call{weight, x, m, x_stride, bias, y, y_stride, threads, scratch};
+  const Kernel& chosen = kernel(path, weight.dtype, m, few_rows);
+  Pass arrange{&call, chosen.arrange}, run{&call, chosen.run};
+  const int64_t arrange_units = chosen.arrange_units(call);
+  if (arrange_units > 0) parallel(threads, arrange_units, run_pass, &arrange);
+  parallel(threads, chosen.units(call), run_pass, &run);
+  return 0;
+}
+
+// y [m, n] = x [m, k] W^T + bias (or null) for a dense row-major W; for few rows.
+HALVE_EXPORT int halve_dense_linear(int path, int dtype, const void* weight, int64_t n, int64_t k, int64_t weight_stride,
+                              const void* x, int64_t m, int64_t x_stride, const void* bias, void* y, int64_t y_stride,
+                              int threads) {
+#if defined(__x86_64__)
+  DenseKernel chosen = nullptr;
+  if (path == kAvx2) chosen = kAvx2Dense;
+  if (path >= kAvx512) chosen = kAvx512Dense;
+  if (path == kAvx512Bf16 && dtype == kBFloat16) chosen = kAvx512Bf16Dense;
+  if (chosen == nullptr || !can_run(path)) return kNoPath;
+  const DenseCall call{static_cast<DType>(dtype), weight, n, k, weight_stride, x, m, x_stride, bias, y, y_stride};
+  DensePass pass{&call, chosen};
+  parallel(threads, ceil_div(n, kDenseUnit), run_dense, &pass);
+  return 0;
+#else
+  (void)path, (void)dtype, (void)weight, (void)n, (void)k, (void)weight_stride, (void)x, (void)m, (void)x_stride;
+  (void)bias, (void)y, (void)y_stride, (void)threads;
+  return kNoPath;
+#endif
+}

@@ -1,0 +1,150 @@
+// The prepared form of a packed 2:4 weight on a CPU, and what its kernels share.
+//
+// A weight [N, K] is cut into tiles of 16 rows and 32 columns (8 groups of four). A tile holds
+//
+//   mask    16 x u32     row r's four mask bytes as they are in the packed format: bit c says that column c is kept,
+//                        so bits 4g to 4g+3 are the mask of group g
+//   values  [8 groups]   bfloat16: [16 rows][2], so that a group of a row is one 32-bit word, what a bfloat16 dot
+//                        product takes; float16 and float32: [2][16 rows], so that a vector holds one value a row
+//
+// Tiles are stored as [N/16][K/32]: the tiles of 16 rows, a block, follow each other, and a multiplication reads a
+// handful of blocks side by side, each from front to back. (The processor's own prefetchers follow a few such streams
+// twice as fast as a single one of the same bytes, and faster than any prefetch instruction makes them.) A weight takes
+// the bytes of the packed format (9/16 of 16-bit dense), up to padding at the edges: rows and columns that do not exist
+// have the mask 0011 and zeros.
+//
+// The mask of a group needs no decoding. Its two set bits make one of the six numbers 3, 5, 6, 9, 10, 12, and these
+// differ in their low three bits: 3, 5, 6, 1, 2, 4. So a register with eight entries, one for each possible pair of the
+// four inputs, is indexed by the mask itself.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace halve {
+
+constexpr int64_t kRows = 16;     // of a tile; a vector lane each
+constexpr int64_t kGroups = 8;    // of four columns in a tile
+constexpr int64_t kColumns = 32;  // of a tile
+constexpr int64_t kMaskBytes = kRows * 4;
+constexpr int64_t kHeaderBytes = 64;
+constexpr uint32_t kMagic = 0x34326868;  // "hh24"
+
+enum DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+// Column of the first and of the second kept value of a group, by the low three bits of its mask.
+constexpr uint8_t kFirst[8] = {0, 0, 1, 0, 2, 0, 1, 0};
+constexpr uint8_t kSecond[8] = {0, 3, 3, 1, 3, 2, 2, 0};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t value_bytes(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+constexpr int64_t tile_bytes(DType dtype) { return kMaskBytes + kRows * kGroups * 2 * value_bytes(dtype); }
+
+// First bytes of a stream. Kernels read sizes from here and nowhere else, so a stream cannot be read out of bounds.
+struct Header {
+  uint32_t magic;
+  int32_t dtype;
+  int64_t n, k;
+  int64_t bytes;  // of the whole stream
+};
+static_assert(sizeof(Header) <= kHeaderBytes, "the header has its own cache line");
+
+// A stream with its geometry.
+struct Weight {
+  DType dtype;
+  int64_t n, k;
+  int64_t blocks;   // of 16 rows
+  int64_t k_tiles;  // of 32 columns
+  int64_t tile;     // bytes of one
+  const uint8_t* tiles;
+
+  int64_t block_bytes() const { return k_tiles * tile; }
+  const uint8_t* block(int64_t index) const { return tiles + index * block_bytes(); }
+};
+
+inline Weight describe(DType dtype, int64_t n, int64_t k, const uint8_t* tiles) {
+  return Weight{dtype, n, k, ceil_div(n, kRows), ceil_div(k, kColumns), tile_bytes(dtype), tiles};
+}
+
+// One multiplication y [m, n] = x [m, k] W^T + bias. x, y and bias have the dtype of the values; rows of x and y are
+// `x_stride` and `y_stride` elements apart.
+struct Call {
+  Weight weight;
+  const void* x;
+  int64_t m, x_stride;
+  const void* bias;  // may be null
+  void* y;
+  int64_t y_stride;
+  int threads;
+  uint8_t* scratch;  // `Kernel::scratch_bytes`, aligned to a cache line
+};
+
+// What an instruction set brings. Work is split into units that are independent of each other and of the number of
+// threads, so results are, too.
+struct Kernel {
+  int64_t (*scratch_bytes)(const Call&);           // shared by all threads
+  int64_t (*arrange_units)(const Call&);           // first pass: x into the scratch; 0 where x is read as it is
+  void (*arrange)(const Call&, int64_t first, int64_t last);
+  int64_t (*units)(const Call&);                   // second pass: the multiplication
+  void (*run)(const Call&, int64_t first, int64_t last);
+};
+
+// The two kernels of an instruction set, and up to how many rows of x the first one is the faster one.
+struct Path {
+  const Kernel* few;
+  const Kernel* many;
+  int64_t few_rows;
+};
+
+// How the rows and tokens of a large multiplication are cut: tokens in groups of `tokens` (a multiple of 16), rows in
+// chunks of whole tiles. Every output is summed by one thread in the order of K, so the cut changes no result.
+struct Cut {
+  int64_t tokens, token_groups;
+  int64_t blocks, chunks;  // 16-row blocks in a chunk
+
+  int64_t units() const { return token_groups * chunks; }
+};
+constexpr int64_t kChunkBlocks = 32;  // 512 rows x 64 tokens x 4 bytes of sums stay in the second cache
+inline Cut cut(const Call& call, int64_t tokens) {
+  const int64_t groups = ceil_div(call.m, tokens), blocks = call.weight.blocks;
+  int64_t chunks = ceil_div(blocks, kChunkBlocks);
+  while (groups * chunks < 4 * call.threads && ceil_div(blocks, chunks) > 8) ++chunks;
+  const int64_t size = ceil_div(blocks, chunks);
+  return Cut{tokens, groups, size, ceil_div(blocks, size)};
+}
+
+// Conversions of one value. bfloat16 rounds to nearest even and keeps NaN.
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float from_bfloat16(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
+inline uint16_t to_bfloat16(float value) {
+  const uint32_t bits = to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float from_float16(uint16_t bits);
+uint16_t to_float16(float value);
+
+inline float load_value(DType dtype, const void* at, int64_t index) {
+  if (dtype == kFloat32) return static_cast<const float*>(at)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(at)[index];
+  return dtype == kBFloat16 ? from_bfloat16(bits) : from_float16(bits);
+}
+inline void store_value(DType dtype, void* at, int64_t index, float value) {
+  if (dtype == kFloat32) {
+    static_cast<float*>(at)[index] = value;
+  } else {
+    static_cast<uint16_t*>(at)[index] = dtype == kBFloat16 ? to_bfloat16(value) : to_float16(value);
+  }
+}
+
+}  // namespace halve

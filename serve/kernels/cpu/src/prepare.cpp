@@ -1,0 +1,219 @@
+// From the packed format to a stream of tiles and back: pure movement of bytes, on any processor.
+#include <atomic>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "halve_cpu.h"
+#include "threads.h"
+
+namespace halve {
+namespace {
+
+constexpr uint32_t kPaddingMask = 0x33333333;
+
+bool two_of_four(uint8_t byte) {
+  // Bits of each half are counted in parallel, in two steps.
+  const uint8_t pairs = static_cast<uint8_t>((byte & 0x55) + (byte >> 1 & 0x55));
+  return (pairs & 0x33) + (pairs >> 2 & 0x33) == 0x22;
+}
+
+struct Packed {
+  const uint8_t* values;  // [N, K/2]
+  const uint8_t* mask;    // [N, K/8]
+};
+
+// Puts the groups of a row into its lane of a tile. Value: as wide as a kept value.
+template <typename Value>
+void write_row(uint8_t* tile, int64_t row, bool pairs, const Value* values, int64_t groups) {
+  Value* out = reinterpret_cast<Value*>(tile + kMaskBytes);
+  for (int64_t g = 0; g < groups; ++g) {
+    Value* group = out + g * 2 * kRows;
+    group[pairs ? 2 * row : row] = values[2 * g];
+    group[pairs ? 2 * row + 1 : kRows + row] = values[2 * g + 1];
+  }
+}
+
+template <typename Value>
+void read_row(const uint8_t* tile, int64_t row, bool pairs, Value* values, int64_t groups) {
+  const Value* in = reinterpret_cast<const Value*>(tile + kMaskBytes);
+  for (int64_t g = 0; g < groups; ++g) {
+    const Value* group = in + g * 2 * kRows;
+    values[2 * g] = group[pairs ? 2 * row : row];
+    values[2 * g + 1] = group[pairs ? 2 * row + 1 : kRows + row];
+  }
+}
+
+struct Work {
+  Weight weight;
+  Packed packed;
+  uint8_t* tiles;
+  std::atomic<int64_t> first_bad;  // index of a mask byte
+};
+
+void note_bad(std::atomic<int64_t>& first_bad, int64_t index) {
+  int64_t seen = first_bad.load();
+  while ((seen < 0 || index < seen) && !first_bad.compare_exchange_weak(seen, index)) {
+  }
+}
+
+template <typename Value>
+void fill_tile(Work& work, uint8_t* tile, int64_t first_row, int64_t first_column) {
+  const Weight& w = work.weight;
+  const int64_t groups = (w.k - first_column < kColumns ? w.k - first_column : kColumns) / 4;
+  const bool whole = groups == kGroups && first_row + kRows <= w.n;
+  if (!whole) std::memset(tile, 0, static_cast<size_t>(w.tile));
+  for (int64_t r = 0; r < kRows; ++r) {
+    const int64_t row = first_row + r;
+    uint32_t mask = kPaddingMask;
+    if (row < w.n) {
+      const int64_t at = row * (w.k / 8) + first_column / 8;
+      uint8_t bytes[4] = {0x33, 0x33, 0x33, 0x33};
+      for (int64_t b = 0; b < groups / 2; ++b) {
+        bytes[b] = work.packed.mask[at + b];
+        if (!two_of_four(bytes[b])) note_bad(work.first_bad, at + b);
+      }
+      std::memcpy(&mask, bytes, 4);
+      const Value* values = reinterpret_cast<const Value*>(work.packed.values) + (row * w.k + first_column) / 2;
+      write_row(tile, r, w.dtype == kBFloat16, values, groups);
+    }
+    std::memcpy(tile + 4 * r, &mask, 4);
+  }
+}
+
+void fill_blocks(void* context, int64_t first, int64_t last) {
+  Work& work = *static_cast<Work*>(context);
+  const Weight& w = work.weight;
+  for (int64_t block = first; block < last; ++block) {
+    uint8_t* tile = work.tiles + block * w.block_bytes();
+    for (int64_t column = 0; column < w.k; column += kColumns, tile += w.tile) {
+      if (w.dtype == kFloat32) {
+        fill_tile<uint32_t>(work, tile, block * kRows, column);
+      } else {
+        fill_tile<uint16_t>(work, tile, block * kRows, column);
+      }
+    }
+  }
+}
+
+struct Unwork {
+  Weight weight;
+  uint8_t* values;
+  uint8_t* mask;
+};
+
+template <typename Value>
+void empty_block(const Unwork& work, int64_t block) {
+  const Weight& w = work.weight;
+  const uint8_t* tile = w.block(block);
+  for (int64_t column = 0; column < w.k; column += kColumns, tile += w.tile) {
+    const int64_t groups = (w.k - column < kColumns ? w.k - column : kColumns) / 4;
+    for (int64_t r = 0; r < kRows && block * kRows + r < w.n; ++r) {
+      const int64_t row = block * kRows + r;
+      std::memcpy(work.mask + row * (w.k / 8) + column / 8, tile + 4 * r, static_cast<size_t>(groups / 2));
+      read_row(tile, r, w.dtype == kBFloat16, reinterpret_cast<Value*>(work.values) + (row * w.k + column) / 2,
+               groups);
+    }
+  }
+}
+
+void empty_blocks(void* context, int64_t first, int64_t last) {
+  const Unwork& work = *static_cast<const Unwork*>(context);
+  for (int64_t block = first; block < last; ++block) {
+    if (work.weight.dtype == kFloat32) {
+      empty_block<uint32_t>(work, block);
+    } else {
+      empty_block<uint16_t>(work, block);
+    }
+  }
+}
+
+struct Expansion {
+  Weight weight;
+  int64_t first_row, rows;
+  uint8_t* dense;
+};
+
+template <typename Value>
+void expand_block(const Expansion& work, int64_t block) {
+  const Weight& w = work.weight;
+  const bool pairs = w.dtype == kBFloat16;
+  const int64_t begin = block * kRows < work.first_row ? work.first_row : block * kRows;
+  int64_t end = (block + 1) * kRows < work.first_row + work.rows ? (block + 1) * kRows : work.first_row + work.rows;
+  if (end > w.n) end = w.n;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t r = row % kRows;
+    const uint8_t* tile = w.block(block);
+    Value* out = reinterpret_cast<Value*>(work.dense) + (row - work.first_row) * w.k;
+    for (int64_t column = 0; column < w.k; column += kColumns, tile += w.tile) {
+      uint32_t mask;
+      std::memcpy(&mask, tile + 4 * r, 4);
+      const Value* values = reinterpret_cast<const Value*>(tile + kMaskBytes);
+      const int64_t groups = (w.k - column < kColumns ? w.k - column : kColumns) / 4;
+      for (int64_t g = 0; g < groups; ++g, mask >>= 4, values += 2 * kRows) {
+        Value four[4] = {0, 0, 0, 0};
+        four[kFirst[mask & 7]] = values[pairs ? 2 * r : r];
+        four[kSecond[mask & 7]] = values[pairs ? 2 * r + 1 : kRows + r];
+        std::memcpy(out + column + 4 * g, four, sizeof four);
+      }
+    }
+  }
+}
+
+void expand_blocks(void* context, int64_t first, int64_t last) {
+  const Expansion& work = *static_cast<const Expansion*>(context);
+  const int64_t start = work.first_row / kRows;
+  for (int64_t block = start + first; block < start + last; ++block) {
+    if (work.weight.dtype == kFloat32) {
+      expand_block<uint32_t>(work, block);
+    } else {
+      expand_block<uint16_t>(work, block);
+    }
+  }
+}
+
+int64_t round_up_to_line(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+}  // namespace
+
+int64_t stream_bytes(DType dtype, int64_t n, int64_t k) {
+  return kHeaderBytes + round_up_to_line(ceil_div(n, kRows) * ceil_div(k, kColumns) * tile_bytes(dtype));
+}
+
+void ask_for_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Streams are read from front to back at the speed of memory, and a page walk every 4 KB is felt. Only a wish:
+  // what the system answers does not matter.
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(start) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Returns -1, or the index of the first mask byte in [N, K/8] that has not two bits in each half.
+int64_t prepare(DType dtype, const uint8_t* values, const uint8_t* mask, int64_t n, int64_t k, uint8_t* stream,
+                int threads) {
+  const int64_t bytes = stream_bytes(dtype, n, k);
+  ask_for_huge_pages(stream, bytes);
+  const Header header{kMagic, dtype, n, k, bytes};
+  std::memset(stream, 0, kHeaderBytes);
+  std::memcpy(stream, &header, sizeof header);
+  Work work{describe(dtype, n, k, stream + kHeaderBytes), {values, mask}, stream + kHeaderBytes, {-1}};
+  parallel(threads, work.weight.blocks, fill_blocks, &work);
+  return work.first_bad.load();
+}
+
+void restore(const Weight& weight, uint8_t* values, uint8_t* mask, int threads) {
+  Unwork work{weight, values, mask};
+  parallel(threads, weight.blocks, empty_blocks, &work);
+}
+
+void expand(const Weight& weight, int64_t first_row, int64_t rows, uint8_t* dense, int threads) {
+  Expansion work{weight, first_row, rows, dense};
+  const int64_t last = ceil_div(first_row + rows, kRows), first = first_row / kRows;
+  parallel(threads, last - first, expand_blocks, &work);
+}
+
+}  // namespace halve

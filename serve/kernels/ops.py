@@ -1,0 +1,43 @@
+"""The kernels as torch operators, ``torch.ops.halve.*``, so that torch.compile and others see through to shapes.
+
+They take tensors and plain numbers only, and are for inference: there is no backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from serve.kernels.cpu import backend as cpu
+
+_library = torch.library.Library("halve", "DEF")
+_library.define("sparse24_linear(Tensor x, Tensor prepared, Tensor? bias, int n) -> Tensor")
+_library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _sparse24_linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return cpu.linear(x, prepared, bias, n)
+
+
+def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return cpu.dense_linear(x, weight, bias)
+
+
+def _sparse24_shape(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _dense_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_library.impl("sparse24_linear", _sparse24_linear, "CPU")
+_library.impl("dense_linear", _dense_linear, "CPU")
+torch.library.register_fake("halve::sparse24_linear", _sparse24_shape)
+torch.library.register_fake("halve::dense_linear", _dense_shape)
+
+sparse24_linear = torch.ops.halve.sparse24_linear.default
+"""(x [..., K], prepared weight [bytes] uint8, bias [N] or None, N) -> [..., N]"""
+
+dense_linear = torch.ops.halve.dense_linear.default
+"""(x [..., K], weight [N, K], bias [N] or None) -> [..., N]; for few rows"""
