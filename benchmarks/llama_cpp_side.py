@@ -3,24 +3,28 @@
     python -m venv runs/llama-cpp-env
     CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DLLAVA_BUILD=OFF" \
         runs/llama-cpp-env/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
-    runs/llama-cpp-env/bin/python -I benchmarks/llama_cpp_side.py bench MODEL.gguf --threads 2 --rounds 3
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+        runs/llama-cpp-env/bin/python -I benchmarks/llama_cpp_side.py bench MODEL.gguf --threads 2 --rounds 3
 
-Nothing of halve is imported here. ``--no-binary`` builds from source, which is what makes it fast: on PyPI there are
-no wheels, and one that was built for every processor does not use the instructions of this one. ``bench`` says in
-"system_info" which ones it was built with.
+Nothing of halve is imported here. ``--no-binary`` builds from source for this very processor (a wheel for every
+processor cannot use its instructions); "system_info" says with which. The build takes 5 to 15 minutes of one core.
+
+GLIBC_TUNABLES gives llama.cpp huge pages where the kernel leaves that to the program ("madvise"), which it does not ask
+for itself: without them the weights that it lays out anew in memory, which are those of Q4_0, are read more slowly. It
+is not the default, but leaving it out would flatter the other side; "environment" in the result says whether it was set.
 
 Three commands:
 
 - ``bench MODEL``: rounds of a prompt of ``--prompt`` random tokens and ``--decode`` greedy tokens after it, one at a
-  time. With ``--rounds N``, N rounds after one to warm up, then one JSON line. With ``--serve``, a JSON line when the model is
-  loaded and warm, then one for each line "go" on standard input, so that a parent can take turns between sides; the end
-  of the input ends it, and between the rounds it does nothing.
+  time. With ``--rounds N``, N rounds after a short one to warm up, then one JSON line. With ``--serve``, a JSON line
+  when the model is loaded and warm, then one for each line "go" on standard input, so that a parent can take turns
+  between sides; the end of the input ends it, and between the rounds it does nothing.
 - ``quantize MODEL OUT --type Q4_0``: llama.cpp's own quantizer with its defaults, which is what llama-quantize runs.
 - ``logits MODEL OUT.npy --tokens 5,7,9``: the logits after every token, float32 [tokens, vocabulary].
 
-What a round times is `llama_decode`, waiting for the logits and the argmax over them (numpy's, in place). "python" is
-what of it was not inside of llama.cpp: argmax and interpreter. There is no tokenizer and no sampler. All other
-settings are llama.cpp's defaults, as in llama-bench.
+What a round times is `llama_decode`, the wait for the logits and the argmax over them (numpy's, in place). What of
+that is not llama.cpp is reported beside it: "argmax_seconds" (median a token) and "binding_seconds" (the calls through
+ctypes). There is no tokenizer and no sampler. All other settings are llama.cpp's defaults, as in llama-bench.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import argparse
 import ctypes
 import importlib.metadata
 import json
+import os
 import platform
 import random
 import statistics
@@ -86,14 +91,14 @@ class Model:
         return int(np.frombuffer((ctypes.c_float * self.vocabulary).from_address(address), np.float32).argmax())
 
     def round(self, prompt: list[int], decode: int) -> dict[str, Any]:
-        """Seconds of the prompt, of each greedy token after it, and of each token outside of llama.cpp; and the tokens."""
+        """Seconds of the prompt and of each greedy token after it; and the tokens."""
         clock = time.perf_counter
         self.forget()
         first, one = (ll.llama_token * len(prompt))(*prompt), (ll.llama_token * 1)()
         began = clock()
         token = self.argmax(self.decode(first, len(prompt)))
         prefill = clock() - began
-        seconds, python, tokens = [], [], [token]
+        seconds, argmax, tokens = [], [], [token]
         for _ in range(decode):
             began = clock()
             one[0] = token
@@ -102,12 +107,12 @@ class Model:
             token = self.argmax(logits)
             ended = clock()
             seconds.append(ended - began)
-            python.append(ended - inside)
+            argmax.append(ended - inside)
             tokens.append(token)
         return {
             "prefill_seconds": prefill,
             "decode_seconds": seconds,
-            "argmax_seconds": statistics.median(python) if python else 0.0,
+            "argmax_seconds": statistics.median(argmax) if argmax else 0.0,
             "tokens": tokens,
         }
 
@@ -143,6 +148,11 @@ def about(model: Model, path: Path, arguments: argparse.Namespace) -> dict[str, 
             "llama.cpp": ll.llama_version().decode(),
             "numpy": np.__version__,
             "python": platform.python_version(),
+        },
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("GLIBC_TUNABLES", "OMP_", "GOMP_"))
         },
         "system_info": ll.llama_print_system_info().decode().strip(),
         "log": buffers,
