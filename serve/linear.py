@@ -1,21 +1,30 @@
-"""The module that holds a packed weight in memory."""
+"""The modules that multiply: packed weights, and dense ones that are read once a token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from compress.architecture import LinearModule, shape_of
 from compress.packed import PackedWeight, validate
-from serve.kernels import plain, sparse24_linear
+from serve.kernels import Backend, choose, ops, plain
+from serve.kernels.cpu import backend as cpu
 
 
 class Sparse24Linear(nn.Module):
     """A linear layer with a packed 2:4 weight: ``weight_packed`` [N, K/2], ``weight_mask`` [N, K/8], ``bias`` [N].
 
-    The parameters have the names and layout of the checkpoint, so state dicts go in and out unchanged.
+    The parameters have the names and layout of the checkpoint, so state dicts go in and out unchanged. `prepare` puts
+    the weight into the form of the backend that is best for it (``weight_prepared``) and lets go of the packed one;
+    state dicts, `packed` and moves to another device or dtype make it anew.
     """
+
+    weight_prepared: Tensor | None
 
     def __init__(
         self,
@@ -36,9 +45,27 @@ class Sparse24Linear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
+        self.register_buffer("weight_prepared", None, persistent=False)
+        self._backend: Backend | None = None
+        self._dtype = dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self._dtype if self._backend is not None else self.weight_packed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.weight_packed.device if self.weight_prepared is None else self.weight_prepared.device
 
     @property
     def packed(self) -> PackedWeight:
+        """The packed weight; made anew on each access where it is prepared."""
+        if self._backend is not None:
+            assert self._backend.restore is not None
+            assert self.weight_prepared is not None
+            return self._backend.restore(self.weight_prepared)
         return PackedWeight(self.weight_packed, self.weight_mask)
 
     @property
@@ -46,9 +73,38 @@ class Sparse24Linear(nn.Module):
         """The dense weight, expanded anew on each access: model code asks for its dtype or device, and writes are lost."""
         return plain.expand(self.packed)
 
+    def prepare(self, name: str = "weight") -> None:
+        """Chooses the backend, and gives it the weight in its own form.
+
+        Raises:
+            CorruptCheckpointError: the mask is not two of four; names the layer.
+        """
+        values = self.weight_packed
+        if self._backend is not None or values.device.type == "meta":
+            return
+        backend = choose(values.device, values.dtype, 1, self.out_features, self.in_features).backend
+        if backend.prepare is None:
+            return
+        self.weight_prepared = backend.prepare(self.packed, name)
+        self._backend, self._dtype = backend, values.dtype
+        self.weight_packed = nn.Parameter(values.new_empty(0), requires_grad=False)
+        self.weight_mask = nn.Parameter(self.weight_mask.new_empty(0), requires_grad=False)
+
+    def release(self) -> bool:
+        """Back to the packed form. Returns whether it was prepared."""
+        if self._backend is None:
+            return False
+        packed = self.packed
+        self._backend, self.weight_prepared = None, None
+        self.weight_packed = nn.Parameter(packed.values, requires_grad=False)
+        self.weight_mask = nn.Parameter(packed.mask, requires_grad=False)
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        return sparse24_linear(x, self.packed, self.bias)
+        if self.weight_prepared is not None:
+            return ops.sparse24_linear(x, self.weight_prepared, self.bias, self.out_features)
+        return plain.linear(x, self.packed, self.bias)
 
     def validate(self, name: str) -> None:
         """Raises CorruptCheckpointError, naming the layer, unless the weight is whole, finite and 2:4."""
@@ -57,9 +113,31 @@ class Sparse24Linear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
 
+    # What torch does with a module's tensors, it does with the packed ones.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        prepared = self.release()
+        result = super()._apply(fn, recurse)
+        if prepared:
+            self.prepare()
+        return result
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._backend is not None:
+            packed = self.packed
+            destination[prefix + "weight_packed"] = packed.values
+            destination[prefix + "weight_mask"] = packed.mask
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        prepared = self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+        if prepared:
+            self.prepare()
+
 
 class Sparse24Conv1D(Sparse24Linear):
-    """The same in the place of transformers' Conv1D, with its order of operations."""
+    """The same in the place of transformers' Conv1D, with its order of operations where the backend is the plain one."""
 
     @property
     def weight(self) -> Tensor:
@@ -67,7 +145,39 @@ class Sparse24Conv1D(Sparse24Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None, "Conv1D always has a bias"
+        if self.weight_prepared is not None:
+            return ops.sparse24_linear(x, self.weight_prepared, self.bias, self.out_features)
         return plain.linear_conv1d(x, self.packed, self.bias)
+
+
+class StreamedLinear(nn.Linear):
+    """A dense layer whose weight is read once, as it lies in memory, for few rows of x; torch's own above.
+
+    torch's bfloat16 product on a CPU reorders the weight at every call, which takes several times as long as to read it.
+    """
+
+    MOST_ROWS = 16
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] -> [..., N]."""
+        if 0 < input.numel() <= self.MOST_ROWS * self.in_features:
+            return ops.dense_linear(input, self.weight, self.bias)
+        return functional.linear(input, self.weight, self.bias)
+
+
+def prepare_for_serving(model: nn.Module) -> None:
+    """Puts every packed weight into the form of its backend, and lets dense linears take the faster path there is."""
+    for name, module in model.named_modules():
+        if isinstance(module, Sparse24Linear):
+            module.prepare(name)
+        elif type(module) is nn.Linear and streams(module.weight):
+            module.__class__ = StreamedLinear
+
+
+def streams(weight: Tensor) -> bool:
+    """Whether dense weights of that kind have a kernel for few rows that is faster than torch's."""
+    is_half = weight.dtype in (torch.bfloat16, torch.float16)
+    return is_half and cpu.why_not(weight.device, weight.dtype) is None and cpu.path() != "portable"
 
 
 def replacement(module: LinearModule, dtype: torch.dtype) -> Sparse24Linear:

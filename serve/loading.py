@@ -15,6 +15,7 @@ from compress.errors import CorruptCheckpointError, HalveError, SourceError, one
 from compress.files import TensorFiles
 from compress.quiet import quiet_transformers
 from compress.sources import read_config
+from serve.linear import prepare_for_serving
 
 
 def load_model(
@@ -52,6 +53,7 @@ def load_model(
             f"{directory}: {name} is {list(stored)}, and config.json says {list(expected)}; they do not belong together"
         )
     torch.nn.Module.to(model, torch.device(device))
+    prepare_for_serving(model)
     return model.eval().requires_grad_(False)
 
 
@@ -88,8 +90,8 @@ def weight_bytes(model: torch.nn.Module) -> int:
 def linear_bytes(model: torch.nn.Module, names: set[str]) -> int:
     """Bytes held by the weights (not the biases) of the linear modules of those names, dense or packed."""
     total = 0
-    for name, parameter in model.named_parameters():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         module, _, attribute = name.rpartition(".")
         if module in names and attribute.startswith("weight"):
-            total += parameter.nbytes
+            total += tensor.nbytes
     return total

@@ -73,6 +73,7 @@ class HalveQuantizer(HfQuantizer):
             if isinstance(module, Sparse24Linear):
                 module.validate(name)
                 module.requires_grad_(False)  # transformers makes new parameters that do
+                module.prepare(name)
         return model
 
     def update_dtype(self, dtype: Any) -> Any:

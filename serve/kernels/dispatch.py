@@ -1,23 +1,40 @@
-"""Which backend multiplies a packed weight, and why."""
+"""Which backend multiplies a packed weight, and why.
+
+A weight is prepared once, when a model is loaded: the backend that is chosen for it puts its bytes into the order that
+its kernels read. The packed form is not kept beside it; `restore` gives it back.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from compress.errors import UsageError, did_you_mean
 from compress.packed import PackedWeight
-from serve.kernels import plain
+from serve.kernels import ops, plain
+from serve.kernels.cpu import backend as cpu
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to multiply. ``run(x [..., K], weight, bias [N] or None) -> [..., N]``."""
+    """A way to multiply.
+
+    Attributes:
+        why_not: (device, dtype of the values) -> why it cannot, or None.
+        reason: (dtype, rows of x) -> what it does with so many rows.
+        prepare: (packed weight, name of the layer) -> its own form, [bytes] uint8; None where it takes the packed one.
+        restore: the inverse of ``prepare``.
+    """
 
     name: str
-    run: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+    why_not: Callable[[torch.device, torch.dtype], str | None]
+    reason: Callable[[torch.dtype, int], str]
+    prepare: Callable[[PackedWeight, str], Tensor] | None = None
+    restore: Callable[[Tensor], PackedWeight] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,16 +45,44 @@ class Choice:
     reason: str
 
 
-PLAIN = Backend("plain", plain.linear)
+PLAIN = Backend(
+    "plain",
+    why_not=lambda device, dtype: None,
+    reason=lambda dtype, rows: "expands the weight, then multiplies densely",
+)
+CPU = Backend("cpu", cpu.why_not, cpu.reason, cpu.prepare, cpu.restore)
+BACKENDS = (CPU, PLAIN)
+"""The best first; the last one runs everywhere."""
 
 
 def choose(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int) -> Choice:
-    """The backend for ``rows`` rows of x against a weight [n, k] on that device in that dtype."""
-    return Choice(PLAIN, f"no faster backend than expand-and-multiply is built for {device.type} yet")
+    """The backend for ``rows`` rows of x against a weight [n, k] on that device in that dtype.
+
+    ``HALVE_BACKEND`` names one to use instead of the best.
+
+    Raises:
+        UsageError: it names none, or one that cannot run this.
+    """
+    wish = os.environ.get("HALVE_BACKEND", "auto")
+    if wish == "auto":
+        refusals = []
+        for backend in BACKENDS:
+            refusal = backend.why_not(device, dtype)
+            if refusal is None:
+                return Choice(backend, "; ".join([backend.reason(dtype, rows), *refusals]))
+            refusals.append(f"not {backend.name}: {refusal}")
+    named = {backend.name: backend for backend in BACKENDS}
+    if wish not in named:
+        raise UsageError(f"HALVE_BACKEND={wish!r} is not known{did_you_mean(wish, [*named, 'auto'])}.")
+    if refusal := named[wish].why_not(device, dtype):
+        raise UsageError(f"HALVE_BACKEND={wish!r} cannot be used: {refusal}")
+    return Choice(named[wish], f"{named[wish].reason(dtype, rows)}; HALVE_BACKEND asks for it")
 
 
 def sparse24_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times the transposed packed weight [N, K] plus bias [N] -> [..., N], in x's dtype.
+
+    The weight is prepared at every call; a layer that is used again holds it prepared (`serve.linear`).
 
     Raises:
         ValueError: x has another width than the weight.
@@ -45,5 +90,7 @@ def sparse24_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None)
     n, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"x has {x.shape[-1]} features, the packed weight takes {k}")
-    rows = x.numel() // k
-    return choose(x.device, x.dtype, rows, n, k).backend.run(x, weight, bias)
+    backend = choose(x.device, weight.values.dtype, x.numel() // k, n, k).backend
+    if backend.prepare is None:
+        return plain.linear(x, weight, bias)
+    return ops.sparse24_linear(x, backend.prepare(weight, "weight"), bias, n)

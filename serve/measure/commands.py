@@ -157,9 +157,8 @@ def _backends(layers: dict[str, Sparse24Linear], prefill_rows: int, decode_rows:
     """Which backend runs how many of the sparse layers, in prefill and in decode, and why."""
     counted: dict[tuple[str, str, str], int] = {}
     for layer in layers.values():
-        values = layer.weight_packed
         for phase, rows in (("prefill", prefill_rows), ("decode", decode_rows)):
-            choice = choose(values.device, values.dtype, rows, layer.out_features, layer.in_features)
+            choice = choose(layer.device, layer.dtype, rows, layer.out_features, layer.in_features)
             key = (phase, choice.backend.name, choice.reason)
             counted[key] = counted.get(key, 0) + 1
     return [

@@ -1,6 +1,9 @@
-"""The plain backend gives the bits of the dense layer with zeros."""
+"""The plain backend gives the bits of the dense layer with zeros, and the choice of a backend says why."""
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from compress.errors import CorruptCheckpointError, UsageError
 from compress.packed import PackedWeight, pack, unpack
 from compress.patterns import NMPattern
 from serve.kernels import choose, plain, sparse24_linear
-from serve.linear import Sparse24Conv1D, replacement
+from serve.kernels.cpu import backend as cpu
+from serve.kernels.cpu import library
+from serve.linear import Sparse24Conv1D, Sparse24Linear, StreamedLinear, prepare_for_serving, replacement
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -48,6 +54,7 @@ def test_expand_every_pair_of_columns() -> None:
     assert torch.equal(plain.expand(packed), unpack(packed))
 
 
+@pytest.mark.usefixtures("plain_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("batch", [(), (1,), (3,), (0,), (2, 5), (2, 0, 3), (1, 1, 7)], ids=str)
@@ -91,6 +98,7 @@ def test_wrong_width(width: int) -> None:
         sparse24_linear(torch.zeros(2, width), pack(two_of_four(4, 16, torch.float32)))
 
 
+@pytest.mark.usefixtures("plain_backend")
 @pytest.mark.parametrize("layout", ["strided", "transposed"])
 def test_inputs_that_are_views(layout: str) -> None:
     weight = two_of_four(12, 16, torch.float32)
@@ -98,7 +106,99 @@ def test_inputs_that_are_views(layout: str) -> None:
     assert torch.equal(sparse24_linear(x, pack(weight)), functional.linear(x, weight))
 
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_library = pytest.mark.skipif(library.load() is None, reason=library.status())
+
+
+@needs_library
 def test_the_choice_has_a_reason() -> None:
-    choice = choose(torch.device("cpu"), torch.bfloat16, 1, 64, 64)
+    few, many = (choose(CPU, torch.bfloat16, rows, 64, 64) for rows in (1, 512))
+    assert few.backend.name == many.backend.name == "cpu"
+    assert "read once past 1 rows of x" in few.reason
+    assert few.reason != many.reason
+    elsewhere = choose(CUDA, torch.bfloat16, 1, 64, 64)
+    assert elsewhere.backend.name == "plain"
+    assert "not cpu: the weight is on cuda" in elsewhere.reason
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "path", lambda: None)
+    monkeypatch.setattr(library, "status", lambda: "was never built; install a compiler")
+    choice = choose(CPU, torch.bfloat16, 1, 64, 64)
     assert choice.backend.name == "plain"
-    assert "cpu" in choice.reason
+    assert "not cpu: was never built; install a compiler" in choice.reason
+    weight, x = two_of_four(12, 16, torch.float32), drawn(3, 16, dtype=torch.float32)
+    assert torch.equal(sparse24_linear(x, pack(weight)), functional.linear(x, weight))
+
+
+def test_a_backend_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALVE_BACKEND", "plain")
+    choice = choose(CPU, torch.bfloat16, 1, 64, 64)
+    assert choice.backend.name == "plain"
+    assert "HALVE_BACKEND asks for it" in choice.reason
+    monkeypatch.setenv("HALVE_BACKEND", "plane")
+    with pytest.raises(UsageError, match=r"HALVE_BACKEND='plane' is not known.*plain"):
+        choose(CPU, torch.bfloat16, 1, 64, 64)
+    monkeypatch.setenv("HALVE_BACKEND", "cpu")
+    with pytest.raises(UsageError, match="cannot be used: the weight is on cuda"):
+        choose(CUDA, torch.bfloat16, 1, 64, 64)
+
+
+def module(kind: type[torch.nn.Linear] | type[Conv1D], n: int, k: int) -> Sparse24Linear:
+    dense = Conv1D(n, k) if kind is Conv1D else torch.nn.Linear(k, n)
+    result = replacement(dense.requires_grad_(False), torch.bfloat16)
+    packed = pack(two_of_four(n, k, torch.bfloat16))
+    result.load_state_dict(
+        {"weight_packed": packed.values, "weight_mask": packed.mask, "bias": drawn(n, dtype=torch.bfloat16)}
+    )
+    return result
+
+
+@needs_library
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
+def test_a_prepared_layer_behaves_like_a_packed_one(kind: type[Any]) -> None:
+    packed, prepared = (module(kind, 40, 72) for _ in range(2))
+    prepared.prepare("layer")
+    assert prepared.weight_prepared is not None
+    assert prepared.weight_packed.numel() == prepared.weight_mask.numel() == 0  # no second copy
+    x = drawn(3, 2, 72, dtype=torch.bfloat16)
+    torch.testing.assert_close(prepared(x), packed(x), rtol=2**-7, atol=2**-7)
+    state, expected = prepared.state_dict(), packed.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert torch.equal(prepared.weight, packed.weight)
+    prepared.validate("layer")
+    assert prepared.dtype == torch.bfloat16
+
+    copied = copy.deepcopy(prepared)
+    assert torch.equal(copied(x), prepared(x))
+    prepared.load_state_dict({**state, "weight_packed": -state["weight_packed"], "bias": 0 * state["bias"]})
+    copied.load_state_dict({**state, "bias": 0 * state["bias"]})
+    assert torch.equal(prepared(x), -copied(x))
+
+    wide = copy.deepcopy(copied).to(torch.float32)
+    assert wide.dtype == torch.float32
+    assert wide.weight_prepared is not None
+    torch.testing.assert_close(wide(x.float()), copied(x).float(), rtol=2**-7, atol=2**-7)
+    assert module(kind, 8, 8).to("meta").prepare("layer") is None
+
+
+@needs_library
+def test_a_corrupt_mask_is_refused_with_the_layer() -> None:
+    layer = module(torch.nn.Linear, 40, 72)
+    layer.weight_mask.data[7, 3] = 0x31
+    with pytest.raises(CorruptCheckpointError, match=r"model\.layer: .*row 7, columns 24 to 31"):
+        layer.prepare("model.layer")
+
+
+@needs_library
+def test_dense_layers_take_the_faster_path() -> None:
+    torch.manual_seed(0)
+    for dtype, expected in ((torch.bfloat16, StreamedLinear), (torch.float32, torch.nn.Linear)):
+        model = torch.nn.Sequential(torch.nn.Linear(72, 40, dtype=dtype)).requires_grad_(False)
+        dense = copy.deepcopy(model)
+        prepare_for_serving(model)
+        assert type(model[0]) is expected
+        for rows in (0, 1, 16, 17):
+            x = drawn(rows, 72, dtype=dtype)
+            torch.testing.assert_close(model(x), dense(x), rtol=2**-7, atol=2**-7)

@@ -44,7 +44,8 @@ def test_eval_and_bench(artefacts: tuple[Path, Path]) -> None:
         "bench", packed, "--against", source, "--prompt", "8", "--output", "3", "--rounds", "1", "--json"
     )  # fmt: skip
     assert called.code == 0, called.stderr
-    assert called.document["bytes_ratio"]["pruned_layers"] == 0.5625
+    # 9/16, and what padding to whole tiles and a header cost layers as small as these.
+    assert 0.5625 <= called.document["bytes_ratio"]["pruned_layers"] < 0.7
     assert sum(backend["layers"] for backend in called.document["backends"]) == 2 * 2 * 4
     assert "transformers" not in called.stderr
 

@@ -39,6 +39,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return packed, compress(source, directory / "dense", format="dense").directory
 
 
+@pytest.mark.usefixtures("plain_backend")
 def test_weights_stay_packed(pair: tuple[Path, Path]) -> None:
     packed, dense = map(load, pair)
     modules = {name: module for name, module in packed.named_modules() if isinstance(module, Sparse24Linear)}
@@ -110,6 +111,7 @@ def test_saved_again(max_shard_size: str, pair: tuple[Path, Path], tmp_path: Pat
         assert identical(tensor, again.state_dict()[name])
 
 
+@pytest.mark.usefixtures("plain_backend")
 def test_state_dict_goes_in_and_out(pair: tuple[Path, Path]) -> None:
     model, other = load(pair[0]), load(pair[0])
     for module in other.modules():

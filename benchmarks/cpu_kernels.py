@@ -1,0 +1,219 @@
+"""The kernels of this processor: 2:4 against the best dense product there is, for one layer.
+
+    python -m benchmarks.cpu_kernels [--threads 1 2] [--dtype bfloat16] [--rows 1 2 4 ...] [--shapes 4096x4096 ...] [--smoke]
+
+Sides, one call each in every round, in turn:
+
+- ``2:4``: halve's kernels, what a packed layer runs;
+- ``dense``: halve's own dense kernel, for as many rows as it is used for;
+- ``eager``: ``torch.nn.functional.linear``, what a dense layer of plain transformers runs;
+- ``frozen``: the operator that torch.compile with ``freezing`` calls (`frozen_operator` looks it up in a compiled
+  module's code), on weights that it packed before.
+
+Each side has copies of the weight of 512 MB in all, and takes the next one at each call, so no weight is in a cache. Figures
+are medians over the rounds; a ratio is the median of the ratios within a round, with the quartiles. One process a number of
+threads. ``HALVE_CPU_PATH`` chooses another code path; to compare with torch as it is on such a processor, set
+``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` too, and ``--name``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress.packed import pack
+from compress.patterns import NMPattern
+from serve.kernels import ops
+from serve.kernels.cpu import backend
+from serve.linear import StreamedLinear
+from serve.measure.environment import environment
+from serve.measure.speed import ratio
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = ("4096x4096", "14336x4096", "4096x14336")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
+COPIES_BYTES = 512 << 20
+
+Side = Callable[[Tensor], Tensor]
+
+
+def frozen_operator() -> str:
+    """Which operator a compiled and frozen bfloat16 linear calls here."""
+    import torch._inductor.config as inductor
+    from torch._inductor.utils import run_and_get_code
+
+    layer = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16).eval().requires_grad_(False)
+    with inductor.patch(freezing=True), torch.no_grad():
+        _, code = run_and_get_code(torch.compile(layer), torch.randn(1, 64, dtype=torch.bfloat16))
+    calls = [name for name in ("mkldnn._linear_pointwise", "mkl._mkl_linear", "extern_kernels.mm") if name in code[0]]
+    return calls[0] if calls else "a kernel of its own"
+
+
+def sides(n: int, k: int, rows: int, dtype: torch.dtype) -> dict[str, Side]:
+    """The products to compare, x [rows, k] -> [rows, n], each over copies of one 2:4 weight."""
+    weight = torch.randn(n, k)
+    weight *= NMPattern(2, 4).mask(weight.abs())
+    weight = weight.to(dtype)
+    copies = max(3, -(-COPIES_BYTES // weight.nbytes))
+    packed = pack(weight)
+    prepared = itertools.cycle([backend.prepare(packed) for _ in range(copies)])
+    dense = itertools.cycle([weight.clone() for _ in range(copies)])
+    result: dict[str, Side] = {"2:4": lambda x: ops.sparse24_linear(x, next(prepared), None, n)}
+    if rows <= StreamedLinear.MOST_ROWS and backend.path() != "portable":
+        result["dense"] = lambda x: ops.dense_linear(x, next(dense), None)
+    result["eager"] = lambda x: functional.linear(x, next(dense))
+    if dtype == torch.bfloat16:
+        mkldnn = torch.ops.mkldnn
+        frozen = itertools.cycle([mkldnn._reorder_linear_weight(weight, rows) for _ in range(copies)])
+        result["frozen"] = lambda x: mkldnn._linear_pointwise(x, next(frozen), None, "none", [], "")
+    return result
+
+
+def measure(n: int, k: int, rows: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Seconds of every round for each side, and how much faster 2:4 is."""
+    x = torch.randn(rows, k).to(dtype)
+    every = sides(n, k, rows, dtype)
+    outputs = {name: side(x) for name, side in every.items()}  # warm-up
+    for name, output in outputs.items():
+        if not torch.allclose(output.float(), outputs["eager"].float(), rtol=0.05, atol=0.05 * k**0.5):
+            raise AssertionError(f"{name} computes something else than torch at {n}x{k}, {rows} rows")
+    seconds: dict[str, list[float]] = {name: [] for name in every}
+    for turn in range(rounds):
+        for name in list(every) if turn % 2 else reversed(every):
+            started = time.perf_counter()
+            every[name](x)
+            seconds[name].append(time.perf_counter() - started)
+    element = dtype.itemsize
+    size = {name: n * k * element if name != "2:4" else n * k // 2 * element + n * k // 8 for name in every}
+    return {
+        "n": n,
+        "k": k,
+        "rows": rows,
+        "milliseconds": {name: 1e3 * statistics.median(samples) for name, samples in seconds.items()},
+        "gigabytes_per_second": {name: size[name] / 1e9 / statistics.median(s) for name, s in seconds.items()},
+        "speedup": {name: ratio(seconds["2:4"], samples) for name, samples in seconds.items() if name != "2:4"},
+        "samples": seconds,
+    }
+
+
+def prepare_milliseconds(n: int, k: int, dtype: torch.dtype, rounds: int = 7) -> list[float]:
+    """How long it takes to bring a packed weight into the order of the kernels."""
+    weight = torch.randn(n, k)
+    packed = pack((weight * NMPattern(2, 4).mask(weight.abs())).to(dtype))
+    samples = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        backend.prepare(packed)
+        samples.append(1e3 * (time.perf_counter() - started))
+    return samples
+
+
+def run(threads: int, dtype: torch.dtype, shapes: list[str], rows: list[int], rounds: int) -> dict[str, Any]:
+    """All measurements of one number of threads."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    results = []
+    with torch.inference_mode():
+        for shape in shapes:
+            n, k = map(int, shape.split("x"))
+            for m in rows:
+                results.append(measure(n, k, m, dtype, rounds if m <= 64 else max(5, rounds * 64 // m)))
+                print(_line(threads, results[-1]), file=sys.stderr, flush=True)
+        n, k = map(int, shapes[-1].split("x"))
+        preparing = prepare_milliseconds(n, k, dtype)
+    return {"threads": threads, "layers": results, "prepare": {"shape": [n, k], "milliseconds": preparing}}
+
+
+def _line(threads: int, result: dict[str, Any]) -> str:
+    gains = ", ".join(f"{name} {value['median']:.2f}" for name, value in result["speedup"].items())
+    return f"{threads} threads, {result['n']}x{result['k']}, {result['rows']} rows: {result['milliseconds']['2:4']:.3f} ms; {gains}"
+
+
+def render(document: dict[str, Any]) -> str:
+    """The table: how many times faster than each dense side."""
+    lines = [
+        f"# 2:4 against dense, {document['dtype']}, {document['path']} kernels",
+        "",
+        "How many times faster one 2:4 layer is, weights from memory (median of the rounds; quartiles in the JSON). GB/s counts the "
+        "bytes of the weight in its own form.",
+        "",
+        "| threads | layer | rows | 2:4, ms | than halve's dense | than torch eager | than torch frozen | 2:4, GB/s | best dense, GB/s |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run_ in document["runs"]:
+        for layer in run_["layers"]:
+            gains = [layer["speedup"].get(name) for name in ("dense", "eager", "frozen")]
+            cells = [f"{gain['median']:.2f}" if gain else "" for gain in gains]
+            rates = layer["gigabytes_per_second"]
+            dense = max(rate for name, rate in rates.items() if name != "2:4")
+            lines.append(
+                f"| {run_['threads']} | {layer['n']} x {layer['k']} | {layer['rows']} | {layer['milliseconds']['2:4']:.3f} | "
+                + " | ".join(cells)
+                + f" | {rates['2:4']:.1f} | {dense:.1f} |"
+            )
+    lines.append("")
+    for run_ in document["runs"]:
+        n, k = run_["prepare"]["shape"]
+        took = statistics.median(run_["prepare"]["milliseconds"])
+        lines.append(f"Preparing a {n} x {k} weight at load, {run_['threads']} threads: {took:.1f} ms.")
+    env = document["environment"]
+    lines += [
+        "",
+        f"torch's frozen linear calls {document['frozen_operator']}. {env['machine']}, {env['cores']} cores, torch "
+        f"{env['versions']['torch']}, {env['date']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--name", default="cpu_kernels", help="of the results files")
+    parser.add_argument("--smoke", action="store_true", help="small layers, printed and not kept: does it run?")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.shapes, arguments.rows, arguments.rounds = ["256x512"], [1, 8, 64], 3
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.child:
+        print(json.dumps(run(arguments.child, dtype, arguments.shapes, arguments.rows, arguments.rounds)))
+        return
+    runs = []
+    for threads in arguments.threads:
+        command = [sys.executable, "-m", "benchmarks.cpu_kernels", *sys.argv[1:], "--child", str(threads)]
+        environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    document = {
+        "dtype": arguments.dtype,
+        "path": backend.path(),
+        "frozen_operator": frozen_operator(),
+        "environment": environment(),
+        "runs": runs,
+    }
+    text = render(document)
+    if not arguments.smoke:
+        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(document) + "\n")
+        (RESULTS / f"{arguments.name}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
