@@ -62,33 +62,46 @@ def frozen_operator() -> str:
     return calls[0] if calls else "a kernel of its own"
 
 
-def sides(n: int, k: int, rows: int, dtype: torch.dtype) -> dict[str, Side]:
-    """The products to compare, x [rows, k] -> [rows, n], each over copies of one 2:4 weight."""
-    weight = torch.randn(n, k)
-    weight *= NMPattern(2, 4).mask(weight.abs())
-    weight = weight.to(dtype)
-    copies = max(3, -(-COPIES_BYTES // weight.nbytes))
-    packed = pack(weight)
-    prepared = itertools.cycle([backend.prepare(packed) for _ in range(copies)])
-    dense = itertools.cycle([weight.clone() for _ in range(copies)])
-    result: dict[str, Side] = {"2:4": lambda x: ops.sparse24_linear(x, next(prepared), None, n)}
-    if rows <= StreamedLinear.MOST_ROWS and backend.path() != "portable":
-        result["dense"] = lambda x: ops.dense_linear(x, next(dense), None)
-    result["eager"] = lambda x: functional.linear(x, next(dense))
-    if dtype == torch.bfloat16:
-        mkldnn = torch.ops.mkldnn
-        frozen = itertools.cycle([mkldnn._reorder_linear_weight(weight, rows) for _ in range(copies)])
-        result["frozen"] = lambda x: mkldnn._linear_pointwise(x, next(frozen), None, "none", [], "")
-    return result
+class Weights:
+    """Copies of one 2:4 weight [n, k] in every form, enough of them that none is in a cache when its turn comes."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype) -> None:
+        weight = torch.randn(n, k)
+        weight *= NMPattern(2, 4).mask(weight.abs())
+        weight = weight.to(dtype)
+        self.n, self.k, self.dtype = n, k, dtype
+        self.copies = max(3, -(-COPIES_BYTES // weight.nbytes))
+        packed = pack(weight)
+        self.prepared = itertools.cycle([backend.prepare(packed) for _ in range(self.copies)])
+        self.dense = itertools.cycle([weight.clone() for _ in range(self.copies)])
+
+    def sides(self, rows: int) -> dict[str, Side]:
+        """The products to compare, x [rows, k] -> [rows, n]."""
+        result: dict[str, Side] = {"2:4": lambda x: ops.sparse24_linear(x, next(self.prepared), None, self.n)}
+        if rows <= StreamedLinear.MOST_ROWS and backend.path() != "portable":
+            result["dense"] = lambda x: ops.dense_linear(x, next(self.dense), None)
+        result["eager"] = lambda x: functional.linear(x, next(self.dense))
+        if self.dtype == torch.bfloat16:
+            mkldnn = torch.ops.mkldnn
+            weight = next(self.dense)
+            frozen = itertools.cycle([mkldnn._reorder_linear_weight(weight, rows) for _ in range(self.copies)])
+            result["frozen"] = lambda x: mkldnn._linear_pointwise(x, next(frozen), None, "none", [], "")
+        return result
+
+    def bytes_of(self, side: str) -> int:
+        """What a side reads of the weight."""
+        elements = self.n * self.k
+        return elements * self.dtype.itemsize if side != "2:4" else elements // 2 * self.dtype.itemsize + elements // 8
 
 
-def measure(n: int, k: int, rows: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure(weights: Weights, rows: int, rounds: int) -> dict[str, Any]:
     """Seconds of every round for each side, and how much faster 2:4 is."""
-    x = torch.randn(rows, k).to(dtype)
-    every = sides(n, k, rows, dtype)
+    n, k = weights.n, weights.k
+    x = torch.randn(rows, k).to(weights.dtype)
+    every = weights.sides(rows)
     outputs = {name: side(x) for name, side in every.items()}  # warm-up
     for name, output in outputs.items():
-        if not torch.allclose(output.float(), outputs["eager"].float(), rtol=0.05, atol=0.05 * k**0.5):
+        if not torch.allclose(output.float(), outputs["eager"].float(), rtol=0.05, atol=0.001 * k):
             raise AssertionError(f"{name} computes something else than torch at {n}x{k}, {rows} rows")
     seconds: dict[str, list[float]] = {name: [] for name in every}
     for turn in range(rounds):
@@ -96,14 +109,13 @@ def measure(n: int, k: int, rows: int, dtype: torch.dtype, rounds: int) -> dict[
             started = time.perf_counter()
             every[name](x)
             seconds[name].append(time.perf_counter() - started)
-    element = dtype.itemsize
-    size = {name: n * k * element if name != "2:4" else n * k // 2 * element + n * k // 8 for name in every}
+    middle = {name: statistics.median(samples) for name, samples in seconds.items()}
     return {
         "n": n,
         "k": k,
         "rows": rows,
-        "milliseconds": {name: 1e3 * statistics.median(samples) for name, samples in seconds.items()},
-        "gigabytes_per_second": {name: size[name] / 1e9 / statistics.median(s) for name, s in seconds.items()},
+        "milliseconds": {name: 1e3 * value for name, value in middle.items()},
+        "gigabytes_per_second": {name: weights.bytes_of(name) / 1e9 / value for name, value in middle.items()},
         "speedup": {name: ratio(seconds["2:4"], samples) for name, samples in seconds.items() if name != "2:4"},
         "samples": seconds,
     }
@@ -129,8 +141,9 @@ def run(threads: int, dtype: torch.dtype, shapes: list[str], rows: list[int], ro
     with torch.inference_mode():
         for shape in shapes:
             n, k = map(int, shape.split("x"))
+            weights = Weights(n, k, dtype)
             for m in rows:
-                results.append(measure(n, k, m, dtype, rounds if m <= 64 else max(5, rounds * 64 // m)))
+                results.append(measure(weights, m, rounds if m <= 64 else max(5, rounds * 64 // m)))
                 print(_line(threads, results[-1]), file=sys.stderr, flush=True)
         n, k = map(int, shapes[-1].split("x"))
         preparing = prepare_milliseconds(n, k, dtype)

@@ -115,6 +115,14 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     return stream
 
 
+def gather_into_huge_pages(tensor: Tensor) -> None:
+    """Moves a tensor's memory into pages of 2 MB, where the system can do that; its address stays.
+
+    Memory is read several per cent faster then. Prepared weights are made in such pages from the start.
+    """
+    _library().halve_cpu_gather_into_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 def restore(stream: Tensor) -> PackedWeight:
     """The packed weight that was prepared, to the bit."""
     dtype, n, k = describe(stream)
@@ -264,6 +272,7 @@ def _library() -> ctypes.CDLL:
             number,
             (number, number, pointer, size, size, size, pointer, size, size, pointer, pointer, size, number),
         ),
+        "halve_cpu_gather_into_huge_pages": (None, (pointer, size)),
         "halve_cpu_set_thread_pool": (None, (pointer, pointer, pointer)),
     }
     for name, (result, arguments) in signatures.items():

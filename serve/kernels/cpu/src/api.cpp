@@ -138,6 +138,11 @@ HALVE_EXPORT int halve_sparse24_describe(const uint8_t* stream, int64_t bytes, i
   return 0;
 }
 
+// Moves memory that is in use into huge pages, where the system can.
+HALVE_EXPORT void halve_cpu_gather_into_huge_pages(void* start, int64_t bytes) {
+  gather_into_huge_pages(start, bytes);
+}
+
 // The inverse of prepare.
 HALVE_EXPORT int halve_sparse24_restore(const uint8_t* stream, int64_t bytes, uint8_t* values, uint8_t* mask, int threads) {
   Weight weight;

@@ -33,6 +33,8 @@ extern const DenseKernel kAvx512Dense, kAvx2Dense;
 int64_t stream_bytes(DType dtype, int64_t n, int64_t k);
 int64_t prepare(DType dtype, const uint8_t* values, const uint8_t* mask, int64_t n, int64_t k, uint8_t* stream,
                 int threads);
+// Memory that is already in use moves into huge pages, where the system can do that.
+void gather_into_huge_pages(void* start, int64_t bytes);
 void restore(const Weight& weight, uint8_t* values, uint8_t* mask, int threads);
 void expand(const Weight& weight, int64_t first_row, int64_t rows, uint8_t* dense, int threads);
 

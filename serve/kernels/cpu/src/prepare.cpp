@@ -183,12 +183,23 @@ int64_t stream_bytes(DType dtype, int64_t n, int64_t k) {
 
 void ask_for_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // Streams are read from front to back at the speed of memory, and a page walk every 4 KB is felt. Only a wish:
-  // what the system answers does not matter.
+  // Weights are read from front to back at the speed of memory, and a page walk every 4 KB is felt. Only a wish: what
+  // the system answers does not matter.
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(start) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+void gather_into_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1; other kernels refuse it
+  ask_for_huge_pages(start, bytes);
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(start) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);
 #endif
 }
 
