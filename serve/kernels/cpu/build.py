@@ -28,7 +28,16 @@ LIBRARY = SOURCES.parent / "libhalve_cpu.so"
 """Where `compile_library` is asked to write it, and where `library` looks for it."""
 
 _COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+)
 _SANITIZED_FLAGS = ("-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 _MOST_AT_ONCE = 4
 _MOST_LINES = 60
