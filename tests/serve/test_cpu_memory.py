@@ -139,3 +139,19 @@ def test_the_kernels_pass_under_sanitizers(tmp_path: Path) -> None:
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[:6000]}"
     assert " passed" in done.stdout
     assert " failed" not in done.stdout
+
+
+@pytest.mark.slow
+def test_no_thread_writes_what_another_one_uses(tmp_path: Path) -> None:
+    compiler = build.find_compiler()
+    program = tmp_path / "threads"
+    sources = [Path(__file__).parent / "cpu_threads.cpp", *sorted(build.SOURCES.glob("*.cpp"))]
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{build.SOURCES}"]
+    subprocess.run([*compiler, *flags, *map(str, sources), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:6000]
+    calls, paths = done.stdout.split(" calls on ")
+    assert paths.strip() == ",".join(library.paths())
+    assert int(calls) == 30 * (5 * len(library.paths()) - 1)  # all paths but the portable one have a dense kernel
+    done = subprocess.run([program, "fault"], capture_output=True, text=True, check=False)
+    assert "ThreadSanitizer: data race" in done.stderr
