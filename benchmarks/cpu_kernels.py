@@ -73,7 +73,10 @@ class Weights:
         self.copies = max(3, -(-COPIES_BYTES // weight.nbytes))
         packed = pack(weight)
         self.prepared = itertools.cycle([backend.prepare(packed) for _ in range(self.copies)])
-        self.dense = itertools.cycle([weight.clone() for _ in range(self.copies)])
+        dense = [weight.clone() for _ in range(self.copies)]
+        for copy in dense:
+            backend.gather_into_huge_pages(copy)  # as prepared weights are, and as a served model's dense layers
+        self.dense = itertools.cycle(dense)
 
     def sides(self, rows: int) -> dict[str, Side]:
         """The products to compare, x [rows, k] -> [rows, n]."""

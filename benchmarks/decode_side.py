@@ -11,6 +11,7 @@ shows; ``freeze`` is that with inductor's freezing, which packs dense weights be
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -58,7 +59,7 @@ def generator(kind: str, model: Any, prompt: int, output: int) -> Callable[[Tens
             result = decode(input_ids=token, past_key_values=cache, use_cache=True, **extra)
             token = result.logits[:, -1:].argmax(dim=-1)
             seconds.append(time.perf_counter())
-        decoded = [b - a for a, b in zip(seconds, seconds[1:], strict=False)]
+        decoded = [b - a for a, b in itertools.pairwise(seconds)]
         return {"prefill_seconds": prefill, "token_seconds": decoded, "last": int(token)}
 
     return generate

@@ -125,8 +125,8 @@ def require_finite(weight: Tensor, name: str) -> None:
         raise NumericalError(f"{name}: {len(bad)} values are NaN or infinite (the first at {bad[0].tolist()})")
 
 
-def validate(packed: PackedWeight, name: str) -> None:
-    """Checks a packed weight that was read from somewhere: shapes, dtypes, two bits a group, finite values.
+def validate_shapes(packed: PackedWeight, name: str) -> None:
+    """Checks that the shapes and dtypes are those of a packed weight; looks at no number.
 
     Raises:
         CorruptCheckpointError: names the layer and what is wrong with it.
@@ -146,6 +146,16 @@ def validate(packed: PackedWeight, name: str) -> None:
             f"{name}: values {list(values.shape)} and mask {list(mask.shape)} do not belong together; "
             "a weight [N, K] has values [N, K/2] and a mask [N, K/8]"
         )
+
+
+def validate(packed: PackedWeight, name: str) -> None:
+    """Checks a packed weight that was read from somewhere: shapes, dtypes, two bits a group, finite values.
+
+    Raises:
+        CorruptCheckpointError: names the layer and what is wrong with it.
+    """
+    validate_shapes(packed, name)
+    values, mask = packed.values, packed.mask
     table = torch.tensor(_TWO_OF_FOUR, device=mask.device)
     valid = table[mask.int()]
     if not bool(valid.all()):

@@ -171,6 +171,7 @@ def prepare_for_serving(model: nn.Module) -> None:
         if isinstance(module, Sparse24Linear):
             module.prepare(name)
         elif type(module) is nn.Linear and streams(module.weight):
+            cpu.gather_into_huge_pages(module.weight)
             module.__class__ = StreamedLinear
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.errors import CorruptCheckpointError, UsageError, did_you_mean
-from compress.packed import PackedWeight
+from compress.packed import PackedWeight, validate_shapes
 from serve.kernels.cpu import library
 
 PATHS = ("portable", "avx2", "avx512", "avx512bf16")
@@ -33,6 +34,7 @@ _REFUSALS = {
     -2: "the prepared weight is damaged, or no prepared weight at all",
     -3: "the prepared weight has another shape or dtype than the call",
     -4: "the prepared weight does not start at a cache line",
+    -5: "the code path {path} has no kernel for dense weights",
 }
 
 
@@ -54,6 +56,31 @@ def path() -> str | None:
     if wish not in can:
         raise UsageError(f"HALVE_CPU_PATH={wish!r}: this processor can run {', '.join(can)}.")
     return wish
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Multiplies with another code path than the best, to test or to measure it; for the whole process.
+
+    Raises:
+        UsageError: this processor cannot run it.
+    """
+    before = os.environ.get("HALVE_CPU_PATH")
+    try:
+        _wish(name)
+        path()
+        yield
+    finally:
+        _wish(before)
+
+
+def _wish(name: str | None) -> None:
+    if name is None:
+        os.environ.pop("HALVE_CPU_PATH", None)
+    else:
+        os.environ["HALVE_CPU_PATH"] = name
+    for cached in (path, _path_number, _linear):
+        cached.cache_clear()
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -96,8 +123,15 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     """The bytes of a packed weight [N, K] in the order of the kernels, [bytes] uint8.
 
     Raises:
-        CorruptCheckpointError: the mask has not two bits in every group of four; names the layer and the place.
+        CorruptCheckpointError: values and mask do not belong together, or the mask has not two bits in every group of
+            four; names the layer and the place.
+        ValueError: they are not on the CPU.
     """
+    validate_shapes(weight, name)
+    if not (weight.values.is_cpu and weight.mask.is_cpu):
+        raise ValueError(
+            f"{name}: values are on {weight.values.device} and the mask is on {weight.mask.device}, not on cpu"
+        )
     n, k = weight.shape
     values, mask = weight.values.contiguous(), weight.mask.contiguous()
     code = _CODES[values.dtype]
@@ -124,7 +158,11 @@ def gather_into_huge_pages(tensor: Tensor) -> None:
 
 
 def restore(stream: Tensor) -> PackedWeight:
-    """The packed weight that was prepared, to the bit."""
+    """The packed weight that was prepared, to the bit.
+
+    Raises:
+        ValueError: this is no prepared weight, or a damaged one.
+    """
     dtype, n, k = describe(stream)
     values = torch.empty(n, k // 2, dtype=dtype)
     mask = torch.empty(n, k // 8, dtype=torch.uint8)
@@ -137,14 +175,29 @@ def restore(stream: Tensor) -> PackedWeight:
 
 
 def describe(stream: Tensor) -> tuple[torch.dtype, int, int]:
-    """dtype, N and K of a prepared weight."""
+    """dtype, N and K of a prepared weight.
+
+    Raises:
+        ValueError: this is no prepared weight, or a damaged one.
+    """
+    if not _is_bytes(stream):
+        raise ValueError(f"a prepared weight is bytes in a row on the CPU, this is {_described(stream)}")
     shape = (ctypes.c_int64 * 3)()
     _check(_library().halve_sparse24_describe(stream.data_ptr(), stream.numel(), shape))
     return _DTYPES[shape[0]], shape[1], shape[2]
 
 
 def expand(stream: Tensor, first_row: int, rows: int, out: Tensor) -> None:
-    """Writes rows of the dense weight to ``out`` [rows, K]."""
+    """Writes rows of the dense weight to ``out`` [rows, K].
+
+    Raises:
+        ValueError: this is no prepared weight, it has no such rows, or ``out`` is none for them.
+    """
+    dtype, n, k = describe(stream)
+    if not 0 <= first_row <= first_row + rows <= n:
+        raise ValueError(f"rows {first_row} to {first_row + rows} of a prepared weight with {n}")
+    if not (out.is_cpu and out.is_contiguous() and out.dtype is dtype and out.shape == (rows, k)):
+        raise ValueError(f"{dtype} [{rows}, {k}] in a row on the CPU is needed for the rows, this is {_described(out)}")
     _check(
         _library().halve_sparse24_expand(
             stream.data_ptr(), stream.numel(), first_row, rows, out.data_ptr(), torch.get_num_threads()
@@ -159,17 +212,26 @@ def linear(x: Tensor, stream: Tensor, bias: Tensor | None, n: int, few_rows: int
 
     Args:
         few_rows: up to how many rows of x the weight is streamed past registers; negative: `few_rows` of the path.
+
+    Raises:
+        ValueError: x, the prepared weight and the bias do not belong together; says what is wrong.
     """
     # A decoding step calls this for every layer, so each operation on tensors here is felt.
+    code = _CODES.get(x.dtype)
+    if code is None or not (x.is_cpu and stream.is_cpu and stream.is_contiguous()):
+        raise ValueError(_why_no_product(x, stream, n))
     x = x.contiguous()
     shape = x.shape
-    k = shape[-1]
+    k = shape[-1] if shape else 0
+    if not k:
+        raise ValueError(_why_no_product(x, stream, n))
+    if bias is not None:
+        bias = _fitting(bias, x, n)
     m = x.numel() // k
     if m > 64 and few_rows < 0 and expands(x.dtype):
         return _expand_and_multiply(x, stream, bias, n)
-    code = _CODES[x.dtype]
-    y = x.new_empty((*shape[:-1], n))
     run, scratch_bytes, which = _linear()
+    y = x.new_empty((*shape[:-1], n))
     scratch = None
     if need := scratch_bytes(which, code, n, k, m, few_rows):
         scratch = torch.empty(need, dtype=torch.uint8)
@@ -179,7 +241,7 @@ def linear(x: Tensor, stream: Tensor, bias: Tensor | None, n: int, few_rows: int
         *(None if scratch is None else scratch.data_ptr(), torch.get_num_threads()),
     )
     if refusal:
-        _check(refusal)
+        raise ValueError(_why_no_product(x, stream, n))
     return y
 
 
@@ -201,18 +263,61 @@ def _expand_and_multiply(x: Tensor, stream: Tensor, bias: Tensor | None, n: int)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times a transposed dense weight [N, K] plus bias [N] -> [..., N]; for few rows."""
+    """x [..., K] times a transposed dense weight [N, K] plus bias [N] -> [..., N]; for few rows.
+
+    Raises:
+        ValueError: x, the weight and the bias do not belong together; says what is wrong.
+        RuntimeError: the portable path has no dense kernel.
+    """
+    code = _CODES.get(x.dtype)
     x = x.contiguous()
-    n, k = weight.shape
+    shape = x.shape
+    k = shape[-1] if shape else 0
+    if code is None or not k or weight.ndim != 2 or weight.shape[1] != k or weight.dtype is not x.dtype:
+        raise ValueError(f"x is {_described(x)}, the dense weight {_described(weight)}")
+    if not (x.is_cpu and weight.is_cpu and weight.stride(1) == 1):
+        raise ValueError(
+            f"x is {_described(x)}, the dense weight {_described(weight)}; both in rows on the CPU are needed"
+        )
+    n = weight.shape[0]
+    if bias is not None:
+        bias = _fitting(bias, x, n)
     m = x.numel() // k
-    y = x.new_empty((*x.shape[:-1], n))
+    y = x.new_empty((*shape[:-1], n))
     refusal = _library().halve_dense_linear(
-        *(_path_number(), _CODES[x.dtype], weight.data_ptr(), n, k, weight.stride(0), x.data_ptr(), m, k),
+        *(_path_number(), code, weight.data_ptr(), n, k, weight.stride(0), x.data_ptr(), m, k),
         *(None if bias is None else bias.data_ptr(), y.data_ptr(), n, torch.get_num_threads()),
     )
     if refusal:
-        _check(refusal)
+        raise RuntimeError(_REFUSALS[refusal].format(path=path()))
     return y
+
+
+def _fitting(bias: Tensor, x: Tensor, n: int) -> Tensor:
+    """The bias in a row, if it is one for x."""
+    if bias.dtype is not x.dtype or bias.shape != (n,) or not bias.is_cpu:
+        raise ValueError(f"a bias of {n} numbers in {x.dtype} on the CPU is needed, this is {_described(bias)}")
+    return bias.contiguous()
+
+
+def _why_no_product(x: Tensor, stream: Tensor, n: int) -> str:
+    """What is wrong with a multiplication that was refused."""
+    try:
+        dtype, rows, k = describe(stream)
+    except ValueError as error:
+        return str(error)
+    if rows != n:
+        return f"the prepared weight has {rows} rows, not {n}"
+    return f"x is {_described(x)}, the prepared weight takes {dtype} [..., {k}] on cpu"
+
+
+def _described(tensor: Tensor) -> str:
+    strides = "" if tensor.is_contiguous() else f" with strides {list(tensor.stride())}"
+    return f"{tensor.dtype} {list(tensor.shape)}{strides} on {tensor.device}"
+
+
+def _is_bytes(stream: Tensor) -> bool:
+    return stream.dtype is torch.uint8 and stream.is_cpu and stream.is_contiguous()
 
 
 @cache
@@ -224,7 +329,7 @@ def _linear() -> tuple[Any, Callable[..., int], int]:
 
 def _check(refusal: int) -> None:
     if refusal:
-        raise RuntimeError(_REFUSALS[refusal].format(path=path()))
+        raise ValueError(_REFUSALS[refusal])
 
 
 @cache

@@ -47,7 +47,7 @@ Path kernels_of(int path, [[maybe_unused]] DType dtype) {
 // `few_rows`: negative for the path's own limit; tests set it to see either kernel at any size.
 const Kernel& kernel(int path, DType dtype, int64_t rows, int64_t few_rows) {
   const Path kernels = kernels_of(path, dtype);
-  if (few_rows < 0 || kernels.few == &kPortableOne) few_rows = kernels.few_rows;
+  if (few_rows < 0 || (kernels.few == &kPortableOne && few_rows > 1)) few_rows = kernels.few_rows;
   return rows <= few_rows ? *kernels.few : *kernels.many;
 }
 
@@ -63,7 +63,9 @@ void run_pass(void* context, int64_t first, int64_t last) {
 
 // Sizes come from the stream itself, and are compared with what the caller takes them for: nothing is read or written
 // out of bounds, whatever bytes are handed over.
-enum Refusal : int { kNoPath = -1, kNoStream = -2, kOtherShape = -3, kMisaligned = -4 };
+enum Refusal : int { kNoPath = -1, kNoStream = -2, kOtherShape = -3, kMisaligned = -4, kNoDense = -5 };
+
+constexpr int64_t kMost = int64_t{1} << 30;  // rows, and columns: their bytes then fit 64 bits, whatever a header says
 
 int read_header(const uint8_t* stream, int64_t bytes, Weight& weight) {
   if (reinterpret_cast<uintptr_t>(stream) % 64 != 0) return kMisaligned;
@@ -71,9 +73,9 @@ int read_header(const uint8_t* stream, int64_t bytes, Weight& weight) {
   Header header;
   std::memcpy(&header, stream, sizeof header);
   if (header.magic != kMagic || header.dtype < kBFloat16 || header.dtype > kFloat32) return kNoStream;
-  if (header.n < 0 || header.k < 0 || header.bytes != bytes) return kNoStream;
+  if (header.n < 0 || header.n > kMost || header.k < 0 || header.k > kMost || header.k % 8 != 0) return kNoStream;
   const DType dtype = static_cast<DType>(header.dtype);
-  if (stream_bytes(dtype, header.n, header.k) != bytes) return kNoStream;
+  if (header.bytes != bytes || stream_bytes(dtype, header.n, header.k) != bytes) return kNoStream;
   weight = describe(dtype, header.n, header.k, stream + kHeaderBytes);
   return 0;
 }
@@ -156,7 +158,7 @@ HALVE_EXPORT int halve_sparse24_expand(const uint8_t* stream, int64_t bytes, int
                                  int threads) {
   Weight weight;
   if (const int refusal = read_header(stream, bytes, weight)) return refusal;
-  if (first_row < 0 || rows < 0 || first_row + rows > weight.n) return kOtherShape;
+  if (first_row < 0 || rows < 0 || rows > weight.n - first_row) return kOtherShape;
   if (rows > 0) expand(weight, first_row, rows, dense, threads);
   return 0;
 }
@@ -177,7 +179,7 @@ HALVE_EXPORT int halve_sparse24_linear(int path, const uint8_t* stream, int64_t 
   if (!can_run(path)) return kNoPath;
   if (const int refusal = read_header(stream, bytes, weight)) return refusal;
   if (weight.dtype != dtype || weight.n != n || weight.k != k) return kOtherShape;
-  if (m == 0) return 0;
+  if (m == 0 || n == 0) return 0;
   const Call call{weight, x, m, x_stride, bias, y, y_stride, threads, scratch};
   const Kernel& chosen = kernel(path, weight.dtype, m, few_rows);
   Pass arrange{&call, chosen.arrange}, run{&call, chosen.run};
@@ -196,7 +198,8 @@ HALVE_EXPORT int halve_dense_linear(int path, int dtype, const void* weight, int
   if (path == kAvx2) chosen = kAvx2Dense;
   if (path >= kAvx512) chosen = kAvx512Dense;
   if (path == kAvx512Bf16 && dtype == kBFloat16) chosen = kAvx512Bf16Dense;
-  if (chosen == nullptr || !can_run(path)) return kNoPath;
+  if (!can_run(path)) return kNoPath;
+  if (chosen == nullptr) return kNoDense;
   const DenseCall call{static_cast<DType>(dtype), weight, n, k, weight_stride, x, m, x_stride, bias, y, y_stride};
   DensePass pass{&call, chosen};
   parallel(threads, ceil_div(n, kDenseUnit), run_dense, &pass);
@@ -204,6 +207,6 @@ HALVE_EXPORT int halve_dense_linear(int path, int dtype, const void* weight, int
 #else
   (void)path, (void)dtype, (void)weight, (void)n, (void)k, (void)weight_stride, (void)x, (void)m, (void)x_stride;
   (void)bias, (void)y, (void)y_stride, (void)threads;
-  return kNoPath;
+  return kNoDense;
 #endif
 }

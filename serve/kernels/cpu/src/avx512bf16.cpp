@@ -280,7 +280,12 @@ template <int T>
 TARGET void panel(const Call& call, int64_t token, int64_t first_block, int64_t blocks) {
   const Weight& w = call.weight;
   alignas(64) float sums[kChunkBlocks * kRows * T * kRows];
-  alignas(64) uint8_t pairs[kTileGroups * 6 * T * kVectorBytes];
+  // An entry more before and after the pairs is what the masks 0 and 7 of a damaged stream would name.
+  constexpr int64_t kEntry = T * kVectorBytes;
+  alignas(64) uint8_t table[(1 + kTileGroups * 6 + 1) * kEntry];
+  uint8_t* pairs = table + kEntry;
+  std::memset(table, 0, kEntry);
+  std::memset(pairs + kTileGroups * 6 * kEntry, 0, kEntry);
   std::memset(sums, 0, static_cast<size_t>(blocks * kRows * T * kRows) * sizeof(float));
   const int64_t groups = group_count(call);
   const uint64_t* words = reinterpret_cast<const uint64_t*>(call.scratch) + token * groups;

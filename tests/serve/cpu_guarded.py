@@ -1,0 +1,180 @@
+"""Runs every kernel on memory that ends, or starts, at a page which nobody may touch: ``python -m tests.serve.cpu_guarded``.
+
+A read or a write beyond the weights, x, bias, y, the scratch or a dense weight ends the process with a segmentation
+fault, also of masked vector instructions, which compilers do not instrument. Buffers that are written start as NaN;
+results are compared to the bit with those of ordinary memory.
+
+    --faults       calls that claim more than there is, each in a process of its own, which has to end
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import mmap
+import os
+import resource
+import signal
+
+import torch
+from torch import Tensor
+
+from serve.kernels.cpu import backend, library
+from tests.serve.cpu_reference import DTYPES, normal, random_weight
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_PAGE = mmap.PAGESIZE
+_NO_ACCESS = 0
+MANY = 1 << 40
+FAULTS = (
+    "none",
+    "x",
+    "bias",
+    "y",
+    "weight",
+    "scratch",
+    "dense x",
+    "dense weight",
+    "dense y",
+    "before x",
+    "packed values",
+)
+
+
+class Guarded:
+    """A buffer between two pages that nobody may touch, at the end of the space between them, or at its start."""
+
+    def __init__(self, size: int, *, at_end: bool) -> None:
+        inner = -(-size // _PAGE) * _PAGE or _PAGE
+        self._map = mmap.mmap(-1, inner + 2 * _PAGE)
+        self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        ctypes.memset(self._start, 0xFF, inner + 2 * _PAGE)
+        for page in (self._start, self._start + _PAGE + inner):
+            if _LIBC.mprotect(page, _PAGE, _NO_ACCESS):
+                raise OSError(ctypes.get_errno(), "mprotect")
+        self.size = size
+        self.address = self._start + _PAGE + (inner - size if at_end else 0)
+
+    def fill(self, tensor: Tensor) -> Guarded:
+        data = tensor.contiguous().view(torch.uint8)
+        assert data.numel() == self.size
+        ctypes.memmove(self.address, data.data_ptr(), self.size)
+        return self
+
+    def bytes(self) -> bytes:
+        return ctypes.string_at(self.address, self.size)
+
+
+def guarded(tensor: Tensor, at_end: bool) -> Guarded:
+    return Guarded(tensor.nbytes, at_end=at_end).fill(tensor)
+
+
+def check(dtype: torch.dtype, m: int, n: int, k: int, few_rows: int, at_end: bool, fault: str | None = None) -> None:
+    """Prepare, restore, expand and linear."""
+    lib, which, code = backend._library(), backend._path_number(), backend._CODES[dtype]
+    packed, x, bias = random_weight(n, k, dtype), normal(m, k, dtype=dtype), normal(n, dtype=dtype)
+    wanted_stream = backend.prepare(packed)
+    wanted = backend.linear(x, wanted_stream, bias, n, few_rows)
+
+    values, mask = guarded(packed.values, at_end), guarded(packed.mask, at_end)
+    if fault == "packed values":
+        values = guarded(packed.values[:-1], at_end)
+    stream = Guarded(wanted_stream.numel(), at_end=at_end)
+    assert stream.address % 64 == 0
+    assert lib.halve_sparse24_prepare(code, values.address, mask.address, n, k, stream.address, 1) == -1
+    assert stream.bytes() == wanted_stream.numpy().tobytes()
+
+    new_values, new_mask = Guarded(values.size, at_end=at_end), Guarded(mask.size, at_end=at_end)
+    size = stream.size
+    assert lib.halve_sparse24_restore(stream.address, size, new_values.address, new_mask.address, 1) == 0
+    assert (new_values.bytes(), new_mask.bytes()) == (values.bytes(), mask.bytes())
+    dense = Guarded(n * k * dtype.itemsize, at_end=at_end)
+    assert lib.halve_sparse24_expand(stream.address, size, 0, n, dense.address, 1) == 0
+
+    y, inputs, added = Guarded(wanted.nbytes, at_end=at_end), guarded(x, at_end), guarded(bias, at_end)
+    scratch = Guarded(lib.halve_sparse24_scratch_bytes(which, code, n, k, m, few_rows), at_end=at_end)
+    if fault == "x":
+        inputs = guarded(x.flatten()[:-1], at_end)
+    if fault == "before x":
+        inputs.address -= 2
+    if fault == "bias":
+        added = guarded(bias[:-1], at_end)
+    if fault == "y":
+        y = Guarded(wanted.nbytes - dtype.itemsize, at_end=at_end)
+    if fault == "weight":  # the header is believed, and what is behind it is not there
+        stream = guarded(wanted_stream[: size - 64], at_end)
+    if fault == "scratch":
+        scratch = Guarded(scratch.size - 64, at_end=at_end)
+    assert scratch.address % 64 == 0
+    for threads in (1, 2) if fault is None else (1,):
+        refusal = lib.halve_sparse24_linear(
+            *(which, stream.address, size, code, n, k, inputs.address, m, k),
+            *(added.address, y.address, n, few_rows, scratch.address, threads),
+        )
+        assert refusal == 0
+        assert y.bytes() == wanted.view(torch.uint8).numpy().tobytes(), (dtype, m, n, k, few_rows, at_end)
+
+
+def check_dense(dtype: torch.dtype, m: int, n: int, k: int, at_end: bool, fault: str | None = None) -> None:
+    lib, which, code = backend._library(), backend._path_number(), backend._CODES[dtype]
+    weight, x, bias = normal(n, k, dtype=dtype), normal(m, k, dtype=dtype, seed=1), normal(n, dtype=dtype)
+    wanted = backend.dense_linear(x, weight, bias)
+    matrix, inputs, added = guarded(weight, at_end), guarded(x, at_end), guarded(bias, at_end)
+    y = Guarded(wanted.nbytes, at_end=at_end)
+    if fault == "dense x":
+        inputs = guarded(x.flatten()[:-1], at_end)
+    if fault == "dense weight":
+        matrix = guarded(weight.flatten()[:-1], at_end)
+    if fault == "dense y":
+        y = Guarded(wanted.nbytes - dtype.itemsize, at_end=at_end)
+    refusal = lib.halve_dense_linear(
+        *(which, code, matrix.address, n, k, k, inputs.address, m, k, added.address, y.address, n, 1)
+    )
+    assert refusal == 0
+    assert y.bytes() == wanted.view(torch.uint8).numpy().tobytes(), (dtype, m, n, k, at_end)
+
+
+def check_fault(fault: str, few_rows: int) -> None:
+    """A child process, forked before there are other threads, makes the call."""
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        # Sizes at which the last byte that is needed is the last one of a whole vector or tile; a scratch takes a rest.
+        check(torch.bfloat16, 5, 32, 72 if fault == "scratch" else 64, few_rows, fault != "before x", fault)
+        if fault.startswith("dense"):
+            check_dense(torch.bfloat16, 5, 32, 64, True, fault)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (0 if fault == "none" else -signal.SIGSEGV), f"{fault}: {status}"
+    print(fault)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--faults", action="store_true")
+    torch.set_num_threads(1)
+    if parser.parse_args().faults:
+        for fault in FAULTS:
+            for few_rows in (MANY, 0):
+                check_fault(fault, few_rows)
+        return
+    for path in library.paths():
+        with backend.using(path):
+            for at_end in (True, False):
+                for dtype in DTYPES:
+                    for few_rows in (MANY, 0):
+                        for m in (1, 2, 3, 5, 6, 17, 33, 65):
+                            check(dtype, m, 1 + 5 * m % 37, 8 * (1 + 3 * m % 11), few_rows, at_end)
+                        for n, k in ((1, 8), (16, 32), (17, 40), (33, 64), (50, 96), (64, 24), (530, 16)):
+                            check(dtype, 1, n, k, few_rows, at_end)
+                            check(dtype, 4, n, k, few_rows, at_end)
+                    if path != "portable":
+                        for k in (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 64, 65):
+                            for m, n in ((1, 1), (1, 9), (3, 17), (5, 23)):
+                                check_dense(dtype, m, n, k, at_end)
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
