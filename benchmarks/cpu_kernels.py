@@ -46,6 +46,7 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = ("4096x4096", "14336x4096", "4096x14336")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 COPIES_BYTES = 512 << 20
+DENSE = ("dense", "eager", "frozen")
 
 Side = Callable[[Tensor], Tensor]
 
@@ -159,20 +160,33 @@ def _line(threads: int, result: dict[str, Any]) -> str:
 
 
 def render(document: dict[str, Any]) -> str:
-    """The table: how many times faster than each dense side."""
+    """Two tables: the range over the layers for each number of rows, and every layer."""
     lines = [
         f"# 2:4 against dense, {document['dtype']}, {document['path']} kernels",
         "",
-        "How many times faster one 2:4 layer is, weights from memory (median of the rounds; quartiles in the JSON). GB/s counts the "
-        "bytes of the weight in its own form.",
+        "How many times faster one 2:4 layer is, weights from memory: medians over the rounds, and of these the range over "
+        f"{len({(layer['n'], layer['k']) for layer in document['runs'][0]['layers']})} layers. Best: the fastest of the three dense products for that layer.",
         "",
-        "| threads | layer | rows | 2:4, ms | than halve's dense | than torch eager | than torch frozen | 2:4, GB/s | best dense, GB/s |",
+        "| threads | rows of x | than the best dense | than halve's dense | than torch eager | than torch frozen |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run_ in document["runs"]:
+        for rows in dict.fromkeys(layer["rows"] for layer in run_["layers"]):
+            gains = [_gains(layer) for layer in run_["layers"] if layer["rows"] == rows]
+            cells = [_range([gain[name] for gain in gains if name in gain]) for name in ("best", *DENSE)]
+            lines.append(f"| {run_['threads']} | {rows} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Every layer; GB/s counts the bytes of the weight in its own form, quartiles and samples are in the JSON.",
+        "",
+        "| threads | layer | rows of x | 2:4, ms | than halve's dense | than torch eager | than torch frozen | 2:4, GB/s | "
+        "best dense, GB/s |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run_ in document["runs"]:
         for layer in run_["layers"]:
-            gains = [layer["speedup"].get(name) for name in ("dense", "eager", "frozen")]
-            cells = [f"{gain['median']:.2f}" if gain else "" for gain in gains]
+            gains = _gains(layer)
+            cells = [f"{gains[name]:.2f}" if name in gains else "" for name in DENSE]
             rates = layer["gigabytes_per_second"]
             dense = max(rate for name, rate in rates.items() if name != "2:4")
             lines.append(
@@ -194,6 +208,19 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _gains(layer: dict[str, Any]) -> dict[str, float]:
+    """How much faster than each dense side, and than the best one."""
+    gains = {name: value["median"] for name, value in layer["speedup"].items()}
+    return {**gains, "best": min(gains.values())}
+
+
+def _range(values: list[float]) -> str:
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return f"{low:.2f}" if len(values) == 1 else f"{low:.2f} to {high:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -203,8 +230,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--name", default="cpu_kernels", help="of the results files")
     parser.add_argument("--smoke", action="store_true", help="small layers, printed and not kept: does it run?")
+    parser.add_argument("--render", action="store_true", help="only write the tables again from the results")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.render:
+        document = json.loads((RESULTS / f"{arguments.name}.json").read_text())
+        (RESULTS / f"{arguments.name}.md").write_text(render(document))
+        return
     if arguments.smoke:
         arguments.shapes, arguments.rows, arguments.rounds = ["256x512"], [1, 8, 64], 3
     dtype = getattr(torch, arguments.dtype)

@@ -202,3 +202,32 @@ def test_dense_layers_take_the_faster_path() -> None:
         for rows in (0, 1, 16, 17):
             x = drawn(rows, 72, dtype=dtype)
             torch.testing.assert_close(model(x), dense(x), rtol=2**-7, atol=2**-7)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_many_rows_through_the_expanded_weight(
+    dtype: torch.dtype, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What processors with AMX do: parts of the weight are expanded, and torch multiplies."""
+    monkeypatch.setattr(cpu, "expands", lambda dtype: True)
+    monkeypatch.setattr(cpu, "_EXPANDED_BYTES", 64 * 136 * dtype.itemsize)
+    n, k = 200, 136  # three parts of 64 rows, and one of 8
+    weight, bias = two_of_four(n, k, dtype), drawn(n, dtype=dtype) if with_bias else None
+    x = drawn(5, 13, k, dtype=dtype)
+    assert "expanded in parts for oneDNN" in choose(CPU, dtype, 65, n, k).reason
+    result = sparse24_linear(x, pack(weight), bias)
+    expected = [functional.linear(x, part, None if bias is None else b)
+                for part, b in zip(weight.split(64), (bias if bias is not None else torch.zeros(n)).split(64), strict=True)]  # fmt: skip
+    assert torch.equal(result, torch.cat(expected, dim=-1))
+
+
+@needs_library
+def test_huge_pages_leave_contents_and_address_alone() -> None:
+    tensor = torch.arange(3_000_000, dtype=torch.int32)
+    address = tensor.data_ptr()
+    cpu.gather_into_huge_pages(tensor)
+    assert tensor.data_ptr() == address
+    assert torch.equal(tensor, torch.arange(3_000_000, dtype=torch.int32))
+    cpu.gather_into_huge_pages(torch.empty(0))
