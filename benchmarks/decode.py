@@ -73,15 +73,26 @@ class Side:
 def commands(directory: Path, llama: Path | None, threads: int, prompt: int, output: int) -> dict[str, list[str]]:
     lengths = ["--threads", str(threads), "--prompt", str(prompt)]
     every = {
-        name: [sys.executable, "-m", "benchmarks.decode_side", kind, str(directory / form), *lengths]
-        + ["--output", str(output)]
+        name: [
+            sys.executable,
+            "-m",
+            "benchmarks.decode_side",
+            kind,
+            str(directory / form),
+            *lengths,
+            "--output",
+            str(output),
+        ]
         for name, (kind, form) in OURS.items()
     }
     if llama is not None:
         script = [str(llama), "-I", "benchmarks/llama_cpp_side.py", "bench"]
         for kind in GGUFS:
-            every[f"llama.cpp, {kind}"] = [*script, str(directory / f"{kind}.gguf"), *lengths] + [
-                *("--decode", str(output), "--serve")
+            every[f"llama.cpp, {kind}"] = [
+                *script,
+                str(directory / f"{kind}.gguf"),
+                *lengths,
+                *("--decode", str(output), "--serve"),
             ]
     return every
 

@@ -301,7 +301,6 @@ def test_the_number_of_threads_changes_no_bit(path: str, dtype: torch.dtype) -> 
         expanded = torch.empty(600, 136, dtype=dtype)
         backend.expand(stream, 0, 600, expanded)
         results = {
-            ("stream", 0, 0): stream,
             ("expand", 0, 0): expanded,
             ("restore", 0, 0): backend.restore(stream).values,
         }

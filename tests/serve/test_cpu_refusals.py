@@ -23,7 +23,8 @@ __all__ = ["path"]  # a fixture
 
 N, K = 37, 72
 NOT_TWO = [group for group in range(16) if group not in PATTERNS]
-HEADER = "<Iiqqq"
+HEADER = "<Iiqqqq"
+HEADER_FIELDS = ("magic", "dtype", "n", "k", "bytes", "interleave")
 """Magic, dtype, N, K, bytes."""
 
 
@@ -102,8 +103,11 @@ def aligned(data: bytes, offset: int = 0) -> Tensor:
 
 def with_header(**changes: int) -> Callable[[bytes], Tensor]:
     def change(stream: bytes) -> Tensor:
-        fields = dict(zip(("magic", "dtype", "n", "k", "bytes"), struct.unpack_from(HEADER, stream), strict=True))
-        assert fields == {"magic": 0x34326868, "dtype": 0, "n": N, "k": K, "bytes": len(stream)}
+        fields = dict(zip(HEADER_FIELDS, struct.unpack_from(HEADER, stream), strict=True))
+        interleave = fields["interleave"]
+        expected = {"magic": 0x34326868, "dtype": 0, "n": N, "k": K, "bytes": len(stream), "interleave": interleave}
+        assert fields == expected
+        assert interleave in (1, 2, 4)
         return aligned(struct.pack(HEADER, *{**fields, **changes}.values()) + stream[struct.calcsize(HEADER) :])
 
     return change
@@ -132,6 +136,9 @@ DAMAGES: dict[str, tuple[Callable[[bytes], Tensor], str]] = {
     "wider": (with_header(k=K + 32), DAMAGED),
     "a part of a mask byte": (with_header(k=K + 4), DAMAGED),
     "bytes": (with_header(bytes=64), DAMAGED),
+    "panels of no blocks": (with_header(interleave=0), DAMAGED),
+    "panels of three blocks": (with_header(interleave=3), DAMAGED),
+    "panels of eight blocks": (with_header(interleave=8), DAMAGED),
     "sizes that overflow to nothing": (only_a_header(1 << 36, 1 << 37), DAMAGED),
     "the largest sizes": (only_a_header((1 << 63) - 1, (1 << 63) - 8), DAMAGED),
     "misaligned": (lambda stream: aligned(stream, 32), "the prepared weight does not start at a cache line"),
@@ -168,7 +175,11 @@ def test_a_stream_of_another_type() -> None:
 @KERNELS
 def test_damaged_masks_within_a_stream_stay_within_their_rows(path: str, dtype: torch.dtype, few_rows: int) -> None:
     """They are not looked at when multiplying, and choose among the inputs of their group, whatever they say."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)  # so many that a panel is one block, and tiles follow each other
     stream = backend.prepare(random_weight(N, K, dtype))
+    torch.set_num_threads(before)
+    assert struct.unpack_from(HEADER, bytes(stream[:64].tolist()))[-1] == 1
     x = normal(70, K, dtype=dtype)
     whole = backend.linear(x, stream, None, N, few_rows)
     tile = 64 + 16 * 8 * 2 * dtype.itemsize

@@ -257,7 +257,7 @@ def _expand_and_multiply(x: Tensor, stream: Tensor, bias: Tensor | None, n: int)
     y = x.new_empty((*x.shape[:-1], n))
     for row in range(0, n, step):
         rows = min(step, n - row)
-        expand(stream, row, rows, part)
+        expand(stream, row, rows, part[:rows])
         y[..., row : row + rows] = functional.linear(x, part[:rows], None if bias is None else bias[row : row + rows])
     return y
 

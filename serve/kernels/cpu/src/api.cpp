@@ -74,9 +74,10 @@ int read_header(const uint8_t* stream, int64_t bytes, Weight& weight) {
   std::memcpy(&header, stream, sizeof header);
   if (header.magic != kMagic || header.dtype < kBFloat16 || header.dtype > kFloat32) return kNoStream;
   if (header.n < 0 || header.n > kMost || header.k < 0 || header.k > kMost || header.k % 8 != 0) return kNoStream;
+  if (header.interleave != 1 && header.interleave != 2 && header.interleave != 4) return kNoStream;
   const DType dtype = static_cast<DType>(header.dtype);
   if (header.bytes != bytes || stream_bytes(dtype, header.n, header.k) != bytes) return kNoStream;
-  weight = describe(dtype, header.n, header.k, stream + kHeaderBytes);
+  weight = describe(dtype, header.n, header.k, header.interleave, stream + kHeaderBytes);
   return 0;
 }
 
@@ -167,7 +168,7 @@ HALVE_EXPORT int halve_sparse24_expand(const uint8_t* stream, int64_t bytes, int
 HALVE_EXPORT int64_t halve_sparse24_scratch_bytes(int path, int dtype, int64_t n, int64_t k, int64_t m, int64_t few_rows) {
   if (!can_run(path)) return kNoPath;
   const DType kind = static_cast<DType>(dtype);
-  const Call call{describe(kind, n, k, nullptr), nullptr, m, 0, nullptr, nullptr, 0, 1, nullptr};
+  const Call call{describe(kind, n, k, 1, nullptr), nullptr, m, 0, nullptr, nullptr, 0, 1, nullptr};
   return kernel(path, kind, m, few_rows).scratch_bytes(call);
 }
 

@@ -31,7 +31,7 @@ namespace stream {
 
 using F = __m256;
 using I = __m256i;
-constexpr int kLanes = 8, kStreams = 2;
+constexpr int kLanes = 8, kSide = 2;
 
 INLINE F zero() { return _mm256_setzero_ps(); }
 INLINE F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -74,7 +74,7 @@ namespace dense {
 
 using V = __m256;
 using S = __m256;
-constexpr int kLanes = 8, kDenseRows = 4, kDenseFew = 2;
+constexpr int kLanes = 8, kDenseFew = 2;
 
 INLINE S zero() { return _mm256_setzero_ps(); }
 INLINE S multiply_add(V a, V b, S sum) { return _mm256_fmadd_ps(a, b, sum); }

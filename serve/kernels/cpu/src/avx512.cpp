@@ -29,7 +29,7 @@ namespace stream {
 
 using F = __m512;
 using I = __m512i;
-constexpr int kLanes = 16, kStreams = 2;
+constexpr int kLanes = 16, kSide = 2;
 
 INLINE F zero() { return _mm512_setzero_ps(); }
 INLINE F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
@@ -73,7 +73,7 @@ namespace dense {
 
 using V = __m512;
 using S = __m512;
-constexpr int kLanes = 16, kDenseRows = 8, kDenseFew = 6;
+constexpr int kLanes = 16, kDenseFew = 6;
 
 INLINE S zero() { return _mm512_setzero_ps(); }
 INLINE S multiply_add(V a, V b, S sum) { return _mm512_fmadd_ps(a, b, sum); }

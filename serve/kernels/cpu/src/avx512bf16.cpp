@@ -55,7 +55,7 @@ struct Input {
   int64_t stride;
 };
 
-// R blocks, a stream each, times M rows of x.
+// R blocks of a panel times M rows of x.
 template <int R, int M>
 TARGET void stream(const Call& call, Input x, int64_t token, int64_t block) {
   __m512 sums[R][M];
@@ -65,13 +65,16 @@ TARGET void stream(const Call& call, Input x, int64_t token, int64_t block) {
     for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_ps();
   }
   const __m512i pairs = _mm512_load_si512(kPairBytes.at);
-  const int64_t apart = call.weight.block_bytes();
-  const uint8_t* tile = call.weight.block(block);
+  const Weight& w = call.weight;
+  const Block place = block_of(w, block);
+  const int64_t step = place.width * kTile, row_of_values = place.width * 64;
+  const uint8_t* tile = w.tiles + tile_offset(w, block, 0) + place.mask();
+  const uint8_t* values_at = w.tiles + tile_offset(w, block, 0) + place.values(kBFloat16, 0);
   const uint16_t* inputs = x.at;
-  for (int64_t t = 0; t < call.weight.k_tiles; ++t, tile += kTile, inputs += kColumns) {
+  for (int64_t t = 0; t < w.k_tiles; ++t, tile += step, values_at += step, inputs += kColumns) {
     __m512i masks[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) masks[r] = _mm512_load_si512(tile + r * apart);
+    for (int r = 0; r < R; ++r) masks[r] = _mm512_load_si512(tile + r * kMaskBytes);
 #pragma GCC unroll 8
     for (int g = 0; g < kGroups; ++g) {
       __m512i entries[M];
@@ -83,7 +86,7 @@ TARGET void stream(const Call& call, Input x, int64_t token, int64_t block) {
       }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const __m512i values = _mm512_load_si512(tile + r * apart + kMaskBytes + 64 * g);
+        const __m512i values = _mm512_load_si512(values_at + g * row_of_values + r * 64);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           sums[r][m] = dot(sums[r][m], _mm512_permutexvar_epi32(masks[r], entries[m]), values);
@@ -127,26 +130,34 @@ void stream_arrange(const Call& call, int64_t first, int64_t last) {
   }
 }
 
-int64_t stream_units(const Call& call) { return call.weight.blocks; }
+int64_t stream_units(const Call& call) { return call.weight.panels(); }
 
 TARGET void stream_run(const Call& call, int64_t first, int64_t last) {
+  const Weight& w = call.weight;
   const int64_t passes = ceil_div(call.m, 6);  // 4 blocks x 6 rows of sums are what the registers hold
-  for (int64_t block = first; block < last;) {
-    const int64_t left = last - block, blocks = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    // All passes over some blocks follow each other, so that the later ones find them in the second cache.
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t width = w.width(panel);
+    // All passes over a panel follow each other, so that the later ones find it in the second cache.
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t token = call.m * pass / passes, rows = call.m * (pass + 1) / passes - token;
       Input x{static_cast<const uint16_t*>(call.x) + token * call.x_stride, call.x_stride};
       if (padded(call)) {
         x = {reinterpret_cast<const uint16_t*>(call.scratch) + token * padded_k(call), padded_k(call)};
       }
-      switch (blocks) {
-        case 4: stream_rows<4>(rows, call, x, token, block); break;
-        case 2: stream_rows<2>(rows, call, x, token, block); break;
-        default: stream_rows<1>(rows, call, x, token, block);
+      for (int64_t b = 0; b < width;) {
+        const int64_t block = panel * w.interleave + b;
+        if (width - b >= 4) {
+          stream_rows<4>(rows, call, x, token, block);
+          b += 4;
+        } else if (width - b >= 2) {
+          stream_rows<2>(rows, call, x, token, block);
+          b += 2;
+        } else {
+          stream_rows<1>(rows, call, x, token, block);
+          b += 1;
+        }
       }
     }
-    block += blocks;
   }
 }
 
@@ -209,7 +220,8 @@ TARGET void fill_pairs(const uint64_t* words, int64_t groups, uint8_t* pairs) {
 
 // Adds 64 columns (or the 32 that are left) of a block of 16 rows to their sums [16 rows][T vectors of tokens].
 template <int T, int Tiles>
-TARGET void add_block(const uint8_t* tile, const uint8_t* next, const uint8_t* pairs, float* sums) {
+TARGET void add_block(const uint8_t* tile, Block block, const uint8_t* next, const uint8_t* pairs, float* sums) {
+  const int64_t step = block.width * kTile, row_of_values = block.width * 64;
   constexpr int kPair = 2;  // rows at a time: enough sums to hide the latency of a product
   constexpr int64_t kEntry = T * kVectorBytes;
   for (int r = 0; r < kRows; r += kPair) {
@@ -222,12 +234,13 @@ TARGET void add_block(const uint8_t* tile, const uint8_t* next, const uint8_t* p
     }
 #pragma GCC unroll 2
     for (int b = 0; b < Tiles; ++b) {
-      const uint8_t* at = tile + b * kTile;
-      // The next block is far away, and every line of it would be waited for.
+      const uint8_t* masks = tile + b * step + block.mask();
+      const uint8_t* at = tile + b * step + block.values(kBFloat16, 0);
+      // The next panel is far away, and every line of it would be waited for.
       _mm_prefetch(reinterpret_cast<const char*>(next + b * kTile + r * 36), _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(next + b * kTile + r * 36 + 36), _MM_HINT_T0);
 #pragma GCC unroll 4
-      for (int i = 0; i < kPair; ++i) std::memcpy(&mask[i], at + 4 * (r + i), 4);
+      for (int i = 0; i < kPair; ++i) std::memcpy(&mask[i], masks + 4 * (r + i), 4);
 #pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) {
 #pragma GCC unroll 4
@@ -235,7 +248,7 @@ TARGET void add_block(const uint8_t* tile, const uint8_t* next, const uint8_t* p
           const int64_t entry = static_cast<int64_t>(mask[i] >> (4 * g) & 7) - 1;
           const uint8_t* pair = pairs + ((b * kGroups + g) * 6 + entry) * kEntry;
           int32_t kept;
-          std::memcpy(&kept, at + kMaskBytes + 64 * g + 4 * (r + i), 4);
+          std::memcpy(&kept, at + g * row_of_values + 4 * (r + i), 4);
           const __m512i values = _mm512_set1_epi32(kept);
 #pragma GCC unroll 4
           for (int t = 0; t < T; ++t) sum[i][t] = dot(sum[i][t], values, _mm512_load_si512(pair + t * kVectorBytes));
@@ -292,13 +305,14 @@ TARGET void panel(const Call& call, int64_t token, int64_t first_block, int64_t 
   for (int64_t k_tile = 0; k_tile < w.k_tiles; k_tile += 2) {
     fill_pairs<T>(words + k_tile * kGroups * kRows, groups, pairs);
     for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* tile = w.block(first_block + b) + k_tile * kTile;
-      const uint8_t* next = tile + w.block_bytes();
+      const uint8_t* tile = w.tiles + tile_offset(w, first_block + b, k_tile);
+      const Block block = block_of(w, first_block + b);
+      const uint8_t* next = tile + w.panel_bytes() + 2 * block.first * kTile;  // each block fetches its share
       float* at = sums + b * kRows * T * kRows;
       if (k_tile + 1 < w.k_tiles) {
-        add_block<T, 2>(tile, next, pairs, at);
+        add_block<T, 2>(tile, block, next, pairs, at);
       } else {
-        add_block<T, 1>(tile, next, pairs, at);
+        add_block<T, 1>(tile, block, next, pairs, at);
       }
     }
   }
@@ -342,7 +356,7 @@ namespace dense {
 
 using V = __m512i;
 using S = __m512;
-constexpr int kLanes = 32, kDenseRows = 8, kDenseFew = 6;
+constexpr int kLanes = 32, kDenseFew = 6;
 
 INLINE S zero() { return _mm512_setzero_ps(); }
 INLINE S multiply_add(V a, V b, S sum) { return dot(sum, a, b); }

@@ -7,11 +7,14 @@
 //   values  [8 groups]   bfloat16: [16 rows][2], so that a group of a row is one 32-bit word, what a bfloat16 dot
 //                        product takes; float16 and float32: [2][16 rows], so that a vector holds one value a row
 //
-// Tiles are stored as [N/16][K/32]: the tiles of 16 rows, a block, follow each other, and a multiplication reads a
-// handful of blocks side by side, each from front to back. (The processor's own prefetchers follow a few such streams
-// twice as fast as a single one of the same bytes, and faster than any prefetch instruction makes them.) A weight takes
-// the bytes of the packed format (9/16 of 16-bit dense), up to padding at the edges: rows and columns that do not exist
-// have the mask 0011 and zeros.
+// Up to four blocks of 16 rows make a panel, which is multiplied in one go, and a panel is stored in the very order in which
+// that reads it: for each 32 columns the masks of its blocks, and then, for each group, the values of its blocks.
+//
+//   panel  [K/32] x { [blocks] mask, [8 groups][blocks] values }
+//
+// So a core reads one stream of cache lines from front to back, which is what memory is fastest at. A weight takes the bytes
+// of the packed format (9/16 of 16-bit dense), up to padding at the edges: rows and columns that do not exist have the
+// mask 0011 and zeros.
 //
 // The mask of a group needs no decoding. Its two set bits make one of the six numbers 3, 5, 6, 9, 10, 12, and these
 // differ in their low three bits: 3, 5, 6, 1, 2, 4. So a register with eight entries, one for each possible pair of the
@@ -39,14 +42,17 @@ constexpr uint8_t kSecond[8] = {0, 3, 3, 1, 3, 2, 2, 0};
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t value_bytes(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
-constexpr int64_t tile_bytes(DType dtype) { return kMaskBytes + kRows * kGroups * 2 * value_bytes(dtype); }
+// Of the values of a block in a group.
+constexpr int64_t chunk_bytes(DType dtype) { return kRows * 2 * value_bytes(dtype); }
+constexpr int64_t tile_bytes(DType dtype) { return kMaskBytes + kGroups * chunk_bytes(dtype); }
 
 // First bytes of a stream. Kernels read sizes from here and nowhere else, so a stream cannot be read out of bounds.
 struct Header {
   uint32_t magic;
   int32_t dtype;
   int64_t n, k;
-  int64_t bytes;  // of the whole stream
+  int64_t bytes;       // of the whole stream
+  int64_t interleave;  // blocks in a panel
 };
 static_assert(sizeof(Header) <= kHeaderBytes, "the header has its own cache line");
 
@@ -54,17 +60,41 @@ static_assert(sizeof(Header) <= kHeaderBytes, "the header has its own cache line
 struct Weight {
   DType dtype;
   int64_t n, k;
+  int64_t interleave;
   int64_t blocks;   // of 16 rows
   int64_t k_tiles;  // of 32 columns
   int64_t tile;     // bytes of one
   const uint8_t* tiles;
 
-  int64_t block_bytes() const { return k_tiles * tile; }
-  const uint8_t* block(int64_t index) const { return tiles + index * block_bytes(); }
+  int64_t panels() const { return ceil_div(blocks, interleave); }
+  // Blocks in a panel: all have `interleave`, but for the last.
+  int64_t width(int64_t panel) const {
+    const int64_t left = blocks - panel * interleave;
+    return left < interleave ? left : interleave;
+  }
+  int64_t panel_bytes() const { return interleave * k_tiles * tile; }
+  const uint8_t* panel(int64_t index) const { return tiles + index * panel_bytes(); }
 };
 
-inline Weight describe(DType dtype, int64_t n, int64_t k, const uint8_t* tiles) {
-  return Weight{dtype, n, k, ceil_div(n, kRows), ceil_div(k, kColumns), tile_bytes(dtype), tiles};
+// Where a block's part of a panel's tiles lies.
+struct Block {
+  int64_t first;  // its place in the panel
+  int64_t width;  // blocks in the panel
+
+  int64_t mask() const { return first * kMaskBytes; }
+  int64_t values(DType dtype, int64_t group) const {
+    return width * kMaskBytes + (group * width + first) * chunk_bytes(dtype);
+  }
+};
+inline Block block_of(const Weight& w, int64_t block) { return {block % w.interleave, w.width(block / w.interleave)}; }
+// The tile of a panel that holds a block and begins with a column.
+inline int64_t tile_offset(const Weight& w, int64_t block, int64_t k_tile) {
+  const int64_t panel = block / w.interleave;
+  return panel * w.panel_bytes() + k_tile * w.width(panel) * w.tile;
+}
+
+inline Weight describe(DType dtype, int64_t n, int64_t k, int64_t interleave, const uint8_t* tiles) {
+  return Weight{dtype, n, k, interleave, ceil_div(n, kRows), ceil_div(k, kColumns), tile_bytes(dtype), tiles};
 }
 
 // One multiplication y [m, n] = x [m, k] W^T + bias. x, y and bias have the dtype of the values; rows of x and y are

@@ -29,15 +29,16 @@ int64_t one_units(const Call& call) { return call.weight.blocks; }
 template <DType D>
 void one_block(const Call& call, int64_t block) {
   const Weight& w = call.weight;
-  const uint8_t* tile = w.block(block);
+  const Block place = block_of(w, block);
   const float* x = reinterpret_cast<const float*>(call.scratch);
   float sums[kRows] = {};
-  for (int64_t t = 0; t < w.k_tiles; ++t, tile += w.tile, x += kColumns) {
+  for (int64_t t = 0; t < w.k_tiles; ++t, x += kColumns) {
+    const uint8_t* tile = w.tiles + tile_offset(w, block, t);
     float wide[kGroups * 2 * kRows];
-    widen<D>(tile + kMaskBytes, wide);
+    widen<D>(tile, place, wide);
     for (int r = 0; r < kRows; ++r) {
       uint32_t mask;
-      std::memcpy(&mask, tile + 4 * r, 4);
+      std::memcpy(&mask, tile + place.mask() + 4 * r, 4);
       float first = 0, second = 0;
       for (int g = 0; g < kGroups; ++g, mask >>= 4) {
         first += wide[g * 2 * kRows + r] * x[4 * g + kFirst[mask & 7]];

@@ -26,20 +26,20 @@ struct Packed {
 
 // Puts the groups of a row into its lane of a tile. Value: as wide as a kept value.
 template <typename Value>
-void write_row(uint8_t* tile, int64_t row, bool pairs, const Value* values, int64_t groups) {
-  Value* out = reinterpret_cast<Value*>(tile + kMaskBytes);
+void write_row(uint8_t* tile, Block block, DType dtype, int64_t row, const Value* values, int64_t groups) {
+  const bool pairs = dtype == kBFloat16;
   for (int64_t g = 0; g < groups; ++g) {
-    Value* group = out + g * 2 * kRows;
+    Value* group = reinterpret_cast<Value*>(tile + block.values(dtype, g));
     group[pairs ? 2 * row : row] = values[2 * g];
     group[pairs ? 2 * row + 1 : kRows + row] = values[2 * g + 1];
   }
 }
 
 template <typename Value>
-void read_row(const uint8_t* tile, int64_t row, bool pairs, Value* values, int64_t groups) {
-  const Value* in = reinterpret_cast<const Value*>(tile + kMaskBytes);
+void read_row(const uint8_t* tile, Block block, DType dtype, int64_t row, Value* values, int64_t groups) {
+  const bool pairs = dtype == kBFloat16;
   for (int64_t g = 0; g < groups; ++g) {
-    const Value* group = in + g * 2 * kRows;
+    const Value* group = reinterpret_cast<const Value*>(tile + block.values(dtype, g));
     values[2 * g] = group[pairs ? 2 * row : row];
     values[2 * g + 1] = group[pairs ? 2 * row + 1 : kRows + row];
   }
@@ -59,11 +59,15 @@ void note_bad(std::atomic<int64_t>& first_bad, int64_t index) {
 }
 
 template <typename Value>
-void fill_tile(Work& work, uint8_t* tile, int64_t first_row, int64_t first_column) {
+void fill_tile(Work& work, uint8_t* tile, int64_t number, int64_t first_column) {
   const Weight& w = work.weight;
+  const Block block = block_of(w, number);
+  const int64_t first_row = number * kRows;
   const int64_t groups = (w.k - first_column < kColumns ? w.k - first_column : kColumns) / 4;
   const bool whole = groups == kGroups && first_row + kRows <= w.n;
-  if (!whole) std::memset(tile, 0, static_cast<size_t>(w.tile));
+  for (int64_t g = 0; g < kGroups && !whole; ++g) {
+    std::memset(tile + block.values(w.dtype, g), 0, static_cast<size_t>(chunk_bytes(w.dtype)));
+  }
   for (int64_t r = 0; r < kRows; ++r) {
     const int64_t row = first_row + r;
     uint32_t mask = kPaddingMask;
@@ -76,22 +80,25 @@ void fill_tile(Work& work, uint8_t* tile, int64_t first_row, int64_t first_colum
       }
       std::memcpy(&mask, bytes, 4);
       const Value* values = reinterpret_cast<const Value*>(work.packed.values) + (row * w.k + first_column) / 2;
-      write_row(tile, r, w.dtype == kBFloat16, values, groups);
+      write_row(tile, block, w.dtype, r, values, groups);
     }
-    std::memcpy(tile + 4 * r, &mask, 4);
+    std::memcpy(tile + block.mask() + 4 * r, &mask, 4);
   }
 }
 
-void fill_blocks(void* context, int64_t first, int64_t last) {
+void fill_panels(void* context, int64_t first, int64_t last) {
   Work& work = *static_cast<Work*>(context);
   const Weight& w = work.weight;
-  for (int64_t block = first; block < last; ++block) {
-    uint8_t* tile = work.tiles + block * w.block_bytes();
-    for (int64_t column = 0; column < w.k; column += kColumns, tile += w.tile) {
-      if (w.dtype == kFloat32) {
-        fill_tile<uint32_t>(work, tile, block * kRows, column);
-      } else {
-        fill_tile<uint16_t>(work, tile, block * kRows, column);
+  for (int64_t panel = first; panel < last; ++panel) {
+    uint8_t* tile = work.tiles + panel * w.panel_bytes();
+    for (int64_t column = 0; column < w.k; column += kColumns, tile += w.width(panel) * w.tile) {
+      for (int64_t b = 0; b < w.width(panel); ++b) {
+        const int64_t block = panel * w.interleave + b;
+        if (w.dtype == kFloat32) {
+          fill_tile<uint32_t>(work, tile, block, column);
+        } else {
+          fill_tile<uint16_t>(work, tile, block, column);
+        }
       }
     }
   }
@@ -104,16 +111,17 @@ struct Unwork {
 };
 
 template <typename Value>
-void empty_block(const Unwork& work, int64_t block) {
+void empty_block(const Unwork& work, int64_t number) {
   const Weight& w = work.weight;
-  const uint8_t* tile = w.block(block);
-  for (int64_t column = 0; column < w.k; column += kColumns, tile += w.tile) {
+  const Block block = block_of(w, number);
+  for (int64_t column = 0; column < w.k; column += kColumns) {
+    const uint8_t* tile = w.tiles + tile_offset(w, number, column / kColumns);
     const int64_t groups = (w.k - column < kColumns ? w.k - column : kColumns) / 4;
-    for (int64_t r = 0; r < kRows && block * kRows + r < w.n; ++r) {
-      const int64_t row = block * kRows + r;
-      std::memcpy(work.mask + row * (w.k / 8) + column / 8, tile + 4 * r, static_cast<size_t>(groups / 2));
-      read_row(tile, r, w.dtype == kBFloat16, reinterpret_cast<Value*>(work.values) + (row * w.k + column) / 2,
-               groups);
+    for (int64_t r = 0; r < kRows && number * kRows + r < w.n; ++r) {
+      const int64_t row = number * kRows + r;
+      std::memcpy(work.mask + row * (w.k / 8) + column / 8, tile + block.mask() + 4 * r,
+                  static_cast<size_t>(groups / 2));
+      read_row(tile, block, w.dtype, r, reinterpret_cast<Value*>(work.values) + (row * w.k + column) / 2, groups);
     }
   }
 }
@@ -136,22 +144,23 @@ struct Expansion {
 };
 
 template <typename Value>
-void expand_block(const Expansion& work, int64_t block) {
+void expand_block(const Expansion& work, int64_t number) {
   const Weight& w = work.weight;
+  const Block block = block_of(w, number);
   const bool pairs = w.dtype == kBFloat16;
-  const int64_t begin = block * kRows < work.first_row ? work.first_row : block * kRows;
-  int64_t end = (block + 1) * kRows < work.first_row + work.rows ? (block + 1) * kRows : work.first_row + work.rows;
+  const int64_t begin = number * kRows < work.first_row ? work.first_row : number * kRows;
+  int64_t end = (number + 1) * kRows < work.first_row + work.rows ? (number + 1) * kRows : work.first_row + work.rows;
   if (end > w.n) end = w.n;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t r = row % kRows;
-    const uint8_t* tile = w.block(block);
     Value* out = reinterpret_cast<Value*>(work.dense) + (row - work.first_row) * w.k;
-    for (int64_t column = 0; column < w.k; column += kColumns, tile += w.tile) {
+    for (int64_t column = 0; column < w.k; column += kColumns) {
+      const uint8_t* tile = w.tiles + tile_offset(w, number, column / kColumns);
       uint32_t mask;
-      std::memcpy(&mask, tile + 4 * r, 4);
-      const Value* values = reinterpret_cast<const Value*>(tile + kMaskBytes);
+      std::memcpy(&mask, tile + block.mask() + 4 * r, 4);
       const int64_t groups = (w.k - column < kColumns ? w.k - column : kColumns) / 4;
-      for (int64_t g = 0; g < groups; ++g, mask >>= 4, values += 2 * kRows) {
+      for (int64_t g = 0; g < groups; ++g, mask >>= 4) {
+        const Value* values = reinterpret_cast<const Value*>(tile + block.values(w.dtype, g));
         Value four[4] = {0, 0, 0, 0};
         four[kFirst[mask & 7]] = values[pairs ? 2 * r : r];
         four[kSecond[mask & 7]] = values[pairs ? 2 * r + 1 : kRows + r];
@@ -208,11 +217,14 @@ int64_t prepare(DType dtype, const uint8_t* values, const uint8_t* mask, int64_t
                 int threads) {
   const int64_t bytes = stream_bytes(dtype, n, k);
   ask_for_huge_pages(stream, bytes);
-  const Header header{kMagic, dtype, n, k, bytes};
+  // Panels are the units of work: where there are too few for the threads, they are narrower.
+  int64_t interleave = 4;
+  while (interleave > 1 && ceil_div(n, kRows) < 2 * interleave * threads) interleave /= 2;
+  const Header header{kMagic, dtype, n, k, bytes, interleave};
   std::memset(stream, 0, kHeaderBytes);
   std::memcpy(stream, &header, sizeof header);
-  Work work{describe(dtype, n, k, stream + kHeaderBytes), {values, mask}, stream + kHeaderBytes, {-1}};
-  parallel(threads, work.weight.blocks, fill_blocks, &work);
+  Work work{describe(dtype, n, k, interleave, stream + kHeaderBytes), {values, mask}, stream + kHeaderBytes, {-1}};
+  parallel(threads, work.weight.panels(), fill_panels, &work);
   return work.first_bad.load();
 }
 
