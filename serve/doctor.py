@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.errors import one_line
+from compress.errors import UsageError, one_line
 from compress.version import version
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -176,18 +176,23 @@ def _plain_backend() -> Check:
 
 
 def _cpu_backend() -> Check:
-    from serve.kernels.cpu import library
+    from serve.kernels.cpu import backend, library
 
     found = library.find()
     facts: dict[str, Any] = {"library": str(found.path), "paths": [], "path": None, "threads": None}
     if found.library is None:
         return Check("cpu", False, found.problem or "", found.remedy, facts=facts)
     runnable = library.paths()
+    try:
+        chosen = backend.choose_path(runnable)
+    except UsageError as error:
+        return Check("cpu", False, str(error), "unset HALVE_CPU_PATH", facts=facts)
     pool = library.thread_pool()
-    facts |= {"paths": list(runnable), "path": runnable[0], "threads": pool.library if pool else None}
-    others = f" (this processor also runs {', '.join(runnable[1:])})" if runnable[1:] else ""
+    facts |= {"paths": list(runnable), "path": chosen, "threads": pool.library if pool else None}
+    rest = [path for path in runnable if path != chosen]
+    others = f" (this processor also runs {', '.join(rest)})" if rest else ""
     threads = f"torch's threads ({Path(pool.library).name})" if pool else "one thread: torch brings no OpenMP"
-    return Check("cpu", True, f"takes {runnable[0]}{others}; {threads}", facts=facts)
+    return Check("cpu", True, f"takes {chosen}{others}; {threads}", facts=facts)
 
 
 SECTIONS: dict[str, dict[str, Callable[[], Check]]] = {

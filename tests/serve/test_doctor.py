@@ -49,6 +49,15 @@ def test_with_kernels(halve: Halve, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "omp" in cpu["facts"]["threads"]
     assert cpu["detail"].startswith("takes avx2 (this processor also runs portable); torch's threads (lib")
 
+    monkeypatch.setenv("HALVE_CPU_PATH", "portable")
+    chosen = checks(halve("doctor", "--json").document, "kernels")["cpu"]
+    assert chosen["detail"].startswith("takes portable (this processor also runs avx2);")
+    monkeypatch.setenv("HALVE_CPU_PATH", "avx512")
+    chosen = checks(halve("doctor", "--json").document, "kernels")["cpu"]
+    assert (chosen["works"], chosen["remedy"]) == (False, "unset HALVE_CPU_PATH")
+    assert chosen["detail"] == "HALVE_CPU_PATH='avx512': this processor can run avx2, portable."
+    monkeypatch.delenv("HALVE_CPU_PATH")
+
     monkeypatch.setattr("serve.kernels.cpu.library.thread_pool", lambda: None)
     alone = checks(halve("doctor", "--json").document, "kernels")["cpu"]
     assert alone["detail"].endswith("; one thread: torch brings no OpenMP")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any
@@ -42,19 +42,25 @@ _REFUSALS = {
 def path() -> str | None:
     """The code path that is used; None where the library is not there.
 
-    ``HALVE_CPU_PATH`` chooses another one than the best.
+    Raises:
+        UsageError: see `choose_path`.
+    """
+    return choose_path(library.paths())
+
+
+def choose_path(runnable: Sequence[str]) -> str | None:
+    """Of the paths that this processor can run, best first, the one to use: the best, or what ``HALVE_CPU_PATH`` names.
 
     Raises:
         UsageError: it names none, or one that this processor cannot run.
     """
-    can = library.paths()
     wish = os.environ.get("HALVE_CPU_PATH")
-    if wish is None or not can:
-        return can[0] if can else None
+    if wish is None or not runnable:
+        return runnable[0] if runnable else None
     if wish not in PATHS:
         raise UsageError(f"HALVE_CPU_PATH={wish!r} is not known{did_you_mean(wish, PATHS)}.")
-    if wish not in can:
-        raise UsageError(f"HALVE_CPU_PATH={wish!r}: this processor can run {', '.join(can)}.")
+    if wish not in runnable:
+        raise UsageError(f"HALVE_CPU_PATH={wish!r}: this processor can run {', '.join(runnable)}.")
     return wish
 
 
@@ -103,7 +109,7 @@ def reason(dtype: torch.dtype, rows: int) -> str:
     """What is done with so many rows of x."""
     if rows <= few_rows(dtype):
         return f"{path()} kernel, the weight is read once past {rows} rows of x"
-    if expands(dtype):
+    if rows > _EXPAND_ABOVE and expands(dtype):
         return "the weight is expanded in parts for oneDNN, whose AMX units outrun any sparse kernel"
     return f"{path()} kernel, only kept weights are multiplied"
 
@@ -228,7 +234,7 @@ def linear(x: Tensor, stream: Tensor, bias: Tensor | None, n: int, few_rows: int
     if bias is not None:
         bias = _fitting(bias, x, n)
     m = x.numel() // k
-    if m > 64 and few_rows < 0 and expands(x.dtype):
+    if m > _EXPAND_ABOVE and few_rows < 0 and expands(x.dtype):
         return _expand_and_multiply(x, stream, bias, n)
     run, scratch_bytes, which = _linear()
     y = x.new_empty((*shape[:-1], n))
@@ -244,6 +250,9 @@ def linear(x: Tensor, stream: Tensor, bias: Tensor | None, n: int, few_rows: int
         raise ValueError(_why_no_product(x, stream, n))
     return y
 
+
+_EXPAND_ABOVE = 64
+"""Rows of x, where `expands` says so: fewer do not pay for the expansion."""
 
 _EXPANDED_BYTES = 1 << 20
 """Of the weight at a time, so that what is expanded is still in a cache when it is multiplied."""
