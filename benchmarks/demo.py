@@ -134,7 +134,7 @@ def ask(directory: Path) -> dict[str, Any]:
                 first = first or time.perf_counter() - started
                 text += piece
                 print(piece, end="", flush=True)
-        print()
+        print("" if text.strip() else "(it ended its answer at once, as a model that lost this much may)")
     return {"question": QUESTION, "text": text, "seconds_to_first_token": first, "tokens": usage}
 
 
