@@ -19,3 +19,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _bits_of_the_dense_model(plain_backend: None) -> None:
+    """What compress writes is compared with the dense model with zeros to the bit, which the plain backend keeps."""

@@ -177,7 +177,6 @@ def test_shards(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {name: tensor.shape for name, tensor in stored(packed).items()} == {n: t.shape for n, t in one.items()}
 
 
-@pytest.mark.usefixtures("plain_backend")
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("llama", "float16"), ("gpt2", "float16")])
 def test_source_dtypes(family: str, dtype: str, tmp_path: Path) -> None:
     source = tiny_models.build(family, tmp_path / "source", dtype=getattr(torch, dtype))
@@ -444,7 +443,6 @@ def test_against_a_reference_that_holds_the_whole_model(
     assert len(groups) == 3 * len(first)
 
 
-@pytest.mark.usefixtures("plain_backend")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("batch", [1, 4])
 def test_activations_are_those_of_the_pruned_model(
