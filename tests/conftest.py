@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from serve.kernels.cpu import library
 from tests.runs import Halve
+
+
+def pytest_configure() -> None:
+    """Where kernels are required, their tests must not be skipped for want of them."""
+    if os.environ.get("HALVE_REQUIRE_KERNELS", "") not in ("", "0") and library.load() is None:
+        pytest.exit(f"HALVE_REQUIRE_KERNELS is set: {library.status()}", returncode=1)
 
 
 @pytest.fixture

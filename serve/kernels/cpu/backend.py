@@ -118,10 +118,8 @@ def reason(dtype: torch.dtype, rows: int) -> str:
 def expands(dtype: torch.dtype) -> bool:
     """Whether many rows of x are multiplied by oneDNN with the expanded weight.
 
-    A processor with AMX multiplies dense bfloat16 sixteen times as fast as with vectors, of which 2:4 saves half.
+    A processor with AMX has units of their own for dense bfloat16, many times as wide as vectors, of which 2:4 saves half.
     """
-    if wish := os.environ.get("HALVE_CPU_EXPAND"):
-        return wish == "1"
     return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
