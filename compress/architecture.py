@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import SourceError, one_line
@@ -68,7 +68,12 @@ def renamings_of(model: PreTrainedModel) -> list[WeightRenaming]:
 
 def renamed(stored: Iterable[str], renamings: list[WeightRenaming]) -> dict[str, str]:
     """Name in the model -> key in the checkpoint, for the keys that are not called as in the model."""
-    names = {apply_renamings(key, renamings): key for key in stored}
+    names = {}
+    for key in stored:
+        name = key
+        for renaming in renamings:  # one after the other, as transformers does
+            name, _ = renaming.rename_source_key(name)
+        names[name] = key
     return {name: key for name, key in names.items() if name != key}
 
 
@@ -106,7 +111,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = auto_class(config).from_config(config, dtype=dtype)
-    except (ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+    except (ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, IndexError, AssertionError) as error:
         raise SourceError(f"transformers cannot build {kind} of this config.json: {one_line(error)}") from None
     return model.eval().requires_grad_(False)
 

@@ -1,0 +1,225 @@
+"""How vLLM holds and multiplies the weight of one linear layer, fused and split as vLLM has it.
+
+Until the checkpoint is read, a layer has the checkpoint's tensors as parameters, filled with what no checkpoint holds;
+vLLM's own loaders cut and join them, because rows concatenate and columns slice in the packed format. Then the weight is
+validated and prepared for the backend, as ``weight_packed`` (vLLM's LoRA code looks for that name), or expanded where no
+backend is faster than dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from compress import packed
+from compress.errors import CorruptCheckpointError, UsageError
+from compress.packed import PackedWeight
+from serve.kernels import choose, ops, plain
+from serve.vllm.shards import Loads, Shard, part_numbers, shards_of
+from serve.vllm.stored import Stored
+
+_TWO_LOWEST = 0x33
+"""The mask of weights that vLLM makes up (``--load-format dummy``): the two lowest columns of each group."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a layer.
+
+    Attributes:
+        sparse: whether it is multiplied 2:4.
+        how: on what, or why not.
+        bytes: held by the weight; ``dense_bytes``: by its dense form.
+        warning: what the user should know, once for all layers.
+    """
+
+    sparse: bool
+    how: str
+    bytes: int
+    dense_bytes: int
+    warning: str | None = None
+
+
+class SparseLinearMethod(LinearMethodBase):
+    """The method of one layer. What is stored packed, or is dense and 2:4, runs on halve's kernels."""
+
+    def __init__(
+        self,
+        stored: Stored,
+        prefix: str,
+        modules: Sequence[str],
+        is_packed: Sequence[bool],
+        processed: Callable[[str, Outcome], None],
+    ) -> None:
+        self.stored = stored
+        self.prefix = prefix
+        self.modules = modules
+        self.is_packed = is_packed
+        self._processed = processed
+        self._dense: UnquantizedLinearMethod | None = None
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Registers the tensors of the checkpoint: values and mask, or the dense weight, or all where a fused layer has
+        parts of both kinds."""
+        loader = extra_weight_attrs["weight_loader"]
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        self.n, self.k, self.dtype = n, k, params_dtype
+        self.shards = shards_of(self.modules, output_partition_sizes)
+        self.loads = Loads(self.modules, len(output_partition_sizes))
+        if len(self.shards) != len(self.is_packed):
+            self.is_packed = [all(self.is_packed)] * len(self.shards)
+
+        def register(name: str, tensor: Tensor, columns: int, is_mask: bool = False) -> None:
+            def check(read: Tensor) -> None:
+                _check(f"{self.prefix}.{name}", read, columns, is_mask)
+
+            parameter = ModelWeightParameter(
+                data=tensor, input_dim=1, output_dim=0, weight_loader=self.loads.recording(name, loader, check)
+            )
+            if is_mask:
+                parameter.dummy_weight_value = _TWO_LOWEST
+            layer.register_parameter(name, parameter)
+
+        if any(self.is_packed):
+            if k % packed.COLUMN_MULTIPLE:
+                raise UsageError(
+                    f"{self.prefix} has {input_size} input features, of which each of {input_size // k} ranks gets {k}, and the "
+                    f"packed format needs a multiple of {packed.COLUMN_MULTIPLE}: use a smaller --tensor-parallel-size"
+                )
+            values = torch.full((n, k // 2), float("nan"), dtype=params_dtype)
+            register(self.stored.values, values, input_size // 2)
+            register(self.stored.mask, torch.zeros(n, k // 8, dtype=torch.uint8), input_size // 8, is_mask=True)
+            if self.stored.kind == "bitmask":
+                _register_shape(layer, self.prefix, len(output_partition_sizes), input_size)
+        if not all(self.is_packed):
+            register("weight", torch.full((n, k), float("nan"), dtype=params_dtype), input_size)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """From the tensors of the checkpoint to the form that is multiplied.
+
+        Raises:
+            CorruptCheckpointError: a tensor is missing or damaged; names it.
+        """
+        weight, why_dense = self._weight(layer)
+        if weight is None:
+            self._leave_dense(layer, why_dense)
+            return
+        choice = choose(weight.values.device, weight.values.dtype, 1, *weight.shape)
+        if choice.backend.prepare is None:
+            layer.weight = nn.Parameter(plain.expand(weight), requires_grad=False)
+            self._leave_dense(
+                layer,
+                "no kernel here is faster than dense, so the weights were expanded",
+                f"halve: 2:4 weights are expanded to dense ones, once, which saves no memory and no time here: {choice.reason}",
+            )
+            return
+        stream = choice.backend.prepare(weight, self.prefix)
+        layer.weight_packed = nn.Parameter(stream, requires_grad=False)
+        dense_bytes = self.n * self.k * self.dtype.itemsize
+        self._processed(self.prefix, Outcome(True, f"{choice.backend.name}: {choice.reason}", stream.nbytes, dense_bytes))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        if self._dense is not None:
+            return self._dense.apply(layer, x, bias)
+        return ops.sparse24_linear(x, layer.weight_packed, bias, self.n)
+
+    def _weight(self, layer: nn.Module) -> tuple[PackedWeight | None, str]:
+        """The packed weight, taken off the layer; or None and why there is none, with the dense one on the layer."""
+        stored = self.stored
+        names = [stored.values, stored.mask] if any(self.is_packed) else []
+        self.loads.require([*names, *([] if all(self.is_packed) else ["weight"])])
+        if all(self.is_packed):
+            return self._take_packed(layer), ""
+        if any(self.is_packed):
+            both = self._take_packed(layer)
+            for shard, is_packed in zip(self.shards, self.is_packed, strict=True):
+                if is_packed:
+                    part = PackedWeight(both.values[shard.rows], both.mask[shard.rows])
+                    layer.weight.data[shard.rows] = plain.expand(part)
+            kept = ", ".join(module.rpartition(".")[2] for module, is_packed in zip(self.modules, self.is_packed, strict=True) if not is_packed)  # fmt: skip
+            return None, f"vLLM fuses them with {kept}, which is not 2:4"
+        weight: Tensor = layer.weight.data
+        for shard in self.shards:
+            if bool(weight[shard.rows].isnan().all()):
+                raise CorruptCheckpointError(f"the checkpoint has no tensor {shard.module}.weight; it is damaged, get it again")
+        if reason := packed.why_not(self.k):
+            return None, reason
+        if not packed.is_two_of_four(weight):
+            return None, "not 2:4"
+        result = packed.pack(weight, f"{self.prefix}.weight")
+        del layer.weight
+        return result, ""
+
+    def _take_packed(self, layer: nn.Module) -> PackedWeight:
+        """Values and mask off the layer, each part validated under the name that it has in the checkpoint."""
+        names = (self.stored.values, self.stored.mask)
+        values, mask = (getattr(layer, name).data for name in names)
+        for name in [*names, *(["shape"] if self.stored.kind == "bitmask" else [])]:
+            delattr(layer, name)
+        for shard, is_packed in zip(self.shards, self.is_packed, strict=True):
+            if is_packed:
+                _validate(PackedWeight(values[shard.rows], mask[shard.rows]), shard, names)
+        return PackedWeight(packed.canonical(values), mask)
+
+    def _leave_dense(self, layer: nn.Module, reason: str, warning: str | None = None) -> None:
+        nbytes = layer.weight.nbytes
+        self._dense = UnquantizedLinearMethod()
+        self._dense.process_weights_after_loading(layer)
+        self._processed(self.prefix, Outcome(False, reason, nbytes, nbytes, warning))
+
+
+def _validate(weight: PackedWeight, shard: Shard, names: tuple[str, str]) -> None:
+    """Names what was never read; then looks at every group and every value."""
+    values, mask = names
+    if bool((weight.mask == 0).all()):
+        raise CorruptCheckpointError(f"the checkpoint has no tensor {shard.module}.{mask}; it is damaged, get it again")
+    if bool(weight.values.isnan().all()):
+        raise CorruptCheckpointError(f"the checkpoint has no tensor {shard.module}.{values}; it is damaged, get it again")
+    packed.validate(weight, shard.module)
+
+
+def _check(name: str, read: Tensor, columns: int, is_mask: bool) -> None:
+    """Refuses what vLLM's loaders would cast or cut without a word."""
+    fits = read.dtype == torch.uint8 if is_mask else read.dtype in packed.VALUE_DTYPES.values()
+    if not fits or read.ndim != 2 or read.shape[1] != columns:
+        kind = "uint8" if is_mask else "floating-point"
+        raise CorruptCheckpointError(
+            f"a tensor of the checkpoint for {name} is {read.dtype} {list(read.shape)}, and {kind} [rows, {columns}] belongs "
+            "there; config.json and the weights do not belong together"
+        )
+
+
+def _register_shape(layer: nn.Module, prefix: str, parts: int, input_size: int) -> None:
+    """compressed-tensors stores the shape of each weight beside it. config.json says the same, so it is compared and not
+    kept; it has a row for each part, because vLLM counts what it reads to know when a layer is complete."""
+
+    def load(param: Any, loaded_weight: Tensor, *shard: Any) -> None:
+        if loaded_weight.numel() != 2 or int(loaded_weight.flatten()[1]) != input_size:
+            raise CorruptCheckpointError(
+                f"a tensor of the checkpoint for {prefix}.shape says {loaded_weight.flatten().tolist()}, and config.json says "
+                f"[rows, {input_size}]; they do not belong together"
+            )
+        read = loaded_weight.flatten().expand(parts, 2)
+        for part in part_numbers(shard):
+            rows = slice(None) if part is None else slice(part, part + 1)
+            param.data[rows].copy_(read[rows])
+
+    shape = nn.Parameter(torch.zeros(parts, 2, dtype=torch.int64), requires_grad=False)
+    shape.weight_loader = load  # pyright: ignore[reportAttributeAccessIssue]
+    layer.register_parameter("shape", shape)
