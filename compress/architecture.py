@@ -111,7 +111,16 @@ def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = auto_class(config).from_config(config, dtype=dtype)
-    except (ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, IndexError, AssertionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        ImportError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        IndexError,
+        AssertionError,
+    ) as error:
         raise SourceError(f"transformers cannot build {kind} of this config.json: {one_line(error)}") from None
     return model.eval().requires_grad_(False)
 

@@ -42,7 +42,7 @@ def pack_checkpoint(source: Path, out: Path) -> dict[str, int]:
     for key in files:
         linear = by_key.get(key)
         weight = _Dense(files, key, transposed=linear is not None and linear.transposed)
-        if linear is None or not _can_pack(weight.read()):
+        if linear is None or not can_pack(weight.read()):
             entries.append(files.entry(key))
             continue
         done.add(linear.name)
@@ -126,7 +126,7 @@ class _Packed:
         return dense.T.contiguous() if self.transposed else dense
 
 
-def _can_pack(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
     """Whether ``weight`` [N, K] is 2:4 already and has a shape and dtype that can be packed."""
     if packed.why_not(weight.shape[1]) is not None or weight.dtype not in packed.VALUE_DTYPES.values():
         return False

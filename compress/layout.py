@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -46,6 +47,7 @@ class Layout:
     def __init__(self, model: PreTrainedModel) -> None:
         self._prefix = f"{model.base_model_prefix}."
         blocks, _ = find_blocks(model)
+        self.blocks = len(cast(nn.ModuleList, model.get_submodule(blocks)))
         self.linears: dict[str, LinearInfo] = {}
         for name, module in linears_of(model, "").items():
             n, k = shape_of(module)

@@ -12,6 +12,7 @@ from rich.text import Text
 import compress.cli
 from compress.cli import Directory
 from compress.console import Json, emit, human_bytes, out, progress_bar, run_app, table
+from compress.errors import UsageError
 from compress.version import version
 
 app = typer.Typer(
@@ -133,10 +134,13 @@ def _print_bench(document: dict[str, Any]) -> None:
         out.print(f"{used['phase']}: {used['layers']} layers by {used['backend']}: {used['reason']}", highlight=False)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def serve(
+    context: typer.Context,
     directory: Directory,
-    engine: Annotated[Literal["auto", "transformers"], typer.Option(help="what runs the model")] = "auto",
+    engine: Annotated[
+        Literal["auto", "transformers", "vllm"], typer.Option(help="what runs the model; auto: transformers")
+    ] = "auto",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = 8000,
     served_model_name: Annotated[
@@ -149,22 +153,37 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="longest prompt and answer together, in tokens", show_default=False)
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="requests that are decoded at once; others wait")] = 16,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="requests that are decoded at once; others wait; left out: 16, or vLLM's own",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """An OpenAI-compatible endpoint."""
+    """An OpenAI-compatible endpoint. With --engine vllm, what follows -- goes to vLLM as it is."""
+    shared: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "served_model_name": served_model_name,
+        "api_key": api_key,
+        "max_model_len": max_model_len,
+    }
+    if engine == "vllm":
+        from serve.engines import vllm
+
+        if device != "auto":
+            raise UsageError(
+                "vLLM runs on the device that it was built for; leave --device out (CUDA_VISIBLE_DEVICES chooses a GPU)"
+            )
+        vllm.run(str(directory), max_num_seqs=max_num_seqs, extra=context.args, **shared)
+    if context.args:
+        raise UsageError(f"{context.args[0]!r} is not known; arguments after the directory are for --engine vllm")
     from serve.server import run
 
-    run(
-        str(directory),
-        host=host,
-        port=port,
-        served_model_name=served_model_name,
-        api_key=api_key,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        device=device,
-    )
+    run(str(directory), max_num_seqs=16 if max_num_seqs is None else max_num_seqs, device=device, **shared)
 
 
 @app.command()

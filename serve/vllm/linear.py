@@ -131,7 +131,9 @@ class SparseLinearMethod(LinearMethodBase):
         stream = choice.backend.prepare(weight, self.prefix)
         layer.weight_packed = nn.Parameter(stream, requires_grad=False)
         dense_bytes = self.n * self.k * self.dtype.itemsize
-        self._processed(self.prefix, Outcome(True, f"{choice.backend.name}: {choice.reason}", stream.nbytes, dense_bytes))
+        self._processed(
+            self.prefix, Outcome(True, f"{choice.backend.name}: {choice.reason}", stream.nbytes, dense_bytes)
+        )
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]."""
@@ -141,9 +143,15 @@ class SparseLinearMethod(LinearMethodBase):
 
     def _weight(self, layer: nn.Module) -> tuple[PackedWeight | None, str]:
         """The packed weight, taken off the layer; or None and why there is none, with the dense one on the layer."""
-        stored = self.stored
-        names = [stored.values, stored.mask] if any(self.is_packed) else []
-        self.loads.require([*names, *([] if all(self.is_packed) else ["weight"])])
+        parts = range(self.loads.parts)
+        packed_parts = [part for part in parts if self.is_packed[min(part, len(self.is_packed) - 1)]]
+        self.loads.require(
+            {
+                self.stored.values: packed_parts,
+                self.stored.mask: packed_parts,
+                "weight": [part for part in parts if part not in packed_parts],
+            }
+        )
         if all(self.is_packed):
             return self._take_packed(layer), ""
         if any(self.is_packed):
@@ -157,7 +165,9 @@ class SparseLinearMethod(LinearMethodBase):
         weight: Tensor = layer.weight.data
         for shard in self.shards:
             if bool(weight[shard.rows].isnan().all()):
-                raise CorruptCheckpointError(f"the checkpoint has no tensor {shard.module}.weight; it is damaged, get it again")
+                raise CorruptCheckpointError(
+                    f"the checkpoint has no tensor {shard.module}.weight; it is damaged, get it again"
+                )
         if reason := packed.why_not(self.k):
             return None, reason
         if not packed.is_two_of_four(weight):
@@ -190,7 +200,9 @@ def _validate(weight: PackedWeight, shard: Shard, names: tuple[str, str]) -> Non
     if bool((weight.mask == 0).all()):
         raise CorruptCheckpointError(f"the checkpoint has no tensor {shard.module}.{mask}; it is damaged, get it again")
     if bool(weight.values.isnan().all()):
-        raise CorruptCheckpointError(f"the checkpoint has no tensor {shard.module}.{values}; it is damaged, get it again")
+        raise CorruptCheckpointError(
+            f"the checkpoint has no tensor {shard.module}.{values}; it is damaged, get it again"
+        )
     packed.validate(weight, shard.module)
 
 

@@ -6,6 +6,7 @@ or by ``--quantization halve`` for a dense checkpoint with zeros.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from compress.errors import SourceError
 from serve.vllm import stored
 from serve.vllm.linear import Outcome, SparseLinearMethod
 from serve.vllm.shards import modules_of
-from serve.vllm.sound import require_sound
+from serve.vllm.sound import CHECKED_VARIABLE, require_sound
 from serve.vllm.stored import DENSE, Stored
 
 _logger = init_logger("vllm.halve")
@@ -73,6 +74,8 @@ class HalveQuantization(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Checks the files of a local checkpoint; those of a hub are not there yet, and checked when they were read."""
         directory = Path(model_name)
+        if os.environ.get(CHECKED_VARIABLE) == str(directory.resolve()):
+            return
         if directory.is_dir():
             self._require_sound(directory)
         else:

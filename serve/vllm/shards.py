@@ -6,7 +6,7 @@ Imports nothing of vLLM.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,9 @@ class Loads:
     parts: int
     read: dict[str, set[Any]] = field(default_factory=dict)
 
-    def recording(self, tensor: str, loader: Callable[..., Any], check: Callable[[Tensor], None]) -> Callable[..., None]:
+    def recording(
+        self, tensor: str, loader: Callable[..., Any], check: Callable[[Tensor], None]
+    ) -> Callable[..., None]:
         """vLLM's loader of a parameter, with a check of what comes and a record of it.
 
         vLLM binds arguments to the loader by name when it reads weights anew. The layer, whose method the loader is, is
@@ -74,19 +76,22 @@ class Loads:
 
         return load
 
-    def require(self, tensors: Sequence[str]) -> None:
+    def require(self, expected: Mapping[str, Collection[int]]) -> None:
         """Raises CorruptCheckpointError, naming the first that is missing; forgets what was read.
 
         Where nothing was recorded, another loader than that of checkpoints filled the layer.
+
+        Args:
+            expected: tensor -> the numbers of the parts that have one.
         """
         read, self.read = self.read, {}
         if not read:
             return
-        for tensor in tensors:
+        for tensor, parts in expected.items():
             there = read.get(tensor, set())
             if None in there or not there <= set(range(self.parts)):
                 continue  # read at once, or in parts that only the model knows
-            for part in range(self.parts):
+            for part in sorted(parts):
                 if part not in there:
                     raise CorruptCheckpointError(
                         f"the checkpoint has no tensor {self._name((part,))}.{tensor}; it is damaged, get it again"

@@ -95,7 +95,9 @@ def of_compressed_tensors(config: Mapping[str, Any]) -> Stored:
     names = {key: sparsity.get(key) or [] for key in ("targets", "ignore")}
     for key, value in names.items():
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise CorruptCheckpointError(f"config.json: sparsity_config.{key} is {value!r}, and a list of names belongs there")
+            raise CorruptCheckpointError(
+                f"config.json: sparsity_config.{key} is {value!r}, and a list of names belongs there"
+            )
     if kind == "dense":
         return DENSE
     if kind == "sparse-24-bitmask":

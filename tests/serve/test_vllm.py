@@ -1,0 +1,257 @@
+"""vLLM with halve's plugin: the real engine on a tiny model, in every form that a 2:4 checkpoint comes in.
+
+One process of vLLM runs all cases (`tests.serve.vllm_session`); each test looks at one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from compress.layout import Layout
+from serve.vllm.sound import CHECKED_VARIABLE
+from tests.runs import ROOT
+from tests.serve import vllm_checkpoints as checkpoints
+from tests.serve.vllm_session import NEW_TOKENS, PROMPTS, Case, Result
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+LINEARS_OF_VLLM = 4 * checkpoints.LAYERS  # qkv, o, gate and up, down
+MIXED = ("*.layers.0.self_attn.v_proj", "*.layers.1.mlp.gate_proj", "*.layers.2.mlp.down_proj")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The checkpoints by name."""
+    root = tmp_path_factory.mktemp("vllm")
+    packed, zeros = checkpoints.pair(root / "whole")
+    mixed, mixed_zeros = checkpoints.pair(root / "mixed", ignore=MIXED)
+    return {
+        "packed": packed,
+        "zeros": zeros,
+        "mixed": mixed,
+        "mixed-zeros": mixed_zeros,
+        "stranded-dense": checkpoints.stranded(zeros, root / "stranded-dense", "dense"),
+        "stranded-bitmask": checkpoints.stranded(zeros, root / "stranded-bitmask", "sparse-24-bitmask"),
+        "lora": checkpoints.adapter(root / "lora"),
+        **damaged(packed, root),
+    }
+
+
+def damaged(packed: Path, root: Path) -> dict[str, Path]:
+    """Checkpoints of which one tensor is wrong, by the name of that tensor and what is wrong with it."""
+    tensors = load_file(packed / "model.safetensors")
+    attention, mlp = "model.layers.1.self_attn", "model.layers.2.mlp"
+    flipped = tensors[f"{mlp}.up_proj.weight_mask"].clone()
+    flipped[3, 2] ^= 16
+    values = tensors[f"{attention}.v_proj.weight_packed"].clone()
+    values[1, 1] = torch.nan
+    wrong = {
+        f"{mlp}.up_proj.weight_mask flipped": flipped,
+        f"{attention}.v_proj.weight_packed nan": values,
+        f"{attention}.o_proj.weight_packed narrow": tensors[f"{attention}.o_proj.weight_packed"][:, 2:].contiguous(),
+        f"{attention}.q_proj.weight_mask short": tensors[f"{attention}.q_proj.weight_mask"][1:].contiguous(),
+        f"{mlp}.down_proj.weight_mask dtype": tensors[f"{mlp}.down_proj.weight_mask"].to(torch.int32),
+    }
+    made = {}
+    for number, (fault, tensor) in enumerate(wrong.items()):
+        made[fault] = checkpoints.changed(packed, root / f"wrong-{number}", fault.split()[0], tensor)
+    missing = (f"{attention}.k_proj.weight_packed", f"{mlp}.gate_proj.weight_mask", f"{mlp}.down_proj.weight_packed")
+    for number, key in enumerate(missing):
+        made[f"{key} missing"] = checkpoints.without(packed, root / f"missing-{number}", key)
+    return made
+
+
+def cases(made: dict[str, Path]) -> list[Case]:
+    def case(name: str, model: str = "", **fields: object) -> Case:
+        return Case(name, str(made[model or name]), **fields)  # type: ignore[arg-type]
+
+    lora = {"enable_lora": True, "max_lora_rank": 8}
+    found = {"quantization": "halve"}
+    return [
+        case("zeros", scores=True),
+        case("packed", scores=True, reload=True),
+        case("found", "zeros", options=found, reload=True),
+        case("stranded-dense"),
+        case("stranded-bitmask", reload=True),
+        case("mixed-zeros"),
+        case("mixed"),
+        case("expanded", "packed", environment={"HALVE_BACKEND": "plain"}),
+        case("dummy", "packed", options={"load_format": "dummy"}),
+        case("zeros float16", "zeros", options={"dtype": "float16"}),
+        case("packed float16", "packed", options={"dtype": "float16"}),
+        case("zeros lora", "zeros", options=lora, lora=str(made["lora"])),
+        case("packed lora", "packed", options=lora, lora=str(made["lora"])),
+        *(  # the plugin's check of the files is told that it was done, so that each layer has to notice by itself
+            case(fault, environment={CHECKED_VARIABLE: str(made[fault].resolve())}) for fault in FAULTS
+        ),
+        case("in a file", "model.layers.1.self_attn.k_proj.weight_packed missing"),
+        case("zeros compiled", "zeros", options={"enforce_eager": False}),
+        case("packed compiled", "packed", options={"enforce_eager": False}),
+    ]
+
+
+FAULTS = (
+    "model.layers.2.mlp.up_proj.weight_mask flipped",
+    "model.layers.1.self_attn.v_proj.weight_packed nan",
+    "model.layers.1.self_attn.o_proj.weight_packed narrow",
+    "model.layers.1.self_attn.q_proj.weight_mask short",
+    "model.layers.2.mlp.down_proj.weight_mask dtype",
+    "model.layers.1.self_attn.k_proj.weight_packed missing",
+    "model.layers.2.mlp.gate_proj.weight_mask missing",
+    "model.layers.2.mlp.down_proj.weight_packed missing",
+)
+
+
+def run_session(cases: list[Case], directory: Path) -> dict[str, Result]:
+    """Runs the cases in a process of vLLM and returns what became of each."""
+    plan, results = directory / "plan.json", directory / "results.jsonl"
+    plan.write_text(json.dumps([asdict(case) for case in cases]))
+    command = [sys.executable, "-m", "tests.serve.vllm_session", str(plan), str(results)]
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run(
+        ["env", *(f"{name}={value}" for name, value in environment.items()), *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    lines = results.read_text().splitlines() if results.exists() else []
+    assert len(lines) == len(cases), f"{len(lines)} of {len(cases)} cases ran; vLLM said:\n{done.stdout[-6000:]}"
+    found = {result.name: result for result in (Result(**json.loads(line)) for line in lines)}
+    print("\n".join(f"{result.seconds:6.1f} s  {name}" for name, result in found.items()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def session(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    return run_session(cases(made), tmp_path_factory.mktemp("session"))
+
+
+def complete(result: Result) -> list[list[int]]:
+    assert result.error is None
+    assert [len(tokens) for tokens in result.tokens] == [NEW_TOKENS] * len(PROMPTS)
+    return result.tokens
+
+
+@pytest.mark.parametrize("name", ["packed", "found", "stranded-dense", "stranded-bitmask", "expanded"])
+def test_the_tokens_are_those_of_the_dense_checkpoint_with_zeros(session: dict[str, Result], name: str) -> None:
+    expected = complete(session["zeros"])
+    assert len({token for tokens in expected for token in tokens}) > 8, (
+        "a model that always says the same proves nothing"
+    )
+    assert complete(session[name]) == expected
+
+
+def test_the_same_compiled(session: dict[str, Result]) -> None:
+    assert complete(session["packed compiled"]) == complete(session["zeros compiled"])
+
+
+def test_another_dtype_than_the_stored_one(session: dict[str, Result]) -> None:
+    assert complete(session["packed float16"]) == complete(session["zeros float16"])
+
+
+@pytest.mark.parametrize("name", ["packed", "found", "stranded-bitmask"])
+def test_weights_can_be_read_anew(session: dict[str, Result], name: str) -> None:
+    assert session[name].again == complete(session["zeros"])
+
+
+def test_lora_on_sparse_layers(session: dict[str, Result]) -> None:
+    assert complete(session["packed lora"]) == complete(session["zeros"])
+    assert session["packed lora"].again == session["zeros lora"].again
+    assert session["packed lora"].again != session["packed lora"].tokens, (
+        "the adapter changes nothing, so this proves nothing"
+    )
+
+
+def test_made_up_weights_run(session: dict[str, Result]) -> None:
+    complete(session["dummy"])
+
+
+def test_prompt_logprobs_agree_with_transformers(session: dict[str, Result], made: dict[str, Path]) -> None:
+    """As far from the float32 model as transformers' own bfloat16 model is, but for a factor of two."""
+
+    def of_transformers(dtype: torch.dtype) -> list[torch.Tensor]:
+        model = AutoModelForCausalLM.from_pretrained(made["zeros"], dtype=dtype).eval()
+        found = []
+        for prompt in PROMPTS:
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt])).logits[0, :-1]
+            found.append(logits.float().log_softmax(-1).gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0])
+        return found
+
+    exact, rounded = of_transformers(torch.float32), of_transformers(torch.bfloat16)
+    for name in ("packed", "zeros"):
+        for mine, right, near in zip(session[name].prompt_logprobs, exact, rounded, strict=True):
+            assert (torch.tensor(mine) - right).abs().max() <= 2 * (near - right).abs().max()
+            assert (torch.tensor(mine) - right).abs().mean() <= 1.5 * (near - right).abs().mean()
+
+
+def test_a_line_says_what_runs_sparse_and_what_is_left(session: dict[str, Result]) -> None:
+    said = "\n".join(session["packed"].lines)
+    assert f"INFO halve: {LINEARS_OF_VLLM} linear layers run 2:4 on cpu: " in said
+    assert "0.56" in said.partition("their weights take")[2].partition("of the dense ones")[0]
+    assert "left to vLLM as they are: 1 VocabParallelEmbedding, 1 lm_head" in said
+    assert not session["zeros"].lines
+
+
+def test_without_a_kernel_weights_are_expanded_with_one_warning(session: dict[str, Result]) -> None:
+    lines = session["expanded"].lines
+    warnings = [line for line in lines if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert "HALVE_BACKEND asks for it" in warnings[0]
+    assert f"INFO halve: {LINEARS_OF_VLLM} linear layers are dense: no kernel here is faster" in "\n".join(lines)
+
+
+def test_fused_layers_of_both_kinds_are_dense(session: dict[str, Result]) -> None:
+    """vLLM fuses q, k, v and gate, up; where the recipe left one of them dense, the others are expanded beside it."""
+    assert complete(session["mixed"]) == complete(session["mixed-zeros"])
+    said = "\n".join(session["mixed"].lines)
+    assert f"{LINEARS_OF_VLLM - 3} linear layers run 2:4" in said
+    assert "1 linear layers are dense: vLLM fuses them with v_proj, which is not 2:4" in said
+    assert "1 linear layers are dense: vLLM fuses them with gate_proj, which is not 2:4" in said
+    assert "1 down_proj" in said.partition("left to vLLM")[2]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_layer_notices_what_is_wrong_with_it(session: dict[str, Result], fault: str) -> None:
+    key, kind = fault.split()
+    module = key.rpartition(".")[0]
+    error = session[fault].error
+    assert error is not None
+    assert "CorruptCheckpointError" in error or "RuntimeError" in error
+    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+    names = {module, module.replace(module.rpartition(".")[2], fused.get(module.rpartition(".")[2], "?"))}
+    assert any(name in error for name in names), error
+    assert {
+        "flipped": "row 3, columns 16 to 23",
+        "nan": "NaN or infinite",
+        "narrow": "belongs there",
+        "short": "does not fit",
+        "dtype": "torch.int32",
+        "missing": f"has no tensor {key}",
+    }[kind] in error
+
+
+def test_what_is_missing_is_said_before_anything_starts(session: dict[str, Result]) -> None:
+    assert session["in a file"].error == (
+        "CorruptCheckpointError: the checkpoint has no tensor model.layers.1.self_attn.k_proj.weight_packed; it is damaged, "
+        "or config.json is not its own"
+    )
+
+
+def test_the_cases_cover_every_kind_of_layer(made: dict[str, Path]) -> None:
+    """The tiny model has what it is chosen for: grouped queries, a fused layer of unequal parts, a split by columns."""
+    linears = {linear.name: (linear.n, linear.k) for linear in Layout.of(made["packed"]).block_linears}
+    assert linears["model.layers.0.self_attn.q_proj"] != linears["model.layers.0.self_attn.k_proj"]
+    assert len(linears) == 7 * checkpoints.LAYERS
