@@ -20,9 +20,10 @@ from compress.layout import Layout
 from serve.vllm.sound import CHECKED_VARIABLE
 from tests.runs import ROOT
 from tests.serve import vllm_checkpoints as checkpoints
+from tests.serve.vllm_checkpoints import needs_vllm
 from tests.serve.vllm_session import NEW_TOKENS, PROMPTS, Case, Result
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = needs_vllm
 
 LINEARS_OF_VLLM = 4 * checkpoints.LAYERS  # qkv, o, gate and up, down
 MIXED = ("*.layers.0.self_attn.v_proj", "*.layers.1.mlp.gate_proj", "*.layers.2.mlp.down_proj")

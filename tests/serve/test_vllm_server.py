@@ -1,0 +1,142 @@
+"""vLLM's own OpenAI server on a packed checkpoint, under the official client. One server for all tests."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from compress.errors import HalveError
+from serve.engines.vllm import VllmServer
+from serve.loading import load_model, load_tokenizer
+from tests.serve import vllm_checkpoints as checkpoints
+from tests.serve.helpers import metrics, wait_until
+from tests.serve.vllm_session import ENVIRONMENT
+
+pytestmark = checkpoints.needs_vllm
+TEXT = "The miller had three sons, and when he died"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.pair(tmp_path_factory.mktemp("vllm-server"))[0]
+
+
+@pytest.fixture(scope="module")
+def server(packed: Path) -> Iterator[VllmServer]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        extra = ["--enforce-eager"]
+        with VllmServer(
+            str(packed), served_model_name="tiny", api_key="secret", max_model_len=512, max_num_seqs=8, extra=extra
+        ) as running:
+            yield running
+
+
+@pytest.fixture
+def client(server: VllmServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.base_url, api_key="secret", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def complete(client: openai.OpenAI, prompt: str, tokens: int = 16, **options: object) -> str:
+    answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=tokens, temperature=0, **options)  # type: ignore[call-overload]
+    return answer.choices[0].text
+
+
+def test_the_model_and_the_key(server: VllmServer, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert httpx.get(f"{server.base_url}/models").status_code == 401
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="another", prompt="x")
+    assert "linear layers run 2:4 on cpu" in server.log
+
+
+def test_a_completion_streamed_and_whole_is_what_transformers_says(client: openai.OpenAI, packed: Path) -> None:
+    whole = complete(client, TEXT, extra_body={"ignore_eos": True})
+    stream = client.completions.create(
+        model="tiny", prompt=TEXT, max_tokens=16, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
+    assert len(pieces) > 8
+    assert "".join(pieces) == whole
+    model, tokenizer = load_model(packed), load_tokenizer(packed)
+    prompt = tokenizer(TEXT, return_tensors="pt")
+    with torch.inference_mode():
+        tokens = model.generate(**prompt, max_new_tokens=16, min_new_tokens=16, do_sample=False)  # type: ignore[operator]
+    expected = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert whole[:8] == expected[:8], "bfloat16 may differ later on"
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "Who had three sons?"}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0)  # type: ignore[arg-type]
+    assert answer.usage is not None
+    assert 0 < answer.usage.completion_tokens <= 12
+    stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0, stream=True)  # type: ignore[arg-type]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == answer.choices[0].message.content
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt=TEXT, max_tokens=4, temperature=0, logprobs=3)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.top_logprobs is not None
+    assert logprobs.token_logprobs is not None
+    for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert chosen == max(top.values()) <= 0
+
+
+def test_concurrent_requests_get_their_own_answers(client: openai.OpenAI) -> None:
+    prompts = [f"Part {number}. {TEXT}" for number in range(12)]
+    alone = [complete(client, prompt) for prompt in prompts]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda prompt: complete(client, prompt), prompts))
+    # A batch of another size may round another way in bfloat16; an answer to another prompt would differ in all.
+    assert sum(a == b for a, b in zip(alone, together, strict=True)) >= 9
+    assert len(set(alone)) > 6
+
+
+def test_a_client_that_hangs_up_frees_its_place(server: VllmServer, client: openai.OpenAI) -> None:
+    def running() -> float:
+        return sum(
+            value for name, value in metrics(server.base_url).items() if name.startswith("vllm:num_requests_running")
+        )
+
+    before = complete(client, TEXT)
+    stream = client.completions.create(
+        model="tiny", prompt="x", max_tokens=480, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    wait_until(lambda: running() == 1)
+    stream.close()
+    wait_until(lambda: running() == 0, 30)
+    assert complete(client, TEXT) == before
+
+
+def test_bad_requests_are_refused_and_the_server_goes_on(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.completions.create(model="tiny", prompt="x " * 4000)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt="x", temperature=-1)
+    assert complete(client, TEXT)
+
+
+def test_a_server_that_does_not_start_says_why(packed: Path) -> None:
+    started = time.monotonic()
+    done = threading.Event()
+    with (
+        pytest.raises(HalveError, match=r"vLLM ended with code 2(.|\n)*--no-such-argument"),
+        VllmServer(str(packed), extra=["--no-such-argument"]),
+    ):
+        done.set()
+    assert not done.is_set()
+    assert time.monotonic() - started < 120
