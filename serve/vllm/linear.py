@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.utils import set_weight_attrs
 
 from compress import packed
 from compress.errors import CorruptCheckpointError, UsageError
@@ -92,7 +93,7 @@ class SparseLinearMethod(LinearMethodBase):
                 data=tensor, input_dim=1, output_dim=0, weight_loader=self.loads.recording(name, loader, check)
             )
             if is_mask:
-                parameter.dummy_weight_value = _TWO_LOWEST
+                set_weight_attrs(parameter, {"dummy_weight_value": _TWO_LOWEST})
             layer.register_parameter(name, parameter)
 
         if any(self.is_packed):
@@ -159,10 +160,10 @@ class SparseLinearMethod(LinearMethodBase):
             for shard, is_packed in zip(self.shards, self.is_packed, strict=True):
                 if is_packed:
                     part = PackedWeight(both.values[shard.rows], both.mask[shard.rows])
-                    layer.weight.data[shard.rows] = plain.expand(part)
+                    _tensor(layer, "weight")[shard.rows] = plain.expand(part)
             kept = ", ".join(module.rpartition(".")[2] for module, is_packed in zip(self.modules, self.is_packed, strict=True) if not is_packed)  # fmt: skip
             return None, f"vLLM fuses them with {kept}, which is not 2:4"
-        weight: Tensor = layer.weight.data
+        weight = _tensor(layer, "weight")
         for shard in self.shards:
             if bool(weight[shard.rows].isnan().all()):
                 raise CorruptCheckpointError(
@@ -179,7 +180,7 @@ class SparseLinearMethod(LinearMethodBase):
     def _take_packed(self, layer: nn.Module) -> PackedWeight:
         """Values and mask off the layer, each part validated under the name that it has in the checkpoint."""
         names = (self.stored.values, self.stored.mask)
-        values, mask = (getattr(layer, name).data for name in names)
+        values, mask = (_tensor(layer, name) for name in names)
         for name in [*names, *(["shape"] if self.stored.kind == "bitmask" else [])]:
             delattr(layer, name)
         for shard, is_packed in zip(self.shards, self.is_packed, strict=True):
@@ -188,10 +189,14 @@ class SparseLinearMethod(LinearMethodBase):
         return PackedWeight(packed.canonical(values), mask)
 
     def _leave_dense(self, layer: nn.Module, reason: str, warning: str | None = None) -> None:
-        nbytes = layer.weight.nbytes
+        nbytes = _tensor(layer, "weight").nbytes
         self._dense = UnquantizedLinearMethod()
         self._dense.process_weights_after_loading(layer)
         self._processed(self.prefix, Outcome(False, reason, nbytes, nbytes, warning))
+
+
+def _tensor(layer: nn.Module, name: str) -> Tensor:
+    return getattr(layer, name).data
 
 
 def _validate(weight: PackedWeight, shard: Shard, names: tuple[str, str]) -> None:
