@@ -2,13 +2,19 @@
 
     python -m benchmarks.vllm_command bench serve ...
 
-With another distribution, it is the command ``vllm``.
+With another distribution, it is the command ``vllm``. Without arguments, it runs one command after the other in the same
+process, because to import vLLM takes longer than a short benchmark: it reads a JSON list of arguments from each line of its
+standard input, and answers with a line that begins with `DONE`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import sys
 from collections.abc import Callable
+
+DONE = "vllm command is done"
 
 
 def with_cpu_build(version: Callable[[str], str]) -> Callable[[str], str]:
@@ -25,8 +31,20 @@ def with_cpu_build(version: Callable[[str], str]) -> Callable[[str], str]:
     return known
 
 
-if __name__ == "__main__":
-    importlib.metadata.version = with_cpu_build(importlib.metadata.version)
+def serve_commands() -> None:
     from vllm.entrypoints.cli.main import main
 
-    main()
+    for line in sys.stdin:
+        sys.argv = ["vllm", *json.loads(line)]
+        main()
+        print(DONE, flush=True)
+
+
+if __name__ == "__main__":
+    importlib.metadata.version = with_cpu_build(importlib.metadata.version)
+    if len(sys.argv) == 1:
+        serve_commands()
+    else:
+        from vllm.entrypoints.cli.main import main
+
+        main()

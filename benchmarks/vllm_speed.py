@@ -33,6 +33,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.vllm_command import DONE
 from serve.engines.vllm import VllmServer, installed
 from serve.measure.environment import environment
 from serve.measure.speed import ratio
@@ -41,34 +42,54 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("dense", "sparse")
 LOADS = {
-    "decode": {"input": 128, "output": 64, "requests": 3, "concurrency": 1},
-    "prefill": {"input": 1024, "output": 1, "requests": 4, "concurrency": 1},
-    "eight": {"input": 128, "output": 64, "requests": 16, "concurrency": 8},
+    "decode": {"input": 128, "output": 64, "requests": 2, "concurrency": 1},
+    "prefill": {"input": 1024, "output": 1, "requests": 2, "concurrency": 1},
+    "eight": {"input": 128, "output": 64, "requests": 8, "concurrency": 8},
 }
 SMOKE = {"decode": {"input": 16, "output": 4, "requests": 2, "concurrency": 1}}
 FIGURE = {"decode": "median_tpot_ms", "prefill": "median_ttft_ms", "eight": "output_throughput"}
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.vllm_command", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(
-            f"vllm {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+class Commands:
+    """The command `vllm`, again and again in one process."""
+
+    def __init__(self) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.vllm_command"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
         )
-    return done
+
+    def __call__(self, *arguments: str) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(arguments) + "\n")
+        self._process.stdin.flush()
+        said = []
+        for line in self._process.stdout:
+            if line.startswith(DONE):
+                return
+            said.append(line)
+        self._log.seek(0)
+        raise SystemExit(
+            f"vllm {' '.join(arguments)} ended with {self._process.wait()}:\n{''.join(said)[-2000:]}{self._log.read()[-4000:]}"
+        )
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
-def bench_serve(server: VllmServer, tokenizer: Path, load: dict[str, int], seed: int) -> dict[str, Any]:
+def bench_serve(vllm: Commands, server: VllmServer, tokenizer: Path, load: dict[str, int], seed: int) -> dict[str, Any]:
     """One load on one server, by `vllm bench serve`: its own result."""
     with tempfile.TemporaryDirectory() as directory:
-        command(
+        vllm(
             *("bench", "serve", "--backend", "openai", "--base-url", server.root, "--model", server.model),
             *("--tokenizer", str(tokenizer), "--dataset-name", "random", "--seed", str(seed), "--ignore-eos"),
             *("--random-input-len", str(load["input"]), "--random-output-len", str(load["output"])),
@@ -90,10 +111,10 @@ def bench_serve(server: VllmServer, tokenizer: Path, load: dict[str, int], seed:
     } | {"ttfts": result["ttfts"], "itls": result["itls"]}
 
 
-def bench_latency(model: Path, load: dict[str, int]) -> float:
+def bench_latency(vllm: Commands, model: Path, load: dict[str, int]) -> float:
     """Seconds of one batch of one, by `vllm bench latency`."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        command(
+        vllm(
             *("bench", "latency", "--model", str(model), "--input-len", str(load["input"])),
             *("--output-len", str(load["output"]), "--batch-size", "1", "--num-iters-warmup", "1", "--num-iters", "3"),
             *("--max-model-len", str(context({"": load})), "--output-json", out.name),
@@ -119,7 +140,9 @@ def measure(model: Path, threads: str, rounds: int, loads: dict[str, dict[str, i
     if threads != "default":
         os.environ[BINDING] = ",".join(map(str, cores[: int(threads)]))
     found: dict[str, Any] = {"rounds": [], "memory": {}, "said": {}}
+    vllm = Commands()
     with ExitStack() as stack:
+        stack.callback(vllm.close)
         servers = {}
         for side in SIDES:
             servers[side] = stack.enter_context(
@@ -130,7 +153,7 @@ def measure(model: Path, threads: str, rounds: int, loads: dict[str, dict[str, i
         for number in range(rounds + 1):
             order = SIDES if number % 2 == 0 else SIDES[::-1]
             answers = {
-                name: {side: bench_serve(servers[side], model / side, load, number) for side in order}
+                name: {side: bench_serve(vllm, servers[side], model / side, load, number) for side in order}
                 for name, load in loads.items()
             }
             if number:  # the first one warms up
@@ -227,7 +250,9 @@ def main() -> None:
         latency: dict[str, Any] = {side: [] for side in SIDES}
         for number in range(arguments.latency):
             for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-                latency[side].append(bench_latency(model / side, loads["decode"]))
+                vllm = Commands()  # of its own, so that each model is loaded into a clean process
+                latency[side].append(bench_latency(vllm, model / side, loads["decode"]))
+                vllm.close()
         document["latency"] = {**latency, "threads": arguments.threads[-1] if arguments.threads else "default"}
     text = render(document)
     print(text)
