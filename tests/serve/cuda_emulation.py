@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,15 +19,27 @@ from serve.kernels.cuda.plan import Form
 
 SOURCE = Path(plan.__file__).parent / "src" / "sparse24.cu"
 HEADER = Path(__file__).parent / "cuda_emulator.h"
+INTERFACE = HEADER.with_name("cuda_emulator_interface.inc")
 DTYPES = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 
 AT_ONCE, AT_THE_WAIT, ANY_TIME = range(3)
 """When a background copy happens."""
 
-_GUARD = 64
+_GUARD = 1024
 _POISON = 0x7FA5
 """NaN in both dtypes, with bits of its own."""
+
+
+def _has_compiler() -> bool:
+    try:
+        build.find_compiler()
+    except build.NoCompilerError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="there is no C++ compiler here")
 
 
 class EmulationError(Exception):
@@ -35,9 +48,10 @@ class EmulationError(Exception):
 
 @dataclass(frozen=True)
 class Emulator:
-    """The kernels for a compute capability."""
+    """The kernels for a compute capability. The library is also a driver, with the functions that halve calls."""
 
     capability: tuple[int, int]
+    path: Path
     library: ctypes.CDLL
 
     def multiply(
@@ -60,7 +74,7 @@ class Emulator:
         """
         rows, k = x.shape
         form = form or plan.form_for(self.capability, rows)
-        grid = -(-(-(-n // 64)) // form.panels) * splits
+        grid = form.row_blocks(n) * splits
         shared = form.shared_bytes if shared_bytes is None else shared_bytes
         return self._run(form.tiles, x, prepared, bias, (rows, n), k, grid, splits, form.threads, shared, seed, copies)
 
@@ -89,36 +103,35 @@ class Emulator:
         return y[_GUARD : _GUARD + size].view(x.dtype).view(shape)
 
 
-def compile_emulator(directory: Path, capability: tuple[int, int], source: str | None = None) -> Emulator:
-    """The kernels for that capability, out of another source than the real one if there is one."""
+def compile_emulator(
+    directory: Path,
+    capability: tuple[int, int],
+    source: str | None = None,
+    only: tuple[torch.dtype, int] | None = None,
+) -> Emulator:
+    """The kernels for that capability, out of another source than the real one if there is one.
+
+    Args:
+        only: one dtype and number of tiles, to be done sooner.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     calls = []
     parts = ['#include "cuda_emulator.h"', source or SOURCE.read_text()]
     for dtype, name in NAMES.items():
         namespace = name.lower()
-        parts.append(f"namespace {namespace} {{\n{plan.instantiations(capability, name)}}}")
+        lines = plan.instantiations(capability, name).splitlines()
         kernels = {form.tiles: form.name for form in plan.forms(capability)} | {0: "expand_weight"}
-        for tiles, kernel in kernels.items():
-            calls.append(f"if (dtype == {layout.CODES[dtype]} && tiles == {tiles}) kernel = {namespace}::{kernel};")
-    chosen = "\n  ".join(calls)
-    parts.append(
-        f"""
-extern "C" void emulate(int dtype, int tiles, const u8* weight, int64_t weight_bytes, const u16* x, int64_t x_bytes,
-                        const u16* bias, u16* y, int rows, int n, int k, int splits, int grid, int threads,
-                        int shared_bytes, int seed, int copies, char* message) {{
-  void (*kernel)(const Arguments) = nullptr;
-  {chosen}
-  const Arguments call{{weight, x, bias, y, rows, n, k, splits, static_cast<u32>(dtype)}};
-  const std::string said = emulated::launch(
-      kernel, call, grid, splits, threads, shared_bytes, seed, copies,
-      {{{{weight, static_cast<size_t>(weight_bytes)}}, {{reinterpret_cast<const u8*>(x), static_cast<size_t>(x_bytes)}}}});
-  std::strncpy(message, said.c_str(), 299);
-}}
-"""
-    )
+        assert len(lines) == len(kernels)
+        chosen = [pair for pair in zip(lines, kernels.items(), strict=True) if only in (None, (dtype, pair[1][0]))]
+        parts.append("\n".join([f"namespace {namespace} {{", *(line for line, _ in chosen), "}"]))
+        for _, (tiles, kernel) in chosen:
+            calls.append(f"if (dtype == {layout.CODES[dtype]} && tiles == {tiles}) return {namespace}::{kernel};")
+    found = "\n  ".join(calls)
+    parts.append(f"static void (*find(int dtype, int tiles))(const Arguments) {{\n  {found}\n  return nullptr;\n}}")
+    parts.append(INTERFACE.read_text())
     (directory / "emulated.cpp").write_text("\n".join(parts))
     library = directory / "emulated.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     subprocess.run(
         [*build.find_compiler(), *flags, f"-I{HEADER.parent}", str(directory / "emulated.cpp"), "-o", str(library)],
         check=True,
@@ -131,4 +144,4 @@ extern "C" void emulate(int dtype, int tiles, const u8* weight, int64_t weight_b
         ctypes.c_char_p,
     )
     loaded.emulate.restype = None
-    return Emulator(capability, loaded)
+    return Emulator(capability, library, loaded)

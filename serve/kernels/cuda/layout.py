@@ -45,7 +45,12 @@ _PAD_NIBBLE = _NIBBLES[0b0011]
 
 def prepared_bytes(n: int, k: int) -> int:
     """How long a prepared weight [n, k] is."""
-    return HEADER_BYTES + -(-n // UNIT) * -(-k // UNIT) * UNIT_BYTES
+    return HEADER_BYTES + ceil_div(n, UNIT) * ceil_div(k, UNIT) * UNIT_BYTES
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
@@ -61,7 +66,7 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
         raise ValueError(f"{name}: values are {weight.values.dtype}; the kernels take bfloat16 and float16")
     n, k = weight.shape
     device = weight.values.device
-    panels, units = -(-n // UNIT), -(-k // UNIT)
+    panels, units = ceil_div(n, UNIT), ceil_div(k, UNIT)
     prepared = torch.empty(prepared_bytes(n, k), dtype=torch.uint8, device=device)
     prepared[:HEADER_BYTES] = _header(weight.values.dtype, n, k).to(device)
     body = prepared[HEADER_BYTES:].view(panels, units, UNIT_BYTES)
@@ -79,7 +84,7 @@ def restore(prepared: Tensor) -> PackedWeight:
         ValueError: this is no prepared weight, or a damaged one.
     """
     dtype, n, k = describe(prepared)
-    body = prepared[HEADER_BYTES:].view(-(-n // UNIT), -(-k // UNIT), UNIT_BYTES)
+    body = prepared[HEADER_BYTES:].view(ceil_div(n, UNIT), ceil_div(k, UNIT), UNIT_BYTES)
     values = _from_fragments(body[..., :_VALUE_BYTES].contiguous().view(torch.int16))[:n, : k // 2]
     nibbles = _from_words(body[..., _VALUE_BYTES:].contiguous().view(torch.int16))[:n, : k // 4]
     bits = torch.tensor(_TO_BITS, dtype=torch.uint8, device=prepared.device)[nibbles.int()].view(n, k // 8, 2)

@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from serve.kernels.cuda.layout import UNIT, UNIT_BYTES
+from serve.kernels.cuda.layout import UNIT, UNIT_BYTES, ceil_div
 
 MOST_ROWS = 64
 """Of x, for the kernels that read the weight once."""
 
-_SHARED_KIB = {(8, 0): 164, (8, 6): 100, (8, 7): 164, (8, 9): 100, (9, 0): 228, (10, 0): 228, (10, 3): 228, (11, 0): 228}
+_SHARED_KIB = {
+    (8, 0): 164,
+    (8, 6): 100,
+    (8, 7): 164,
+    (8, 9): 100,
+    (9, 0): 228,
+    (10, 0): 228,
+    (10, 3): 228,
+    (11, 0): 228,
+}
 """Shared memory of a processor (CUDA Programming Guide, "Technical Specifications per Compute Capability"); others: 100."""
 
 _RESERVED_KIB = 1
@@ -52,6 +61,10 @@ class Form:
     def shared_bytes(self) -> int:
         return self.groups * self.stages * stage_bytes(self.tiles, self.panels)
 
+    def row_blocks(self, n: int) -> int:
+        """Into how many blocks n rows of the weight are cut."""
+        return ceil_div(ceil_div(n, UNIT), self.panels)
+
 
 def stage_bytes(tiles: int, panels: int) -> int:
     """Of one group of warps: a unit of each panel, and 64 columns of 8 ``tiles`` rows of x."""
@@ -77,10 +90,7 @@ def forms(capability: tuple[int, int]) -> tuple[Form, ...]:
     found = []
     for tiles in (1, 2, 4, 8):
         panels = 1 if tiles <= 2 or not has_clusters(capability) else 2
-        if has_clusters(capability):
-            candidates = [(4 // panels, 2), (4 // panels, 1)]
-        else:
-            candidates = [(8, 1), (4, 1), (2, 1)]
+        candidates = [(4 // panels, 2), (4 // panels, 1)] if has_clusters(capability) else [(8, 1), (4, 1), (2, 1)]
         for groups, resident in candidates:
             stage = groups * stage_bytes(tiles, panels)
             stages = min(_MOST_STAGES, (kib // resident - _RESERVED_KIB) * 1024 // stage)
@@ -102,12 +112,12 @@ def splits(form: Form, n: int, k: int, processors: int, most: int = _MOST_SPLITS
     The least of rounds x (steps of a block + what beginning and ending cost, about three steps and one for a cluster).
     This is a model, not a measurement; it knows that idle processors cost more than short blocks.
     """
-    units, blocks = -(-k // UNIT), -(-(-(-n // UNIT)) // form.panels)
+    units, row_blocks = ceil_div(k, UNIT), form.row_blocks(n)
     costs = {}
     for split in (1, 2, 4, 8):
         if split <= min(most, units):
-            rounds = -(-blocks * split // (processors * form.resident))
-            steps = -(-(-(-units // split)) // form.groups)
+            rounds = ceil_div(row_blocks * split, processors * form.resident)
+            steps = ceil_div(ceil_div(units, split), form.groups)
             costs[split] = rounds * (steps + 3 + (split > 1))
     return min(costs, key=lambda split: (costs[split], split))
 
