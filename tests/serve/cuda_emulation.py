@@ -15,7 +15,6 @@ from torch import Tensor
 
 from serve.kernels.cpu import build
 from serve.kernels.cuda import layout, plan
-from serve.kernels.cuda.plan import Form
 
 SOURCE = Path(plan.__file__).parent / "src" / "sparse24.cu"
 HEADER = Path(__file__).parent / "cuda_emulator.h"
@@ -62,7 +61,6 @@ class Emulator:
         n: int,
         *,
         splits: int = 1,
-        form: Form | None = None,
         seed: int = 0,
         copies: int = ANY_TIME,
         shared_bytes: int | None = None,
@@ -73,7 +71,7 @@ class Emulator:
             EmulationError: says what was undefined.
         """
         rows, k = x.shape
-        form = form or plan.form_for(self.capability, rows)
+        form = plan.form_for(plan.forms(self.capability), rows)
         grid = form.row_blocks(n) * splits
         shared = form.shared_bytes if shared_bytes is None else shared_bytes
         return self._run(form.tiles, x, prepared, bias, (rows, n), k, grid, splits, form.threads, shared, seed, copies)
@@ -119,7 +117,7 @@ def compile_emulator(
     parts = ['#include "cuda_emulator.h"', source or SOURCE.read_text()]
     for dtype, name in NAMES.items():
         namespace = name.lower()
-        lines = plan.instantiations(capability, name).splitlines()
+        lines = plan.instantiations(plan.forms(capability), name).splitlines()
         kernels = {form.tiles: form.name for form in plan.forms(capability)} | {0: "expand_weight"}
         assert len(lines) == len(kernels)
         chosen = [pair for pair in zip(lines, kernels.items(), strict=True) if only in (None, (dtype, pair[1][0]))]

@@ -282,11 +282,11 @@ class TestPlan:
 
     def test_every_number_of_rows_has_a_form(self) -> None:
         for rows in range(1, plan.MOST_ROWS + 1):
-            tiles = plan.form_for(HOPPER, rows).tiles
+            tiles = plan.form_for(plan.forms(HOPPER), rows).tiles
             assert 4 * tiles < rows <= 8 * tiles or tiles == 1
 
     def test_splits(self) -> None:
-        form = plan.form_for(HOPPER, 1)
+        form = plan.form_for(plan.forms(HOPPER), 1)
         assert plan.splits(form, 4096, 4096, 132) == 4  # 64 panels, 264 places
         assert plan.splits(form, 57344, 8192, 132) == 1  # 896 panels
         assert plan.splits(form, 64, 64, 132) == 1  # one unit

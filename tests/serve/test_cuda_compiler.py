@@ -37,7 +37,7 @@ needs_nvrtc = pytest.mark.skipif(why_no_nvrtc() is not None, reason=str(why_no_n
 
 @cache
 def compiled(capability: tuple[int, int], dtype: str) -> tuple[bytes, str]:
-    return compiler.compile_cubin(compiler.source(capability, dtype), compiler.architecture(capability))
+    return compiler.compile_cubin(compiler.source(plan.forms(capability), dtype), compiler.architecture(capability))
 
 
 @needs_nvrtc

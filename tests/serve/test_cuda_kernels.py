@@ -217,7 +217,7 @@ class TestMistakes:
         assert self.seen(emulator, layout.prepare(weight), weight, splits=splits)
 
     def test_too_little_shared_memory(self, hopper: Emulator) -> None:
-        weight, form = random_weight(64, 1024, torch.bfloat16), plan.form_for(HOPPER, 3)
+        weight, form = random_weight(64, 1024, torch.bfloat16), plan.form_for(plan.forms(HOPPER), 3)
         with pytest.raises(EmulationError, match="beyond shared memory"):
             hopper.multiply(normal(3, 1024, dtype=torch.bfloat16), layout.prepare(weight), None, 64,
                             shared_bytes=form.shared_bytes - 16)  # fmt: skip
