@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Sequence
 from ctypes import Structure, c_int, c_uint32, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
@@ -66,7 +67,7 @@ class Kernels:
     device: Device
     dtype: torch.dtype
     functions: dict[str, int]
-    most_splits: dict[Form, int]
+    most_splits: dict[Form, int]  # by form, the ones for the least rows of x first
     _configs: dict[tuple[int, int, int, int, bool], tuple[int, Config, int]] = field(default_factory=dict)
 
     def multiply(
@@ -111,22 +112,25 @@ class Kernels:
         self.driver.launch(self.functions["expand_weight"], how, stream, arguments)
 
     def _configured(self, rows: int, n: int, k: int, splits: int, overlap: bool) -> tuple[int, Config, int]:
-        form = plan.form_for(self.device.capability, rows)
+        form = plan.form_for(tuple(self.most_splits), rows)
         splits = splits or plan.splits(form, n, k, self.device.processors, self.most_splits[form])
         grid = form.row_blocks(n) * splits
         how = driver.config(grid, form.threads, form.shared_bytes, cluster=splits, overlap=overlap)
         return self.functions[form.name], how, splits
 
 
-def load(device: Device, dtype: torch.dtype, with_driver: Driver) -> Kernels:
+def load(device: Device, dtype: torch.dtype, with_driver: Driver, forms: Sequence[Form] | None = None) -> Kernels:
     """Finds or compiles the kernels of a dtype, and loads them into the calling thread's context.
+
+    Args:
+        forms: other ones than `plan.forms` says, one for each number of tiles.
 
     Raises:
         CompilerError: there is no compiler, or it refused.
         DriverError: the driver refused.
     """
-    forms = plan.forms(device.capability)
-    text = compiler.source(device.capability, _TYPES[dtype])
+    forms = plan.forms(device.capability) if forms is None else forms
+    text = compiler.source(forms, _TYPES[dtype])
     arch = compiler.architecture(device.capability)
     cubin = disk.cubin(text, arch, compiler.version(), lambda: compiler.compile_cubin(text, arch)[0])
     functions = with_driver.load(cubin, [*(form.name for form in forms), "expand_weight"])

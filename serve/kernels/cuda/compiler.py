@@ -15,6 +15,7 @@ from typing import Any
 
 from compress.errors import one_line
 from serve.kernels.cuda import plan
+from serve.kernels.cuda.plan import Form
 
 SOURCES = Path(__file__).resolve().parent / "src"
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills")
@@ -34,13 +35,13 @@ class Usage:
     spill_load_bytes: int
 
 
-def source(capability: tuple[int, int], dtype: str) -> str:
+def source(forms: Sequence[Form], dtype: str) -> str:
     """The whole text that is compiled. ``dtype``: BFloat16 or Float16."""
     kernels = (SOURCES / "sparse24.cu").read_text()
     include = '#include "primitives.cuh"'
     assert kernels.count(include) == 1
     kernels = kernels.replace(include, (SOURCES / "primitives.cuh").read_text())
-    return f"{kernels}\n{plan.instantiations(capability, dtype)}"
+    return f"{kernels}\n{plan.instantiations(forms, dtype)}"
 
 
 def version() -> tuple[int, int]:

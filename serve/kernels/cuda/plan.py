@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -100,9 +101,9 @@ def forms(capability: tuple[int, int]) -> tuple[Form, ...]:
     return tuple(found)
 
 
-def form_for(capability: tuple[int, int], rows: int) -> Form:
-    """The kernel for 1 to `MOST_ROWS` rows of x."""
-    return next(form for form in forms(capability) if rows <= 8 * form.tiles)
+def form_for(candidates: Sequence[Form], rows: int) -> Form:
+    """Of kernels by the rows of x that they take, the first that takes so many: 1 to `MOST_ROWS`."""
+    return next(form for form in candidates if rows <= 8 * form.tiles)
 
 
 @lru_cache(maxsize=4096)
@@ -122,10 +123,10 @@ def splits(form: Form, n: int, k: int, processors: int, most: int = _MOST_SPLITS
     return min(costs, key=lambda split: (costs[split], split))
 
 
-def instantiations(capability: tuple[int, int], dtype: str) -> str:
+def instantiations(candidates: Sequence[Form], dtype: str) -> str:
     """The lines that follow the source: which kernels are compiled. ``dtype`` is a type of `primitives.cuh`."""
     lines = [
         f"HALVE_MULTIPLY({dtype}, {form.tiles}, {form.panels}, {form.groups}, {form.stages}, {form.resident})"
-        for form in forms(capability)
+        for form in candidates
     ]
     return "\n".join([*lines, f"HALVE_EXPAND({EXPAND_WARPS})", ""])
