@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from benchmarks import gpu_checks
 from serve.kernels import ops, plain
-from serve.kernels.cuda import backend, compiler, driver, plan
+from serve.kernels.cuda import backend, compiler, cusparselt, driver, plan
 from serve.kernels.cuda.plan import Form
 
 RESULTS = Path(__file__).parent / "results"
@@ -170,7 +170,7 @@ class Weights:
         y = x.new_empty(len(x), self.n)
 
         def call(w: Tensor) -> None:
-            kernels.multiply(x, w, None, y, torch.cuda.current_stream().cuda_stream, **how)
+            kernels.multiply(x, w, None, y, _stream(), **how)
 
         return [lambda w=w: call(w) for w in _cycled(self.prepared)]
 
@@ -271,30 +271,67 @@ def forms(run: Run) -> None:
 
 
 def prefill(run: Run) -> None:
-    """Many rows: halve's operator (the weight is expanded, then dense), and torch's own semi-structured product."""
+    """Many rows. ``2:4``: halve's operator, which expands the weight and multiplies densely. ``cusparselt``: its product with
+    the algorithm that its search found, on a weight in its own form. ``cusparselt from ours``: the same from the weight as
+    decoding has it, expanded and compressed anew at each call, so that only one form is kept. ``torch``: its own operator.
+    """
+    kernels = gpu_checks.loaded(DTYPE)
+    library = _cusparselt(run)
     for n, k in SHAPES[:4]:
-        if not run.has_time(f"prefill {n}x{k}", 8):
+        if not run.has_time(f"prefill {n}x{k}", 10):
             continue
         weights = Weights(n, k)
-        semi: Tensor | None = None
-        try:
-            semi = torch.sparse.to_sparse_semi_structured(weights.dense[0])
-        except (RuntimeError, ValueError) as error:
-            run.document["broken"]["torch semi-structured"] = str(error)
+        prepared, dense = weights.prepared[0], weights.dense[0]
+        semi = _attempt(run, "torch", lambda w=dense: torch.sparse.to_sparse_semi_structured(w))
+        compressed = None
+        if library is not None:
+            compressed = _attempt(run, "cusparselt", lambda w=dense: library.compress(w, _stream()))
         for rows in (2048, 8192, 128, 512):
             x = gpu_checks.random_input(rows, k, DTYPE)
             sides = {"2:4": weights.sparse_calls(x)[:4], "dense": weights.dense_calls(x)[:4]}
             if semi is not None:
-                sides["torch semi-structured"] = [lambda x=x, w=semi: functional.linear(x, w)] * 4
-            try:
-                found = summary(times(sides, 7))
-            except RuntimeError as error:  # its product may not be one that graphs capture
-                run.document["broken"]["torch semi-structured"] = str(error)
-                sides.pop("torch semi-structured", None)
-                semi = None
-                found = summary(times(sides, 7))
-            run.add("prefill", {"n": n, "k": k, "rows": rows, **found})
-        del weights
+                sides["torch"] = [lambda x=x, w=semi: functional.linear(x, w)] * 4
+            if library is not None and compressed is not None:
+                scratch = torch.empty_like(dense)
+
+                def ready(x: Tensor = x, w: Tensor = compressed, n: int = n) -> Tensor:
+                    return library.multiply(x, w, None, n, _stream())
+
+                def from_ours(x: Tensor = x, w: Tensor = prepared, to: Tensor = scratch, n: int = n) -> Tensor:
+                    kernels.expand(w, to, _stream())
+                    return library.multiply(x, library.compress(to, _stream()), None, n, _stream())
+
+                found = _attempt(run, "cusparselt", lambda x=x, w=compressed, n=n: library.search(x, w, n, _stream()))
+                for name, call in (("cusparselt", ready), ("cusparselt from ours", from_ours)):
+                    y = _attempt(run, name, call) if found is not None else None
+                    if y is not None:
+                        gpu_checks.check(y[:16], x[:16], dense, None, f"{name}, {rows} rows, [{n}, {k}]")
+                        sides[name] = [call] * 4
+            for name in [name for name in sides if name not in ("2:4", "dense")]:
+                if _attempt(run, f"{name} in a graph", lambda calls=sides[name]: captured(calls)) is None:
+                    del sides[name]
+            run.add("prefill", {"n": n, "k": k, "rows": rows, **summary(times(sides, 7))})
+        del weights, prepared, dense, semi, compressed
+
+
+def _cusparselt(run: Run) -> cusparselt.CusparseLt | None:
+    library = _attempt(run, "cusparselt", lambda: cusparselt.on_device(torch.cuda.current_device()))
+    if library is not None:
+        run.document["cusparselt"] = ".".join(map(str, library.version()))
+    return library
+
+
+def _attempt(run: Run, name: str, call: Callable[[], Any]) -> Any:
+    """What a call gives, or None, and then it is noted why."""
+    try:
+        return call()
+    except (RuntimeError, ValueError, cusparselt.CusparseLtError) as error:
+        run.document["broken"][name] = f"{type(error).__name__}: {error}"
+        return None
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
 
 
 def host(run: Run) -> None:

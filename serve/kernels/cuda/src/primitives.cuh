@@ -54,6 +54,7 @@ HALVE_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;"
 HALVE_DEVICE void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 HALVE_DEVICE void sync_cluster() {
+  __syncwarp();  // "aligned" promises that lanes arrive together, which they may not do after loops of their own
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 

@@ -124,13 +124,13 @@ HALVE_DEVICE void multiply(const Arguments& call) {
     }
   };
 
-  // No kernel writes a weight, so its first units are fetched while the kernel before this one still makes x.
-#pragma unroll
-  for (int step = 0; step < Stages - 1; ++step) load_weights(step);
+  // No kernel writes a weight, so its first units are fetched while the kernel before this one still makes x. The rest comes
+  // after, because groups of copies end in order: x of the first step would wait for all that was begun before it.
   const bool right = belongs(load_global(call.weight), call);
-  wait_for_kernel_before();
 #pragma unroll
   for (int step = 0; step < Stages - 1; ++step) {
+    load_weights(step);
+    if (step == 0) wait_for_kernel_before();
     load_inputs(step);
     close_copies();
   }
