@@ -17,6 +17,7 @@ from compress.errors import UsageError, did_you_mean
 from compress.packed import PackedWeight
 from serve.kernels import ops, plain
 from serve.kernels.cpu import backend as cpu
+from serve.kernels.cuda import backend as cuda
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ PLAIN = Backend(
     reason=lambda dtype, rows: "expands the weight, then multiplies densely",
 )
 CPU = Backend("cpu", cpu.why_not, cpu.reason, cpu.prepare, cpu.restore)
-BACKENDS = (CPU, PLAIN)
+CUDA = Backend("cuda", cuda.why_not, cuda.reason, cuda.prepare, cuda.restore)
+BACKENDS = (CPU, CUDA, PLAIN)
 """The best first; the last one runs everywhere."""
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from serve.kernels.cpu import backend as cpu
+from serve.kernels.cuda import backend as cuda
 
 _library = torch.library.Library("halve", "DEF")
 _library.define("sparse24_linear(Tensor x, Tensor prepared, Tensor? bias, int n) -> Tensor")
@@ -17,6 +18,10 @@ _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 def _sparse24_linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return cpu.linear(x, prepared, bias, n)
+
+
+def _sparse24_linear_cuda(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return cuda.linear(x, prepared, bias, n)
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,6 +37,7 @@ def _dense_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 _library.impl("sparse24_linear", _sparse24_linear, "CPU")
+_library.impl("sparse24_linear", _sparse24_linear_cuda, "CUDA")
 _library.impl("dense_linear", _dense_linear, "CPU")
 torch.library.register_fake("halve::sparse24_linear", _sparse24_shape)
 torch.library.register_fake("halve::dense_linear", _dense_shape)

@@ -1,0 +1,289 @@
+"""What the GPU kernels compute, against float64, on the GPU itself. `benchmarks.gpu` runs these first; the tests marked
+gpu are the same ones. Needs torch and a GPU, nothing else.
+
+A sum of K/2 products may be off by what float32 loses in as many additions as the tensor cores do one after the other,
+and by the rounding of the result. A group that is left out or a value in another column changes it by far more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress.packed import PackedWeight, unpack_bits
+from serve.kernels import ops, plain
+from serve.kernels.cuda import backend, layout, plan
+
+DTYPES = (torch.bfloat16, torch.float16)
+ROWS = (*range(1, 81), 96, 127, 128, 200, 1000, 2049)
+FAMILIES = {
+    "Llama-3-8B": ((4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)),
+    "Llama-3-70B": ((8192, 8192), (10240, 8192), (57344, 8192), (8192, 28672)),
+    "Qwen3-0.6B": ((2048, 1024), (1024, 1024), (1024, 2048), (3072, 1024), (1024, 3072)),
+    "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
+    "GPT-2": ((2304, 768), (768, 768), (3072, 768), (768, 3072)),
+}
+"""Shapes [N, K] of the linear layers of five families."""
+
+_PATTERNS = (3, 5, 6, 9, 10, 12)
+
+
+class WrongError(AssertionError):
+    """A kernel computed something wrong; says what."""
+
+
+def random_weight(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> PackedWeight:
+    """A packed weight on the GPU with all patterns."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    values = torch.randn(n, k // 2, generator=generator, device="cuda", dtype=dtype) / k**0.5
+    patterns = torch.tensor(_PATTERNS, dtype=torch.uint8, device="cuda")
+    halves = patterns[torch.randint(6, (n, k // 8, 2), generator=generator, device="cuda")]
+    return PackedWeight(values, halves[..., 0] | halves[..., 1] << 4)
+
+
+def random_input(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn(rows, k, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
+
+
+def check(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None, what: str) -> None:
+    """Compares y [rows, n] with x [rows, k] times ``dense`` [n, k], in float64, some rows of the weight at a time.
+
+    Raises:
+        WrongError: an output is out of its bound.
+    """
+    k = dense.shape[1]
+    part = max(1, (1 << 27) // k)
+    for start in range(0, len(dense), part):
+        rows = slice(start, start + part)
+        weight, inputs = dense[rows].double(), x.double()
+        exact, size = inputs @ weight.T, inputs.abs() @ weight.abs().T
+        if bias is not None:
+            exact, size = exact + bias[rows].double(), size + bias[rows].double().abs()
+        limits = torch.finfo(y.dtype)
+        bound = (
+            size * (k / 32 + 8) * 2.0**-22 + exact.abs() * limits.eps / 2 * 1.01 + limits.smallest_normal * limits.eps
+        )
+        wrong = ~((y[:, rows].double() - exact).abs() <= bound)
+        if bool(wrong.any()):
+            row, column = wrong.nonzero()[0].tolist()
+            raise WrongError(
+                f"{what}: {int(wrong.sum())} outputs are wrong, the first for row {row} of x and row {start + column} of "
+                f"the weight: {float(y[row, start + column])} instead of {float(exact[row, column])}"
+            )
+
+
+def product(kernels: backend.Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, **how: Any) -> Tensor:
+    """x [rows, k] -> [rows, n], into memory that held NaN, on the current stream."""
+    y = torch.full((len(x), n), float("nan"), dtype=x.dtype, device="cuda")
+    kernels.multiply(x, prepared, bias, y, torch.cuda.current_stream().cuda_stream, **how)
+    return y
+
+
+def loaded(dtype: torch.dtype) -> backend.Kernels:
+    """The kernels for the current device."""
+    if refusal := backend.why_not(torch.device("cuda"), dtype):
+        raise WrongError(f"the cuda backend cannot be used: {refusal}")
+    kernels = backend._kernels(torch.cuda.current_device(), dtype)
+    assert isinstance(kernels, backend.Kernels)
+    return kernels
+
+
+def packing() -> None:
+    """A weight that is prepared on the GPU has the bytes of one that is prepared on the processor, and comes back."""
+    for dtype in DTYPES:
+        for n, k in ((1, 8), (100, 200), (1000, 1024)):
+            weight = random_weight(n, k, dtype)
+            prepared = layout.prepare(weight)
+            on_cpu = layout.prepare(PackedWeight(weight.values.cpu(), weight.mask.cpu()))
+            restored = layout.restore(prepared)
+            same = torch.equal(prepared.cpu(), on_cpu) and torch.equal(restored.mask, weight.mask)
+            if not same or not torch.equal(restored.values, weight.values):
+                raise WrongError(f"a weight [{n}, {k}] in {dtype} is not what was prepared")
+
+
+def rows() -> None:
+    """Every number of rows of x, through the operator, with and without a bias."""
+    for dtype in DTYPES:
+        for n, k in ((200, 1032), (129, 264)):
+            weight = random_weight(n, k, dtype)
+            prepared, dense, bias = backend.prepare(weight), plain.expand(weight), random_input(1, n, dtype)[0]
+            for count in ROWS:
+                x, added = random_input(count, k, dtype, count), bias if count % 2 else None
+                y = ops.sparse24_linear(x, prepared, added, n)
+                check(y, x, dense, added, f"{count} rows, weight [{n}, {k}], {dtype}")
+
+
+def edges() -> None:
+    """Small and odd weights, written into memory that held NaN."""
+    for dtype in DTYPES:
+        kernels = loaded(dtype)
+        for n in (1, 2, 3, 7, 63, 64, 65, 127, 128, 130, 257):
+            for k in (8, 24, 64, 72, 136, 520, 2056):
+                weight = random_weight(n, k, dtype, n)
+                prepared, dense = backend.prepare(weight), plain.expand(weight)
+                for count in (1, 9, 17, 33, 64):
+                    x = random_input(count, k, dtype)
+                    check(product(kernels, x, prepared, None, n), x, dense, None, f"{count} rows, [{n}, {k}], {dtype}")
+
+
+def every_way() -> None:
+    """Every cut along K, with and without the overlap of launches, gives right numbers, the same ones every time."""
+    for dtype in DTYPES:
+        kernels, (n, k) = loaded(dtype), (1000, 4104)
+        weight = random_weight(n, k, dtype)
+        prepared, dense = backend.prepare(weight), plain.expand(weight)
+        for count in (1, 8, 16, 32, 64):
+            x = random_input(count, k, dtype)
+            most = kernels.most_splits[plan.form_for(tuple(kernels.most_splits), count)]
+            for splits in (1, 2, 4, 8):
+                for overlap in (False, True) if plan.has_clusters(kernels.device.capability) else (False,):
+                    if splits > most:
+                        continue
+                    what = f"{count} rows, {splits} splits, overlap {overlap}, {dtype}"
+                    first = product(kernels, x, prepared, None, n, splits=splits, overlap=overlap)
+                    check(first, x, dense, None, what)
+                    for _ in range(20):
+                        again = product(kernels, x, prepared, None, n, splits=splits, overlap=overlap)
+                        if not torch.equal(first, again):
+                            raise WrongError(f"{what}: another result than before")
+
+
+def families() -> None:
+    """The shapes of real models."""
+    for dtype in DTYPES:
+        kernels = loaded(dtype)
+        for name, shapes in FAMILIES.items():
+            for n, k in shapes:
+                weight = random_weight(n, k, dtype)
+                prepared, dense = backend.prepare(weight), plain.expand(weight)
+                for count in (1, 8, 16, 64):
+                    x = random_input(count, k, dtype)
+                    check(
+                        product(kernels, x, prepared, None, n),
+                        x,
+                        dense,
+                        None,
+                        f"{name} [{n}, {k}], {count} rows, {dtype}",
+                    )
+
+
+def adversarial() -> None:
+    """Cancellation, huge and tiny values, and NaN where the weight keeps nothing."""
+    for dtype in DTYPES:
+        n, k = 300, 2048
+        weight = random_weight(n, k, dtype)
+        prepared, dense = backend.prepare(weight), plain.expand(weight)
+        kernels = loaded(dtype)
+        x = random_input(16, k, dtype)
+        x[::2] *= 100
+        x[1::2, ::7] *= 1e-3
+        x[3] = x[3].view(-1, 2).roll(1, 1).view(-1)
+        check(product(kernels, x, prepared, None, n), x, dense, None, f"values of many sizes, {dtype}")
+        x[5, 77] = float("nan")
+        y = product(kernels, x, prepared, None, n)
+        kept = unpack_bits(weight.mask)
+        if not torch.equal(y[5].isnan(), kept[:, 77]) or bool(y[torch.arange(16, device="cuda") != 5].isnan().any()):
+            raise WrongError(f"a NaN in x is seen where the weight keeps nothing, or not where it does, {dtype}")
+        other = torch.bfloat16 if dtype is torch.float16 else torch.float16
+        if not bool(product(loaded(other), x.to(other), prepared, None, n).isnan().all()):
+            raise WrongError(f"a weight in {dtype} gives numbers for x in {other}")
+
+
+def graphs_and_streams() -> None:
+    """A captured product replays to the same bits, on new inputs too, and streams do not disturb each other."""
+    dtype, n, k = torch.bfloat16, 4096, 4096
+    weight = random_weight(n, k, dtype)
+    prepared, dense = backend.prepare(weight), plain.expand(weight)
+    for count in (1, 64, 100):
+        x = random_input(count, k, dtype)
+        ops.sparse24_linear(x, prepared, None, n)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = ops.sparse24_linear(x, prepared, None, n)
+        for seed in (5, 6):
+            x.copy_(random_input(count, k, dtype, seed))
+            y.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            check(y, x, dense, None, f"graph replay, {count} rows")
+            if not torch.equal(y, ops.sparse24_linear(x, prepared, None, n)):
+                raise WrongError(f"a graph's product has other bits than the same product outside, {count} rows")
+    inputs = [random_input(8, k, dtype, seed) for seed in range(4)]
+    alone = [ops.sparse24_linear(x, prepared, None, n) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        outputs = []
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                outputs.append(ops.sparse24_linear(x, prepared, None, n))
+        torch.cuda.synchronize()
+        if not all(torch.equal(a, b) for a, b in zip(alone, outputs, strict=True)):
+            raise WrongError("products on several streams disturb each other")
+
+
+def chained_overlap() -> None:
+    """Launches that overlap see all that the launch before them wrote."""
+    dtype, n = torch.bfloat16, 2048
+    kernels, weight = loaded(dtype), random_weight(n, n, dtype)
+    if not plan.has_clusters(kernels.device.capability):
+        return
+    prepared, stream = backend.prepare(weight), torch.cuda.current_stream().cuda_stream
+
+    def chain(overlap: bool) -> Tensor:
+        x = random_input(8, n, dtype)
+        for _ in range(64):
+            y = torch.full_like(x, float("nan"))
+            kernels.multiply(x, prepared, None, y, stream, overlap=overlap)
+            x = y
+        return x
+
+    plainly = chain(False)
+    for _ in range(10):
+        if not torch.equal(plainly, chain(True)):
+            raise WrongError("an overlapping launch read what was not there yet")
+
+
+def expansion() -> None:
+    """Above the kernels' rows: the expanded weight, to the bit."""
+    for dtype in DTYPES:
+        for n, k in ((1, 8), (65, 72), (1000, 2056), (4096, 4096)):
+            weight = random_weight(n, k, dtype)
+            dense = torch.full((n, k), float("nan"), dtype=dtype, device="cuda")
+            loaded(dtype).expand(backend.prepare(weight), dense, torch.cuda.current_stream().cuda_stream)
+            if not torch.equal(dense, plain.expand(weight)):
+                raise WrongError(f"the expanded weight [{n}, {k}] in {dtype} is wrong")
+            x = random_input(65, k, dtype)
+            if not torch.equal(
+                ops.sparse24_linear(x, backend.prepare(weight), None, n), functional.linear(x, plain.expand(weight))
+            ):
+                raise WrongError(f"65 rows, [{n}, {k}], {dtype}: not the dense product")
+
+
+CHECKS: tuple[Callable[[], None], ...] = (
+    packing,
+    rows,
+    edges,
+    every_way,
+    adversarial,
+    graphs_and_streams,
+    chained_overlap,
+    expansion,
+    families,
+)
+
+
+def run() -> Iterator[tuple[str, str | None]]:
+    """Runs every check: its name, and what was wrong or None."""
+    for one in CHECKS:
+        try:
+            one()
+            torch.cuda.synchronize()
+        except (WrongError, RuntimeError) as error:
+            yield one.__name__, f"{type(error).__name__}: {error}"
+        else:
+            yield one.__name__, None

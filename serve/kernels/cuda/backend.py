@@ -1,0 +1,264 @@
+"""Multiplies packed weights on NVIDIA GPUs with the kernels of `src/sparse24.cu`.
+
+Up to `plan.MOST_ROWS` rows of x, the weight is read once, 9/16 of the dense bytes, straight into the sparse tensor cores. Above,
+a kernel expands it, and torch multiplies densely.
+
+Everything that takes time or may fail is done when a weight is prepared: kernels are found in the cache or compiled, and
+loaded. A product then is one launch on torch's current stream, without workspace, synchronization or search, so CUDA graphs
+capture it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Sequence
+from ctypes import Structure, c_int, c_uint32, c_void_p
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress.packed import PackedWeight
+from serve.kernels.cuda import cache as disk
+from serve.kernels.cuda import compiler, driver, layout, plan
+from serve.kernels.cuda.compiler import CompilerError
+from serve.kernels.cuda.driver import Config, Driver, DriverError
+from serve.kernels.cuda.plan import MOST_ROWS, Form
+
+FIRST_CAPABILITY = (8, 0)
+"""Sparse tensor cores came with Ampere."""
+
+_TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+_ALIGNMENT = 16
+
+
+class Arguments(Structure):
+    """``Arguments`` of ``sparse24.cu``."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("x", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("rows", c_int),
+        ("n", c_int),
+        ("k", c_int),
+        ("splits", c_int),
+        ("dtype", c_uint32),
+    )
+
+
+@dataclass(frozen=True)
+class Device:
+    """What launches depend on."""
+
+    capability: tuple[int, int]
+    processors: int
+
+
+@dataclass
+class Kernels:
+    """The kernels of a dtype, loaded on a device."""
+
+    driver: Driver
+    device: Device
+    dtype: torch.dtype
+    functions: dict[str, int]
+    most_splits: dict[Form, int]  # by form, the ones for the least rows of x first
+    _configs: dict[tuple[int, int, int, int, bool], tuple[int, Config, int]] = field(default_factory=dict)
+
+    def multiply(
+        self,
+        x: Tensor,
+        prepared: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        stream: int,
+        *,
+        splits: int = 0,
+        overlap: bool = False,
+    ) -> None:
+        """y [rows, n] = x [rows, k] times the weight plus bias, for 1 to `MOST_ROWS` rows.
+
+        Args:
+            splits: into how many blocks the sum along K is cut; 0: what `plan.splits` says.
+            overlap: see `driver.config`.
+
+        Raises:
+            DriverError: the driver refused.
+        """
+        rows, k = x.shape
+        n = y.shape[1]
+        key = (rows, n, k, splits, overlap)
+        found = self._configs.get(key)
+        if found is None:
+            found = self._configs[key] = self._configured(*key)
+        function, how, cut = found
+        arguments = Arguments(
+            *(prepared.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
+            *(rows, n, k, cut, layout.CODES[self.dtype]),
+        )
+        self.driver.launch(function, how, stream, arguments)
+
+    def expand(self, prepared: Tensor, dense: Tensor, stream: int) -> None:
+        """Writes the dense weight [n, k]. Raises DriverError."""
+        n, k = dense.shape
+        units = layout.ceil_div(n, layout.UNIT) * layout.ceil_div(k, layout.UNIT)
+        how = driver.config(layout.ceil_div(units, plan.EXPAND_WARPS), 32 * plan.EXPAND_WARPS, 0)
+        arguments = Arguments(prepared.data_ptr(), None, None, dense.data_ptr(), 0, n, k, 1, layout.CODES[self.dtype])
+        self.driver.launch(self.functions["expand_weight"], how, stream, arguments)
+
+    def _configured(self, rows: int, n: int, k: int, splits: int, overlap: bool) -> tuple[int, Config, int]:
+        form = plan.form_for(tuple(self.most_splits), rows)
+        splits = splits or plan.splits(form, n, k, self.device.processors, self.most_splits[form])
+        grid = form.row_blocks(n) * splits
+        how = driver.config(grid, form.threads, form.shared_bytes, cluster=splits, overlap=overlap)
+        return self.functions[form.name], how, splits
+
+
+def load(device: Device, dtype: torch.dtype, with_driver: Driver, forms: Sequence[Form] | None = None) -> Kernels:
+    """Finds or compiles the kernels of a dtype, and loads them into the calling thread's context.
+
+    Args:
+        forms: other ones than `plan.forms` says, one for each number of tiles.
+
+    Raises:
+        CompilerError: there is no compiler, or it refused.
+        DriverError: the driver refused.
+    """
+    forms = plan.forms(device.capability) if forms is None else forms
+    text = compiler.source(forms, _TYPES[dtype])
+    arch = compiler.architecture(device.capability)
+    cubin = disk.cubin(text, arch, compiler.version(), lambda: compiler.compile_cubin(text, arch)[0])
+    functions = with_driver.load(cubin, [*(form.name for form in forms), "expand_weight"])
+    most_splits = {}
+    for form in forms:
+        function = functions[form.name]
+        with_driver.allow_shared_bytes(function, form.shared_bytes)
+        most_splits[form] = 1
+        for splits in (8, 4, 2) if plan.has_clusters(device.capability) else ():
+            how = driver.config(splits, form.threads, form.shared_bytes, cluster=splits)
+            if with_driver.clusters_fit(function, how):
+                most_splits[form] = splits
+                break
+    return Kernels(with_driver, device, dtype, functions, most_splits)
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why weights of that kind cannot be multiplied here, or None. Compiles and loads the kernels if need be."""
+    if device.type != "cuda":
+        return f"the weight is on {device.type}"
+    if dtype not in _TYPES:
+        return f"values are {str(dtype).removeprefix('torch.')}"
+    if refusal := _why_no_device():
+        return refusal
+    index = torch.cuda.current_device() if device.index is None else device.index
+    capability = torch.cuda.get_device_capability(index)
+    if capability < FIRST_CAPABILITY:
+        found, first = (".".join(map(str, c)) for c in (capability, FIRST_CAPABILITY))
+        return f"the GPU has compute capability {found}, and sparse tensor cores came with {first}"
+    found = _kernels(index, dtype)
+    return found if isinstance(found, str) else None
+
+
+def _why_no_device() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    with warnings.catch_warnings():  # torch warns of a driver that does not do; `halve doctor` shows what it says
+        warnings.simplefilter("ignore")
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device that it can use"
+    return None
+
+
+@cache
+def _kernels(index: int, dtype: torch.dtype) -> Kernels | str:
+    """The kernels on a device, or why there are none."""
+    properties = torch.cuda.get_device_properties(index)
+    try:
+        with torch.cuda.device(index):
+            torch.cuda.current_stream().synchronize()  # makes torch's context the thread's
+            device = Device((properties.major, properties.minor), properties.multi_processor_count)
+            return load(device, dtype, driver.default())
+    except (CompilerError, DriverError) as error:
+        return str(error)
+
+
+def reason(dtype: torch.dtype, rows: int) -> str:
+    """What is done with so many rows of x."""
+    if rows <= MOST_ROWS:
+        return f"sparse tensor cores, the weight is read once past {rows} rows of x"
+    return f"the weight is expanded, then multiplied densely: there are sparse kernels up to {MOST_ROWS} rows of x"
+
+
+def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
+    """The bytes of a packed weight [N, K] in the order of the kernels, [bytes] uint8; see `layout.prepare`."""
+    prepared = layout.prepare(weight, name)
+    # A kernel may fetch the weight before what stands in front of it on its stream has ended.
+    torch.cuda.current_stream(prepared.device).synchronize()
+    return prepared
+
+
+restore = layout.restore
+
+
+def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    """x [..., K] times the transposed prepared weight [N, K] plus bias [N] -> [..., N], in x's dtype.
+
+    Raises:
+        ValueError: x, the prepared weight and the bias do not belong together; says what is wrong. A weight of another
+            dtype or another shape of the same size is found by the kernel, and gives NaN.
+        RuntimeError: there are no kernels for this device, or the driver refused.
+    """
+    # A decoding step calls this for every layer, so each operation on tensors here is felt.
+    shape = x.shape
+    k = shape[-1] if shape else 0
+    device = x.device
+    if x.dtype not in _TYPES or not k or k % 8 or prepared.device != device:
+        raise ValueError(f"x is {_described(x)}, the prepared weight {_described(prepared)}")
+    if prepared.dtype is not torch.uint8 or prepared.numel() != layout.prepared_bytes(n, k):
+        raise ValueError(f"{_described(prepared)} is no prepared weight [{n}, {k}]")
+    if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.device != device):
+        raise ValueError(f"a bias of {n} numbers in {x.dtype} on {device} is needed, this is {_described(bias)}")
+    kernels = _kernels(device.index, x.dtype)
+    if isinstance(kernels, str):
+        raise RuntimeError(kernels)
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device.index):
+            return _linear(kernels, x, prepared, bias, n)
+    return _linear(kernels, x, prepared, bias, n)
+
+
+def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    shape = x.shape
+    rows = x.numel() // shape[-1]
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    try:
+        if rows > MOST_ROWS:
+            dense = x.new_empty(n, shape[-1])
+            if n:
+                kernels.expand(prepared, dense, stream)
+            return functional.linear(x, dense, bias)
+        y = x.new_empty(*shape[:-1], n)
+        if y.numel():
+            flat = aligned(x).view(rows, shape[-1])
+            kernels.multiply(flat, prepared, bias if bias is None else bias.contiguous(), y.view(rows, n), stream)
+    except DriverError as error:
+        raise RuntimeError(str(error)) from error
+    return y
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x in a row, beginning at a multiple of 16 bytes, as copies of 16 bytes need it."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % _ALIGNMENT else x
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+assert ctypes.sizeof(Arguments) == 56

@@ -1,0 +1,286 @@
+"""Products of many rows by cuSPARSELt through its C interface, with plans that are made once and kept.
+
+torch's own operator makes descriptors, plan and workspace anew at every call, which takes longer than many a product. Here a
+call of a shape that was seen before is one launch.
+
+Types and values are those of ``cusparseLt.h`` and ``library_types.h``. Structures are opaque; they grew and shrank between versions
+(512 bytes in 0.8, 11024 before), so each gets the room of the largest. They may point to each other: a plan keeps all of its
+own where they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections import OrderedDict
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MULTIPLE = 16
+"""N and K have to be multiples of this; rows are padded to `ROW_MULTIPLE`."""
+ROW_MULTIPLE = 8
+
+_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # CUDA_R_16F, CUDA_R_16BF
+_ROW, _COLUMN = 2, 1  # CUSPARSE_ORDER_ROW, CUSPARSE_ORDER_COL
+_AS_IT_IS, _TRANSPOSED = 0, 1  # CUSPARSE_OPERATION_NON_TRANSPOSE, CUSPARSE_OPERATION_TRANSPOSE
+_HALF_SPARSE = 0  # CUSPARSELT_SPARSITY_50_PERCENT
+_FLOAT_SUMS = 2  # CUSPARSE_COMPUTE_32F
+_DEFAULT_ALGORITHM = 0  # CUSPARSELT_MATMUL_ALG_DEFAULT
+_BIAS_POINTER = 8  # CUSPARSELT_MATMUL_BIAS_POINTER
+_ALGORITHM, _SPLIT_K, _SPLIT_K_MODE, _SPLIT_K_BUFFERS = 0, 3, 4, 5  # CUSPARSELT_MATMUL_ALG_CONFIG_ID and so on
+_ALIGNMENT = 16
+_ROOM = 16384
+_SIGNATURES = {
+    "cusparseLtInit": (c_void_p,),
+    "cusparseLtGetVersion": (c_void_p, POINTER(c_int)),
+    "cusparseLtDenseDescriptorInit": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_uint32, c_int, c_int),
+    "cusparseLtStructuredDescriptorInit": (
+        *(c_void_p, c_void_p, c_int64, c_int64, c_int64, c_uint32, c_int, c_int),
+        c_int,
+    ),
+    "cusparseLtMatDescriptorDestroy": (c_void_p,),
+    "cusparseLtMatmulDescriptorInit": (c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    "cusparseLtMatmulDescSetAttribute": (c_void_p, c_void_p, c_int, c_void_p, c_size_t),
+    "cusparseLtMatmulAlgSelectionInit": (c_void_p, c_void_p, c_void_p, c_int),
+    "cusparseLtMatmulAlgSetAttribute": (c_void_p, c_void_p, c_int, c_void_p, c_size_t),
+    "cusparseLtMatmulAlgGetAttribute": (c_void_p, c_void_p, c_int, c_void_p, c_size_t),
+    "cusparseLtMatmulGetWorkspace": (c_void_p, c_void_p, POINTER(c_size_t)),
+    "cusparseLtMatmulPlanInit": (c_void_p, c_void_p, c_void_p, c_void_p),
+    "cusparseLtMatmulPlanDestroy": (c_void_p,),
+    "cusparseLtMatmul": (*(c_void_p,) * 10, c_int32),
+    "cusparseLtMatmulSearch": (*(c_void_p,) * 10, c_int32),
+    "cusparseLtSpMMACompressedSize": (c_void_p, c_void_p, POINTER(c_size_t), POINTER(c_size_t)),
+    "cusparseLtSpMMACompress": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+}
+
+
+class CusparseLtError(Exception):
+    """The library is not there, or refused; one line that says what."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How a product is done: what the library's search finds best."""
+
+    number: int
+    split_k: int = 1
+    split_k_mode: int = 0
+    buffers: int = 0
+
+
+class Opaque:
+    """Room for one of the library's structures."""
+
+    def __init__(self) -> None:
+        self._room = ctypes.create_string_buffer(_ROOM + 64)
+        self.address = (ctypes.addressof(self._room) + 63) & ~63
+
+
+class Plan:
+    """One product: its descriptors, the plan and the size of the workspace."""
+
+    def __init__(self, library: CusparseLt, rows: int, n: int, k: int, dtype: torch.dtype, bias: int | None,
+                 algorithm: Algorithm | None) -> None:  # fmt: skip
+        """y [rows, n] = x [rows, k] times a sparse weight [n, k], all in rows.
+
+        The library multiplies the weight by columns of x, so x is given as it lies and transposed, and y by columns.
+
+        Raises:
+            CusparseLtError: the library refused.
+        """
+        self._library, call, handle = library, library.call, library.handle.address
+        kind = _TYPES[dtype]
+        self._weight, self._input, self._output = Opaque(), Opaque(), Opaque()
+        self._product, self.selection, self.plan = Opaque(), Opaque(), Opaque()
+        weight, inputs, output = self._weight.address, self._input.address, self._output.address
+        call("cusparseLtStructuredDescriptorInit", handle, weight, n, k, k, _ALIGNMENT, kind, _ROW, _HALF_SPARSE)
+        call("cusparseLtDenseDescriptorInit", handle, inputs, rows, k, k, _ALIGNMENT, kind, _ROW)
+        call("cusparseLtDenseDescriptorInit", handle, output, n, rows, n, _ALIGNMENT, kind, _COLUMN)
+        product = self._product.address
+        call("cusparseLtMatmulDescriptorInit", handle, product, _AS_IT_IS, _TRANSPOSED, weight, inputs, output, output,
+             _FLOAT_SUMS)  # fmt: skip
+        if bias is not None:
+            pointer = c_void_p(bias)
+            call("cusparseLtMatmulDescSetAttribute", handle, product, _BIAS_POINTER, byref(pointer), 8)
+        selection = self.selection.address
+        call("cusparseLtMatmulAlgSelectionInit", handle, selection, product, _DEFAULT_ALGORITHM)
+        if algorithm is not None:
+            self._set(_ALGORITHM, algorithm.number)
+            if algorithm.split_k != 1:
+                self._set(_SPLIT_K, algorithm.split_k)
+                self._set(_SPLIT_K_MODE, algorithm.split_k_mode)
+                self._set(_SPLIT_K_BUFFERS, algorithm.buffers)
+        call("cusparseLtMatmulPlanInit", handle, self.plan.address, product, selection)
+        size = c_size_t()
+        call("cusparseLtMatmulGetWorkspace", handle, self.plan.address, byref(size))
+        self.workspace_bytes = size.value
+
+    def algorithm(self) -> Algorithm:
+        """What is selected now."""
+        return Algorithm(*map(self._get, (_ALGORITHM, _SPLIT_K, _SPLIT_K_MODE, _SPLIT_K_BUFFERS)))
+
+    def destroy(self) -> None:
+        """Gives back what the library allocated."""
+        call = self._library.call
+        call("cusparseLtMatmulPlanDestroy", self.plan.address)
+        for descriptor in (self._weight, self._input, self._output):
+            call("cusparseLtMatDescriptorDestroy", descriptor.address)
+
+    def _set(self, attribute: int, value: int) -> None:
+        number, handle = c_int(value), self._library.handle.address
+        self._library.call(
+            "cusparseLtMatmulAlgSetAttribute", handle, self.selection.address, attribute, byref(number), 4
+        )
+
+    def _get(self, attribute: int) -> int:
+        number, handle = c_int(), self._library.handle.address
+        self._library.call(
+            "cusparseLtMatmulAlgGetAttribute", handle, self.selection.address, attribute, byref(number), 4
+        )
+        return number.value
+
+
+class CusparseLt:
+    """The library on one device, with its plans. One thread at a time."""
+
+    def __init__(self, path: str, most_plans: int = 512) -> None:
+        """For the device that is current.
+
+        Args:
+            most_plans: the least recently used one is given back when there are more.
+
+        Raises:
+            CusparseLtError: there is no such library, or it refused.
+        """
+        try:
+            self._library = ctypes.CDLL(path)
+            for name, arguments in _SIGNATURES.items():
+                getattr(self._library, name).argtypes = arguments
+            self._library.cusparseLtGetErrorString.restype = c_char_p
+        except (OSError, AttributeError) as error:
+            raise CusparseLtError(f"cuSPARSELt cannot be used: {error}") from error
+        self._plans: OrderedDict[tuple[int, int, int, torch.dtype, int | None], Plan] = OrderedDict()
+        self._algorithms: dict[tuple[int, int, int, torch.dtype], Algorithm] = {}
+        self._most_plans = most_plans
+        self._one, self._zero = c_float(1), c_float(0)
+        self.handle = Opaque()
+        self.call("cusparseLtInit", self.handle.address)
+
+    def call(self, name: str, *arguments: object) -> None:
+        """One function of the library. Raises CusparseLtError: it refused."""
+        refusal = getattr(self._library, name)(*arguments)
+        if refusal:
+            said = self._library.cusparseLtGetErrorString(refusal)
+            raise CusparseLtError(f"{name} refused: {said.decode() if said else refusal}")
+
+    def version(self) -> tuple[int, int, int]:
+        number = c_int()
+        self.call("cusparseLtGetVersion", self.handle.address, byref(number))
+        return number.value // 1000, number.value // 100 % 10, number.value % 100
+
+    def compress(self, dense: Tensor, stream: int) -> Tensor:
+        """A 2:4 weight [n, k] in the library's own form, [bytes] uint8.
+
+        Raises:
+            CusparseLtError: the library refused, or N or K are no multiples of `MULTIPLE`.
+        """
+        n, k = dense.shape
+        if reason := why_not(n, k, dense.dtype):
+            raise CusparseLtError(reason)
+        plan = self._plan(MULTIPLE, n, k, dense.dtype, None)
+        size, buffer_size = c_size_t(), c_size_t()
+        handle = self.handle.address
+        self.call("cusparseLtSpMMACompressedSize", handle, plan.plan.address, byref(size), byref(buffer_size))
+        compressed = torch.empty(size.value, dtype=torch.uint8, device=dense.device)
+        buffer = torch.empty(buffer_size.value, dtype=torch.uint8, device=dense.device)
+        self.call("cusparseLtSpMMACompress", handle, plan.plan.address, dense.data_ptr(), compressed.data_ptr(),
+                  buffer.data_ptr(), stream)  # fmt: skip
+        return compressed
+
+    def multiply(self, x: Tensor, compressed: Tensor, bias: Tensor | None, n: int, stream: int) -> Tensor:
+        """x [rows, k] in a row, times the weight [n, k] plus bias [n] -> [rows, n].
+
+        Raises:
+            CusparseLtError: the library refused.
+        """
+        rows, k = x.shape
+        x = _padded(x)
+        pointer = None if bias is None else bias.data_ptr()
+        plan = self._plan(len(x), n, k, x.dtype, pointer)
+        y = x.new_empty(len(x), n)
+        self._run("cusparseLtMatmul", plan, x, compressed, y, stream)
+        return y[:rows]
+
+    def search(self, x: Tensor, compressed: Tensor, n: int, stream: int) -> Algorithm:
+        """Times the library's algorithms for that number of rows, and takes the best from now on. Takes a while, and waits.
+
+        Raises:
+            CusparseLtError: the library refused.
+        """
+        x, k = _padded(x), x.shape[1]
+        y = x.new_empty(len(x), n)
+        plan = Plan(self, len(x), n, k, x.dtype, None, None)
+        self._run("cusparseLtMatmulSearch", plan, x, compressed, y, stream)
+        found = self._algorithms[len(x), n, k, x.dtype] = plan.algorithm()
+        plan.destroy()
+        for key in [key for key in self._plans if key[:4] == (len(x), n, k, x.dtype)]:
+            self._plans.pop(key).destroy()
+        return found
+
+    def _run(self, name: str, plan: Plan, x: Tensor, compressed: Tensor, y: Tensor, stream: int) -> None:
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)
+        streams = (c_void_p * 1)(stream)
+        self.call(name, self.handle.address, plan.plan.address, byref(self._one), compressed.data_ptr(), x.data_ptr(),
+                  byref(self._zero), y.data_ptr(), y.data_ptr(), workspace.data_ptr(), streams, 1)  # fmt: skip
+
+    def _plan(self, rows: int, n: int, k: int, dtype: torch.dtype, bias: int | None) -> Plan:
+        key = (rows, n, k, dtype, bias)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = Plan(self, *key, self._algorithms.get((rows, n, k, dtype)))
+            if len(self._plans) > self._most_plans:
+                self._plans.popitem(last=False)[1].destroy()
+        else:
+            self._plans.move_to_end(key)
+        return plan
+
+
+def why_not(n: int, k: int, dtype: torch.dtype) -> str | None:
+    """Why a weight [n, k] cannot be one of the library's, or None."""
+    if dtype not in _TYPES:
+        return f"values are {str(dtype).removeprefix('torch.')}"
+    if n % MULTIPLE or k % MULTIPLE:
+        return f"cuSPARSELt takes multiples of {MULTIPLE} outputs and inputs, not {n} and {k}"
+    return None
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Rows of zeros up to a multiple of `ROW_MULTIPLE`."""
+    missing = -len(x) % ROW_MULTIPLE
+    return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
+
+
+def find() -> str:
+    """The library's path: of the wheel that CUDA builds of torch bring, else its name, for the system to find."""
+    for package, inside in (("nvidia.cusparselt", "lib"), ("nvidia.cu13", "lib")):
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            continue
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            file = Path(place, inside, "libcusparseLt.so.0")
+            if file.is_file():
+                return str(file)
+    return "libcusparseLt.so.0"
+
+
+@cache
+def on_device(index: int) -> CusparseLt:
+    """The library for a device. Raises CusparseLtError."""
+    with torch.cuda.device(index):
+        return CusparseLt(find())

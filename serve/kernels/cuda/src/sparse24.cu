@@ -1,0 +1,250 @@
+// y [rows, n] = x [rows, k] times the transposed 2:4 weight [n, k] plus bias, for up to 64 rows, and the weight expanded.
+//
+// The weight comes as `layout.py` arranges it: after a header, units of 64 rows and 64 columns, all units of a panel of
+// 64 rows in a row. A unit is what a warp multiplies in one step, 9 blocks of 512 bytes, 16 bytes a lane:
+//
+//   blocks 0 to 7   [column half][16 rows]   the A fragment of one mma.sp.m16n8k32, 4 registers a lane
+//   block 8         [column half][32 rows]   metadata of two of them, one register a lane
+//
+// so every byte goes from memory to the registers that multiply it in 128-bit accesses of neighbouring lanes, without
+// arithmetic on indices.
+//
+// How the work is cut. A block of threads has some neighbouring panels and a part of k; `splits` blocks, a cluster, share
+// panels and add up what they have through each other's shared memory. In a block, `Groups` groups of warps take units in
+// turn along k, and the `Panels` warps of a group take the same columns of their own panel each, so that they share x.
+// Groups wait for nobody until the end. All sums have a fixed order, so results are the same on every run.
+//
+// What is under way. A memory that delivers 4.8 TB/s (H200) after 0.7 us has 3.4 MB under way, 25 KB on each of 132
+// processors, and loaded latencies are up to twice as long: 40 to 64 KB a processor are wanted. Copies go to shared memory in
+// the background, so they need no registers: a block of four warps has (Stages - 1) x 18 KB of weights under way, two
+// blocks fit on a processor of that size, which makes 110 KB at 4 stages and 73 KB at 3.
+#ifndef HALVE_PRIMITIVES
+#include "primitives.cuh"
+#endif
+
+constexpr int kUnitRows = 64;
+constexpr int kUnitColumns = 64;
+constexpr int kBlockBytes = 512;
+constexpr int kUnitBytes = 9 * kBlockBytes;
+constexpr int kHeaderBytes = 512;
+constexpr u32 kMagic = 0x47326868;  // "hh2G"
+
+// First bytes of a weight.
+struct Header {
+  u32 magic, dtype, n, k;
+};
+
+struct Arguments {
+  const u8* weight;
+  const u16* x;     // [rows, k], aligned to 16 bytes; k is a multiple of 8
+  const u16* bias;  // [n] or null
+  u16* y;           // [rows, n]
+  int rows, n, k;
+  int splits;  // blocks in a cluster
+  u32 dtype;   // of x; the weight has the same, or every output is NaN
+};
+
+HALVE_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// A weight that is something else than the caller thinks must not give numbers that look right.
+HALVE_DEVICE bool belongs(const Quad& header, const Arguments& call) {
+  return header.word[0] == kMagic && header.word[1] == call.dtype && header.word[2] == static_cast<u32>(call.n) &&
+         header.word[3] == static_cast<u32>(call.k);
+}
+
+// Tiles: of 8 rows of x.
+template <class T, int Tiles, int Panels, int Groups, int Stages>
+HALVE_DEVICE void multiply(const Arguments& call) {
+  constexpr int kThreads = 32 * Panels * Groups;
+  constexpr int kInputBytes = Tiles * 8 * kUnitColumns * 2;
+  constexpr int kStageBytes = Panels * kUnitBytes + kInputBytes;  // of one group
+  constexpr int kChunks = Tiles * 64 / (32 * Panels);             // of 8 columns of a row of x, for each lane
+  static_assert(kChunks * 32 * Panels == Tiles * 64, "every lane of a group copies as much of x");
+
+  const int thread = thread_index(), lane = thread & 31, warp = thread >> 5;
+  const int group = warp / Panels, member = warp % Panels;
+  const int split = block_index() % call.splits, first_panel = block_index() / call.splits * Panels;
+  const int units = ceil_div(call.k, kUnitColumns);
+  const int first = units * split / call.splits, last = units * (split + 1) / call.splits;
+  const int steps = last - first > group ? ceil_div(last - first - group, Groups) : 0;
+  const bool has_panel = (first_panel + member) * kUnitRows < call.n;
+
+  const u32 memory = shared_memory();
+  const u32 stages = memory + group * Stages * kStageBytes;
+  const u8* const weights = call.weight + kHeaderBytes + lane * 16 +
+                            (static_cast<u64>(first_panel + member) * units + first + group) * kUnitBytes;
+  const u64 policy = read_once();
+
+  auto load_weights = [&](int step) {
+    if (step >= steps || !has_panel) return;
+    const u32 to = stages + step % Stages * kStageBytes + member * kUnitBytes + lane * 16;
+    const u8* const from = weights + static_cast<u64>(step) * Groups * kUnitBytes;
+#pragma unroll
+    for (int block = 0; block < 9; ++block) copy_weights(to + block * kBlockBytes, from + block * kBlockBytes, policy);
+  };
+
+  // A row of a stage of x has 128 bytes, and its 16-byte chunks change places by its number, so that the rows of a matrix
+  // lie in different banks.
+  auto load_inputs = [&](int step) {
+    if (step >= steps) return;
+    const u32 inputs = stages + step % Stages * kStageBytes + Panels * kUnitBytes;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int index = i * 32 * Panels + member * 32 + lane, row = index >> 3, chunk = index & 7;
+      const int column = (first + group + step * Groups) * kUnitColumns + chunk * 8;
+      const bool there = row < call.rows && column < call.k;
+      copy_or_zero(inputs + row * 128 + ((chunk ^ (row & 7)) << 4),
+                   call.x + (there ? static_cast<u64>(row) * call.k + column : 0), there);
+    }
+  };
+
+  float sums[4][Tiles][4] = {};
+  auto compute = [&](int step) {
+    const u32 stage = stages + step % Stages * kStageBytes;
+    const u32 values = stage + member * kUnitBytes + lane * 16, inputs = stage + Panels * kUnitBytes;
+    const Quad metadata = load_shared(values + 8 * kBlockBytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Quad b[Tiles];
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) {
+        const int row = tile * 8 + (lane & 7), chunk = half * 4 + (lane >> 3);
+        b[tile] = load_matrices(inputs + row * 128 + ((chunk ^ (row & 7)) << 4));
+      }
+#pragma unroll
+      for (int rows = 0; rows < 4; rows += 2) {
+        const u32 of_both = metadata.word[half * 2 + rows / 2];
+        const Quad upper = load_shared(values + (half * 4 + rows) * kBlockBytes);
+        const Quad lower = load_shared(values + (half * 4 + rows + 1) * kBlockBytes);
+#pragma unroll
+        for (int tile = 0; tile < Tiles; ++tile) multiply_sparse<T, 0>(sums[rows][tile], upper, b[tile], of_both);
+#pragma unroll
+        for (int tile = 0; tile < Tiles; ++tile) multiply_sparse<T, 1>(sums[rows + 1][tile], lower, b[tile], of_both);
+      }
+    }
+  };
+
+  // No kernel writes a weight, so its first units are fetched while the kernel before this one still makes x. The rest comes
+  // after, because groups of copies end in order: x of the first step would wait for all that was begun before it.
+  const bool right = belongs(load_global(call.weight), call);
+#pragma unroll
+  for (int step = 0; step < Stages - 1; ++step) {
+    load_weights(step);
+    if (step == 0) wait_for_kernel_before();
+    load_inputs(step);
+    close_copies();
+  }
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<Stages - 2>();
+    sync_warps<32 * Panels>(1 + group);  // this step's x is there for all, and all are through with the step before
+    load_weights(step + Stages - 1);
+    load_inputs(step + Stages - 1);
+    close_copies();
+    if (has_panel) compute(step);
+  }
+  let_next_kernel_begin();
+
+  // The sums of a group in shared memory, [row of x][row of the weight]. The distance of two rows of x, 4 more than a
+  // multiple of 16, puts the 32 sums that a warp stores at a time into 32 banks.
+  constexpr int kDistance = Panels * kUnitRows + 4;
+  constexpr int kGroupSums = Tiles * 8 * kDistance;
+  static_assert(Groups * kGroupSums * 4 <= Groups * Stages * kStageBytes, "sums take the place of the stages");
+  wait_for_copies<0>();
+  sync_block();
+#pragma unroll
+  for (int rows = 0; rows < 4; ++rows) {
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // the C fragment: rows lane / 4 and 8 more, columns 2 (lane % 4) and 1 more
+        const int row = member * kUnitRows + rows * 16 + (lane >> 2) + (i >> 1) * 8, of_x = tile * 8 + (lane & 3) * 2 + (i & 1);
+        store_shared(memory + (group * kGroupSums + of_x * kDistance + row) * 4, sums[rows][tile][i]);
+      }
+    }
+  }
+  sync_block();
+
+  // Four neighbouring outputs at a time, first over the groups, then over the blocks of the cluster.
+  constexpr int kFours = Panels * kUnitRows / 4;
+  const int fours = call.rows * kFours;
+  auto place = [&](int four) { return memory + (four / kFours * kDistance + four % kFours * 4) * 4; };
+  auto add = [](float (&total)[4], const Quad& more) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total[i] += as_float(more.word[i]);
+  };
+  auto of_groups = [&](int four, float (&total)[4]) {
+#pragma unroll
+    for (int other = 0; other < Groups; ++other) add(total, load_shared(place(four) + other * kGroupSums * 4));
+  };
+  if (call.splits > 1) {
+    for (int four = thread; four < fours; four += kThreads) {
+      float total[4] = {};
+      of_groups(four, total);
+      store_shared(place(four), Quad{{as_bits(total[0]), as_bits(total[1]), as_bits(total[2]), as_bits(total[3])}});
+    }
+    sync_cluster();
+  }
+  for (int four = split * kThreads + thread; four < fours; four += call.splits * kThreads) {
+    float total[4] = {};
+    if (call.splits > 1) {
+      for (int other = 0; other < call.splits; ++other) add(total, load_shared_of(place(four), other));
+    } else {
+      of_groups(four, total);
+    }
+    const int row = first_panel * kUnitRows + four % kFours * 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (call.bias && row + i < call.n) total[i] += to_float<T>(call.bias[row + i]);
+      if (!right) total[i] = as_float(0x7fffffff);
+    }
+    const u32 pairs[2] = {rounded<T>(total[0], total[1]), rounded<T>(total[2], total[3])};
+    u16* const to = call.y + static_cast<u64>(four / kFours) * call.n + row;
+    if (call.n % 4 == 0) {  // then four outputs are there or none, and in eight bytes that are aligned
+      if (row < call.n) *reinterpret_cast<u64*>(to) = pairs[0] | static_cast<u64>(pairs[1]) << 32;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (row + i < call.n) to[i] = static_cast<u16>(pairs[i / 2] >> i % 2 * 16);
+      }
+    }
+  }
+  if (call.splits > 1) sync_cluster();  // nobody leaves while others read its sums
+}
+
+// The dense weight [n, k] in y; a warp a unit.
+HALVE_DEVICE void expand(const Arguments& call, int warps) {
+  const int thread = thread_index(), lane = thread & 31;
+  const int units = ceil_div(call.k, kUnitColumns);
+  const int unit = block_index() * warps + (thread >> 5), panel = unit / units;
+  if (panel * kUnitRows >= call.n) return;
+  const bool right = belongs(load_global(call.weight), call);
+  const u8* const from = call.weight + kHeaderBytes + static_cast<u64>(unit) * kUnitBytes + lane * 16;
+  const Quad metadata = load_global(from + 8 * kBlockBytes);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int rows = 0; rows < 4; ++rows) {
+      const Quad values = load_global(from + (half * 4 + rows) * kBlockBytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // the A fragment: registers 1 and 3 are 8 rows below, 2 and 3 are 16 columns on
+        const u32 word = from_lane(metadata.word[half * 2 + rows / 2], (lane & ~3) | (rows % 2 * 2 + i / 2));
+        const u32 indices = word >> (i % 2 * 16 + (lane & 3) * 4);
+        const u64 first = values.word[i] & 0xffff, second = values.word[i] >> 16;
+        const u64 four = first << ((indices & 3) * 16) | second << ((indices >> 2 & 3) * 16);
+        const int row = panel * kUnitRows + rows * 16 + (lane >> 2) + i % 2 * 8;
+        const int column = unit % units * kUnitColumns + half * 32 + i / 2 * 16 + (lane & 3) * 4;
+        if (row < call.n && column < call.k) {
+          *reinterpret_cast<u64*>(call.y + static_cast<u64>(row) * call.k + column) = right ? four : ~0ull;
+        }
+      }
+    }
+  }
+}
+
+// What is compiled is chosen by `plan.py`, which writes such lines under this file.
+#define HALVE_MULTIPLY(T, Tiles, Panels, Groups, Stages, Resident)                                     \
+  HALVE_KERNEL(32 * Panels * Groups, Resident) multiply_##Tiles(HALVE_BY_VALUE Arguments call) { \
+    multiply<T, Tiles, Panels, Groups, Stages>(call);                                                  \
+  }
+#define HALVE_EXPAND(Warps) \
+  HALVE_KERNEL(32 * Warps, 1) expand_weight(HALVE_BY_VALUE Arguments call) { expand(call, Warps); }

@@ -1,0 +1,145 @@
+"""The GPU kernels on a processor: the very source that NVRTC gets, compiled with `cuda_emulator.h` in the place of
+`primitives.cuh`, and run lane by lane.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from serve.kernels.cpu import build
+from serve.kernels.cuda import layout, plan
+
+SOURCE = Path(plan.__file__).parent / "src" / "sparse24.cu"
+HEADER = Path(__file__).parent / "cuda_emulator.h"
+INTERFACE = HEADER.with_name("cuda_emulator_interface.inc")
+DTYPES = (torch.bfloat16, torch.float16)
+NAMES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+
+AT_ONCE, AT_THE_WAIT, ANY_TIME = range(3)
+"""When a background copy happens."""
+
+_GUARD = 1024
+_POISON = 0x7FA5
+"""NaN in both dtypes, with bits of its own."""
+
+
+def _has_compiler() -> bool:
+    try:
+        build.find_compiler()
+    except build.NoCompilerError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="there is no C++ compiler here")
+
+
+class EmulationError(Exception):
+    """The kernel did what the PTX ISA does not define."""
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """The kernels for a compute capability. The library is also a driver, with the functions that halve calls."""
+
+    capability: tuple[int, int]
+    path: Path
+    library: ctypes.CDLL
+
+    def multiply(
+        self,
+        x: Tensor,
+        prepared: Tensor,
+        bias: Tensor | None,
+        n: int,
+        *,
+        splits: int = 1,
+        seed: int = 0,
+        copies: int = ANY_TIME,
+        shared_bytes: int | None = None,
+    ) -> Tensor:
+        """x [rows, k] -> [rows, n].
+
+        Raises:
+            EmulationError: says what was undefined.
+        """
+        rows, k = x.shape
+        form = plan.form_for(plan.forms(self.capability), rows)
+        grid = form.row_blocks(n) * splits
+        shared = form.shared_bytes if shared_bytes is None else shared_bytes
+        return self._run(form.tiles, x, prepared, bias, (rows, n), k, grid, splits, form.threads, shared, seed, copies)
+
+    def expand(self, prepared: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+        """The dense weight [n, k]."""
+        units = -(-n // 64) * -(-k // 64)
+        grid, threads = -(-units // plan.EXPAND_WARPS), 32 * plan.EXPAND_WARPS
+        return self._run(0, torch.empty(0, k, dtype=dtype), prepared, None, (n, k), k, grid, 1, threads, 0, 0, 0)
+
+    def _run(self, tiles: int, x: Tensor, prepared: Tensor, bias: Tensor | None, shape: tuple[int, int], k: int, grid: int,
+             splits: int, threads: int, shared_bytes: int, seed: int, copies: int) -> Tensor:  # fmt: skip
+        size = shape[0] * shape[1]
+        y = torch.full((size + 2 * _GUARD,), _POISON, dtype=torch.int16)
+        message = ctypes.create_string_buffer(300)
+        self.library.emulate(
+            *(layout.CODES[x.dtype], tiles, prepared.data_ptr(), prepared.numel(), x.data_ptr(), x.nbytes),
+            *(None if bias is None else bias.data_ptr(), y.data_ptr() + 2 * _GUARD, x.shape[0]),
+            *(shape[1] if tiles else shape[0], k, splits, grid, threads, shared_bytes, seed, copies, message),
+        )
+        if message.value:
+            raise EmulationError(message.value.decode())
+        if not bool((y[:_GUARD] == _POISON).all() and (y[_GUARD + size :] == _POISON).all()):
+            raise EmulationError("something was written beside the result")
+        if bool((y[_GUARD : _GUARD + size] == _POISON).any()):
+            raise EmulationError("a part of the result was not written")
+        return y[_GUARD : _GUARD + size].view(x.dtype).view(shape)
+
+
+def compile_emulator(
+    directory: Path,
+    capability: tuple[int, int],
+    source: str | None = None,
+    only: tuple[torch.dtype, int] | None = None,
+) -> Emulator:
+    """The kernels for that capability, out of another source than the real one if there is one.
+
+    Args:
+        only: one dtype and number of tiles, to be done sooner.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    calls = []
+    parts = ['#include "cuda_emulator.h"', source or SOURCE.read_text()]
+    for dtype, name in NAMES.items():
+        namespace = name.lower()
+        lines = plan.instantiations(plan.forms(capability), name).splitlines()
+        kernels = {form.tiles: form.name for form in plan.forms(capability)} | {0: "expand_weight"}
+        assert len(lines) == len(kernels)
+        chosen = [pair for pair in zip(lines, kernels.items(), strict=True) if only in (None, (dtype, pair[1][0]))]
+        parts.append("\n".join([f"namespace {namespace} {{", *(line for line, _ in chosen), "}"]))
+        for _, (tiles, kernel) in chosen:
+            calls.append(f"if (dtype == {layout.CODES[dtype]} && tiles == {tiles}) return {namespace}::{kernel};")
+    found = "\n  ".join(calls)
+    parts.append(f"static void (*find(int dtype, int tiles))(const Arguments) {{\n  {found}\n  return nullptr;\n}}")
+    parts.append(INTERFACE.read_text())
+    (directory / "emulated.cpp").write_text("\n".join(parts))
+    library = directory / "emulated.so"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    subprocess.run(
+        [*build.find_compiler(), *flags, f"-I{HEADER.parent}", str(directory / "emulated.cpp"), "-o", str(library)],
+        check=True,
+    )
+    loaded = ctypes.CDLL(str(library))
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    loaded.emulate.argtypes = (
+        *(number, number, pointer, size, pointer, size, pointer, pointer),
+        *(number,) * 9,
+        ctypes.c_char_p,
+    )
+    loaded.emulate.restype = None
+    return Emulator(capability, library, loaded)

@@ -1,0 +1,308 @@
+"""The backend for GPUs without one: a driver that runs the kernels on the processor stands for the real one.
+
+So everything between `sparse24_linear` and the kernels is real: the arguments, the launch with its clusters and shared memory,
+and what is said where something is missing. Structures of the driver are written down in C++ from ``cuda.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress.packed import unpack
+from serve.kernels import choose, dispatch
+from serve.kernels.cpu import build
+from serve.kernels.cuda import backend, compiler, driver, layout, plan
+from serve.kernels.cuda.compiler import CompilerError
+from serve.kernels.cuda.driver import Driver, DriverError
+from tests.serve.cpu_reference import expected, normal, random_weight
+from tests.serve.cuda_emulation import DTYPES, Emulator, compile_emulator, needs_compiler
+
+HOPPER, AMPERE = (9, 0), (8, 0)
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return compile_emulator(tmp_path_factory.mktemp("driver"), HOPPER)
+
+
+@pytest.fixture
+def fake(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Emulator]:
+    """A driver, a compiler that makes what it takes for code, and a torch that takes the processor for a device."""
+    monkeypatch.setenv("HALVE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
+    monkeypatch.setattr(compiler, "architecture", lambda capability: 90)
+
+    def compile_cubin(text: str, arch: int) -> tuple[bytes, str]:
+        return (b"Float16" if "HALVE_MULTIPLY(Float16" in text else b"BFloat16"), ""
+
+    monkeypatch.setattr(compiler, "compile_cubin", compile_cubin)
+    kernels = {dtype: load(emulator, dtype) for dtype in DTYPES}
+    monkeypatch.setattr(backend, "_kernels", lambda index, dtype: kernels[dtype])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0x5EED, raising=False)
+    yield emulator
+    number(emulator, "largest_cluster").value = 8
+
+
+def load(emulator: Emulator, dtype: torch.dtype, capability: tuple[int, int] = HOPPER) -> backend.Kernels:
+    return backend.load(backend.Device(capability, 132), dtype, Driver(str(emulator.path)))
+
+
+def number(emulator: Emulator, name: str) -> ctypes.c_int:
+    """A variable of the driver."""
+    return ctypes.c_int.in_dll(emulator.library, f"emulated_{name}")
+
+
+@needs_compiler
+class TestProducts:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(), (1,), (9,), (2, 3), (4, 1, 5), (40,), (64,)], ids=str)
+    def test_few_rows(self, fake: Emulator, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        n, k = 70, 264
+        x, weight, bias = normal(*shape, k, dtype=dtype), random_weight(n, k, dtype), normal(n, dtype=dtype)
+        prepared = layout.prepare(weight)
+        for added in (None, bias):
+            y = backend.linear(x, prepared, added, n)
+            assert y.shape == (*shape, n)
+            assert not expected(x.view(-1, k), weight, added, flushes=False).wrong(y.view(-1, n)).any()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_many_rows_are_multiplied_densely(self, fake: Emulator, dtype: torch.dtype) -> None:
+        x, weight, bias = normal(5, 13, 72, dtype=dtype), random_weight(70, 72, dtype), normal(70, dtype=dtype)
+        y = backend.linear(x, layout.prepare(weight), bias, 70)
+        assert torch.equal(y, functional.linear(x, unpack(weight), bias))
+        assert "expanded, then multiplied densely" in backend.reason(dtype, 65)
+        assert "sparse tensor cores" in backend.reason(dtype, 64)
+
+    def test_nothing_to_multiply(self, fake: Emulator) -> None:
+        before = number(fake, "launches").value
+        assert backend.linear(normal(0, 16, dtype=torch.bfloat16), layout.prepare(random_weight(5, 16, torch.bfloat16)),
+                              None, 5).shape == (0, 5)  # fmt: skip
+        assert backend.linear(normal(3, 16, dtype=torch.bfloat16), layout.prepare(random_weight(0, 16, torch.bfloat16)),
+                              None, 0).shape == (3, 0)  # fmt: skip
+        assert number(fake, "launches").value == before
+
+    def test_views(self, fake: Emulator) -> None:
+        """Strides, and an address that copies of 16 bytes cannot begin at."""
+        weight = random_weight(20, 40, torch.bfloat16)
+        prepared, wide = layout.prepare(weight), normal(9 * 41 * 2, dtype=torch.bfloat16)
+        strided, odd = wide[: 9 * 80].view(9, 80)[:, ::2], wide[1 : 1 + 9 * 40].view(9, 40)
+        assert odd.data_ptr() % 16
+        for x in (strided, odd):
+            y = backend.linear(x, prepared, normal(40, dtype=torch.bfloat16)[::2], 20)
+            assert not expected(x, weight, normal(40, dtype=torch.bfloat16)[::2], flushes=False).wrong(y).any()
+
+    def test_it_is_on_the_stream_of_torch(self, fake: Emulator) -> None:
+        backend.linear(
+            normal(1, 16, dtype=torch.bfloat16), layout.prepare(random_weight(5, 16, torch.bfloat16)), None, 5
+        )
+        assert ctypes.c_void_p.in_dll(fake.library, "emulated_last_stream").value == 0x5EED
+
+    @pytest.mark.parametrize("splits", [1, 2, 4])
+    def test_splits_and_overlap(self, fake: Emulator, splits: int) -> None:
+        kernels, weight = load(fake, torch.bfloat16), random_weight(70, 520, torch.bfloat16)
+        x, y = normal(5, 520, dtype=torch.bfloat16), torch.empty(5, 70, dtype=torch.bfloat16)
+        for overlap in (False, True):
+            y.fill_(float("nan"))
+            kernels.multiply(x, layout.prepare(weight), None, y, 0, splits=splits, overlap=overlap)
+            assert not expected(x, weight, None, flushes=False).wrong(y).any()
+            assert number(fake, "last_overlap").value == overlap
+
+    def test_what_does_not_belong_together(self, fake: Emulator) -> None:
+        x, prepared = normal(3, 40, dtype=torch.bfloat16), layout.prepare(random_weight(70, 40, torch.bfloat16))
+        for bad in (x.float(), x[:, :36], x.to("meta"), x[0, 0]):
+            with pytest.raises(ValueError, match="x is torch"):
+                backend.linear(bad, prepared, None, 70)
+        for bad, n in ((prepared[:-1], 70), (prepared, 140), (prepared.to(torch.int16), 70)):
+            with pytest.raises(ValueError, match=rf"is no prepared weight \[{n}, 40\]"):
+                backend.linear(x, bad, None, n)
+        for bias in (
+            normal(69, dtype=torch.bfloat16),
+            normal(70, dtype=torch.float16),
+            normal(1, 70, dtype=torch.bfloat16),
+        ):
+            with pytest.raises(ValueError, match=r"a bias of 70 numbers in torch.bfloat16 on cpu is needed"):
+                backend.linear(x, prepared, bias, 70)
+
+    def test_a_launch_that_fails(self, fake: Emulator) -> None:
+        weight = layout.prepare(random_weight(70, 40, torch.bfloat16))
+        weight[layout.HEADER_BYTES + 4096 : layout.HEADER_BYTES + 4608] = 0  # metadata that are undefined
+        with pytest.raises(RuntimeError, match="the driver could not launch a kernel: CUDA_ERROR_LAUNCH_FAILED"):
+            backend.linear(normal(1, 40, dtype=torch.bfloat16), weight, None, 70)
+
+    def test_no_kernels(self, fake: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backend, "_kernels", lambda index, dtype: "NVRTC is not there")
+        with pytest.raises(RuntimeError, match="NVRTC is not there"):
+            backend.linear(
+                normal(1, 8, dtype=torch.bfloat16), layout.prepare(random_weight(5, 8, torch.bfloat16)), None, 5
+            )
+
+
+@needs_compiler
+class TestLoading:
+    def test_clusters_are_as_large_as_the_device_has_them(self, fake: Emulator) -> None:
+        for largest in (8, 4, 2, 1):
+            number(fake, "largest_cluster").value = largest
+            assert set(load(fake, torch.bfloat16).most_splits.values()) == {largest}
+
+    def test_a_device_without_clusters_gets_none(self, fake: Emulator) -> None:
+        assert set(load(fake, torch.bfloat16, AMPERE).most_splits.values()) == {1}
+
+    def test_a_device_with_less_shared_memory(self, fake: Emulator) -> None:
+        most = number(fake, "most_shared_bytes")
+        before = most.value
+        most.value = 64 << 10
+        with pytest.raises(DriverError, match=r"could not give a kernel [0-9]+ bytes of shared memory: 1$"):
+            load(fake, torch.bfloat16)
+        most.value = before
+
+    def test_code_for_something_else(self, fake: Emulator) -> None:
+        real = Driver(str(fake.path))
+        with pytest.raises(DriverError, match="could not load the compiled kernels: 209"):
+            real.load(b"nonsense", [])
+        with pytest.raises(DriverError, match="could not find the kernel multiply_3: 500"):
+            real.load(b"Float16", ["multiply_3"])
+
+    def test_no_driver(self, tmp_path: Path) -> None:
+        with pytest.raises(DriverError, match=r"driver's library libnone.so.1 cannot be loaded"):
+            Driver("libnone.so.1")
+        old = tmp_path / "old.so"
+        (tmp_path / "src").mkdir()
+        (tmp_path / "src" / "old.cpp").write_text('extern "C" int cuModuleLoadData() { return 0; }\n')
+        build.compile_library(old, sources=tmp_path / "src")
+        with pytest.raises(DriverError, match="the NVIDIA driver is too old"):
+            Driver(str(old))
+
+
+class Properties:
+    major, minor, multi_processor_count = 9, 0, 132
+
+
+class TestWhyNot:
+    @pytest.fixture
+    def hopper(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+        """A torch that finds a GPU."""
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: HOPPER)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+        monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda: type("Stream", (), {"synchronize": lambda self: None})()
+        )
+        real = backend._kernels
+        real.cache_clear()
+        yield monkeypatch
+        real.cache_clear()
+
+    def test_other_weights(self) -> None:
+        assert backend.why_not(torch.device("cpu"), torch.bfloat16) == "the weight is on cpu"
+        assert backend.why_not(CUDA, torch.float32) == "values are float32"
+
+    def test_other_builds_of_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.version, "cuda", None)
+        assert backend.why_not(CUDA, torch.bfloat16) == "this torch is built without CUDA"
+
+    def test_no_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+        def warn() -> bool:
+            import warnings
+
+            warnings.warn("the NVIDIA driver is too old", stacklevel=2)
+            return False
+
+        monkeypatch.setattr(torch.cuda, "is_available", warn)
+        assert backend.why_not(CUDA, torch.bfloat16) == "torch finds no CUDA device that it can use"
+
+    def test_an_old_device(self, hopper: pytest.MonkeyPatch) -> None:
+        hopper.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+        refusal = backend.why_not(torch.device("cuda:1"), torch.float16)
+        assert refusal == "the GPU has compute capability 7.5, and sparse tensor cores came with 8.0"
+
+    def test_nothing_to_compile_with(self, hopper: pytest.MonkeyPatch) -> None:
+        def refused(*args: Any) -> Any:
+            raise CompilerError("NVRTC is not there; install it")
+
+        hopper.setattr(driver, "default", lambda: None)
+        hopper.setattr(compiler, "architecture", refused)
+        assert backend.why_not(CUDA, torch.bfloat16) == "NVRTC is not there; install it"
+        choice = choose(CUDA, torch.bfloat16, 1, 64, 64)
+        assert choice.backend.name == "plain"
+        assert "not cuda: NVRTC is not there; install it" in choice.reason
+
+    def test_no_driver(self, hopper: pytest.MonkeyPatch) -> None:
+        def refused() -> Any:
+            raise DriverError("libcuda.so.1 cannot be loaded")
+
+        hopper.setattr(driver, "default", refused)
+        assert backend.why_not(CUDA, torch.bfloat16) == "libcuda.so.1 cannot be loaded"
+
+    def test_it_is_chosen(self, hopper: pytest.MonkeyPatch) -> None:
+        hopper.setattr(backend, "_kernels", lambda index, dtype: object())
+        few, many = (choose(CUDA, torch.bfloat16, rows, 64, 64) for rows in (1, 65))
+        assert few.backend is many.backend is dispatch.CUDA
+        assert "read once past 1 rows of x" in few.reason
+        assert "expanded, then multiplied densely" in many.reason
+
+
+class TestPlan:
+    CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
+
+    @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+    def test_every_form_fits_on_the_device(self, capability: tuple[int, int]) -> None:
+        """Shared memory of a processor and of a block, in KiB, from the CUDA Programming Guide's table."""
+        processor = {80: 164, 87: 164, 90: 228, 100: 228, 103: 228, 110: 228}.get(
+            capability[0] * 10 + capability[1], 100
+        )
+        forms = plan.forms(capability)
+        assert [form.tiles for form in forms] == [1, 2, 4, 8]
+        for form in forms:
+            assert form.resident * (form.shared_bytes + 1024) <= processor * 1024
+            assert form.shared_bytes <= (processor - 1) * 1024
+            assert form.stages >= 2
+            assert form.threads <= 256
+
+    def test_enough_is_under_way_on_hopper(self) -> None:
+        """At least 64 KB of weights for a processor: 4.8 TB/s / 132 x 1.4 us is 51 KB."""
+        for form in plan.forms(HOPPER):
+            under_way = form.resident * (form.stages - 1) * form.groups * form.panels * layout.UNIT_BYTES
+            assert under_way >= 64 * 1024
+
+    def test_every_number_of_rows_has_a_form(self) -> None:
+        for rows in range(1, plan.MOST_ROWS + 1):
+            tiles = plan.form_for(plan.forms(HOPPER), rows).tiles
+            assert 4 * tiles < rows <= 8 * tiles or tiles == 1
+
+    def test_splits(self) -> None:
+        form = plan.form_for(plan.forms(HOPPER), 1)
+        assert plan.splits(form, 4096, 4096, 132) == 4  # 64 panels, 264 places
+        assert plan.splits(form, 57344, 8192, 132) == 1  # 896 panels
+        assert plan.splits(form, 64, 64, 132) == 1  # one unit
+        assert plan.splits(form, 4096, 4096, 132, most=2) == 2
+        assert plan.splits(form, 4096, 4096, 132, most=1) == 1
+        deep = dataclasses.replace(form, resident=1)
+        assert plan.splits(deep, 1024, 14336, 132) == 8  # 16 panels
+
+
+def test_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, halve's operator is this backend's function."""
+    from serve.kernels import ops
+
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("halve::sparse24_linear", "CUDA")
+    seen: list[Any] = []
+    monkeypatch.setattr(backend, "linear", lambda *given: seen.append(given))
+    x: Tensor = torch.empty(1)
+    ops._sparse24_linear_cuda(x, x, None, 3)
+    assert seen == [(x, x, None, 3)]

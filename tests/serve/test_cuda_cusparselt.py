@@ -1,0 +1,152 @@
+"""cuSPARSELt's C interface, over a library that stands for it, and against its header where that is installed."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.packed import unpack
+from serve.kernels.cpu import build
+from serve.kernels.cuda import cusparselt
+from serve.kernels.cuda.cusparselt import Algorithm, CusparseLt, CusparseLtError
+from tests.serve.cpu_reference import normal, random_weight
+from tests.serve.cuda_emulation import needs_compiler
+
+BFLOAT16 = torch.bfloat16
+STREAM = 0x5EED
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cusparselt")
+    (directory / "src").mkdir()
+    shutil.copy(Path(__file__).with_name("cuda_cusparselt.cpp"), directory / "src")
+    build.compile_library(directory / "libcusparseLt.so.0", sources=directory / "src", sanitize=())
+    return directory / "libcusparseLt.so.0"
+
+
+def count(path: Path, name: str) -> int:
+    return ctypes.c_int.in_dll(ctypes.CDLL(str(path)), f"fake_{name}").value
+
+
+def dense(n: int, k: int) -> Tensor:
+    return unpack(random_weight(n, k, BFLOAT16))
+
+
+@needs_compiler
+class TestPlans:
+    @pytest.mark.parametrize(("rows", "n", "k"), [(8, 16, 32), (1, 48, 16), (13, 32, 64), (100, 16, 16)])
+    @pytest.mark.parametrize("with_bias", [False, True])
+    def test_products(self, path: Path, rows: int, n: int, k: int, with_bias: bool) -> None:
+        library, weight, x = CusparseLt(str(path)), dense(n, k), normal(rows, k, dtype=BFLOAT16)
+        bias = normal(n, dtype=BFLOAT16) if with_bias else None
+        y = library.multiply(x, library.compress(weight, STREAM), bias, n, STREAM)
+        assert y.shape == (rows, n)
+        assert y.is_contiguous()
+        exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-4)
+        stream = ctypes.c_void_p.in_dll(ctypes.CDLL(str(path)), "fake_stream").value
+        assert stream == STREAM
+
+    def test_a_plan_is_made_once(self, path: Path) -> None:
+        library, compressed = CusparseLt(str(path)), CusparseLt(str(path)).compress(dense(32, 32), 0)
+        before = count(path, "plans_made")
+        for _ in range(5):
+            for rows in (8, 5, 24):  # 5 are padded to 8
+                library.multiply(normal(rows, 32, dtype=BFLOAT16), compressed, None, 32, 0)
+        assert count(path, "plans_made") - before == 2
+
+    def test_a_bias_is_never_mistaken_for_another(self, path: Path) -> None:
+        library, weight = CusparseLt(str(path)), dense(32, 32)
+        compressed, x = library.compress(weight, 0), normal(8, 32, dtype=BFLOAT16)
+        biases = [normal(32, dtype=BFLOAT16, seed=seed) for seed in range(3)]
+        for bias in (*biases, None, *biases):
+            y = library.multiply(x, compressed, bias, 32, 0)
+            exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+            torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-4)
+
+    def test_old_plans_are_given_back(self, path: Path) -> None:
+        library = CusparseLt(str(path), most_plans=3)
+        compressed = library.compress(dense(16, 16), 0)
+        plans, matrices, made = (count(path, name) for name in ("plans_alive", "matrices_alive", "plans_made"))
+        for rows in (8, 16, 24, 32, 40, 8):
+            library.multiply(normal(rows, 16, dtype=BFLOAT16), compressed, None, 16, 0)
+        assert count(path, "plans_alive") - plans == 2  # the first one compressed
+        assert count(path, "matrices_alive") - matrices == 2 * 3
+        assert count(path, "plans_made") - made == 5  # that for 16 rows, which compressed, was there
+
+    def test_what_the_search_finds_is_used(self, path: Path) -> None:
+        library, weight = CusparseLt(str(path)), dense(32, 64)
+        compressed, x = library.compress(weight, 0), normal(20, 64, dtype=BFLOAT16)
+        before = library.multiply(x, compressed, None, 32, 0)
+        assert (count(path, "algorithm"), count(path, "split")) == (0, 1)
+        assert library.search(x, compressed, 32, 0) == Algorithm(17, 4, 1, 2)
+        alive = count(path, "plans_alive")
+        assert torch.equal(library.multiply(x, compressed, None, 32, 0), before)
+        assert (count(path, "algorithm"), count(path, "split")) == (17, 4)
+        assert count(path, "plans_alive") == alive + 1
+        library.multiply(normal(40, 64, dtype=BFLOAT16), compressed, None, 32, 0)  # was not searched
+        assert (count(path, "algorithm"), count(path, "split")) == (0, 1)
+
+    def test_refusals(self, path: Path) -> None:
+        library = CusparseLt(str(path))
+        assert library.version() == (0, 8, 1)
+        with pytest.raises(CusparseLtError, match="cusparseLtMatmul refused: invalid value"):
+            library.multiply(normal(8, 16, dtype=BFLOAT16), torch.zeros(600, dtype=torch.uint8), None, 16, 0)
+        with pytest.raises(CusparseLtError, match="multiples of 16 outputs and inputs, not 24 and 32"):
+            library.compress(dense(24, 32), 0)
+        with pytest.raises(CusparseLtError, match="values are float32"):
+            library.compress(torch.zeros(16, 16), 0)
+
+
+def test_no_library() -> None:
+    with pytest.raises(CusparseLtError, match="cuSPARSELt cannot be used: libnone"):
+        CusparseLt("libnone.so.0")
+    with pytest.raises(CusparseLtError, match=r"cuSPARSELt cannot be used: .*cusparseLt"):
+        CusparseLt("libc.so.6")
+
+
+def test_the_header_says_the_same() -> None:
+    """Names, numbers of arguments, enumerations and sizes, where the wheel is installed."""
+    found = importlib.util.find_spec("nvidia.cusparselt") if importlib.util.find_spec("nvidia") else None
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the wheel nvidia-cusparselt-cu13 is not installed")
+    place = Path(next(iter(found.submodule_search_locations)))
+    assert cusparselt.find() == str(place / "lib" / "libcusparseLt.so.0")
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", (place / "include" / "cusparseLt.h").read_text(), flags=re.DOTALL)
+    for name, arguments in cusparselt._SIGNATURES.items():
+        declared = re.search(rf"\b{name}\s*\(([^)]*)\)", text)
+        assert declared is not None, name
+        assert len(declared[1].split(",")) == len(arguments), name
+        for one, kind in zip(declared[1].split(","), arguments, strict=True):
+            if "*" in one or "cudaStream_t" in one:
+                assert ctypes.sizeof(kind) == 8, (name, one)
+            elif wanted := {"int64_t": 8, "size_t": 8, "uint32_t": 4, "int32_t": 4}.get(one.split()[-2]):
+                assert ctypes.sizeof(kind) == wanted, (name, one)
+            else:
+                assert kind is ctypes.c_int, (name, one)
+
+    def enumeration(type_name: str) -> list[str]:
+        body = re.search(r"typedef enum \{([^}]*)\}\s*" + type_name, text)
+        assert body is not None
+        return [part.split("=")[0].strip() for part in body[1].split(",") if part.strip()]
+
+    described, algorithms = (
+        enumeration("cusparseLtMatmulDescAttribute_t"),
+        enumeration("cusparseLtMatmulAlgAttribute_t"),
+    )
+    assert described.index("CUSPARSELT_MATMUL_BIAS_POINTER") == cusparselt._BIAS_POINTER
+    assert [algorithms.index(f"CUSPARSELT_MATMUL_{name}") for name in
+            ("ALG_CONFIG_ID", "SPLIT_K", "SPLIT_K_MODE", "SPLIT_K_BUFFERS")] == [
+        cusparselt._ALGORITHM, cusparselt._SPLIT_K, cusparselt._SPLIT_K_MODE, cusparselt._SPLIT_K_BUFFERS]  # fmt: skip
+    assert enumeration("cusparseComputeType").index("CUSPARSE_COMPUTE_32F") == cusparselt._FLOAT_SUMS
+    sizes = [int(size) for size in re.findall(r"uint8_t data\[(\d+)\]", text)]
+    assert len(sizes) == 5
+    assert max(sizes) <= cusparselt._ROOM

@@ -1,0 +1,74 @@
+"""The benchmark of the GPU kernels, as far as a machine without one can see it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu
+from serve.kernels.cuda import backend
+from tests.runs import beside
+
+
+def document() -> dict[str, Any]:
+    """A run's document with a row of every section. The figures are made up."""
+    gain = {"2:4": {"median": 1.5, "p25": 1.4, "p75": 1.6}}
+    times = {"microseconds": {"2:4": 2.0, "dense": 3.0}, "speedup": gain}
+    return {
+        "environment": {"date": "2000-01-01", "gpu": "None", "capability": "9.0", "torch": "2", "cuda": "13", "nvrtc": "13"},
+        "checks": [{"name": "rows", "wrong": None}, {"name": "edges", "wrong": "3 outputs are wrong"}],
+        "copy_gigabytes_per_second": 1000.0,
+        "decode": [{"n": 64, "k": 128, "rows": 1, **times, "of_copy": 0.75, "gigabytes_per_second": {"2:4": 750, "dense": 800}}],
+        "block": [{"tokens": 1, **times}],
+        "prefill": [{"n": 64, "k": 128, "rows": 2048, **times}],
+        "host": [{"microseconds": {"operator": 9.0}}],
+        "splits": [{"n": 64, "k": 128, "rows": 1, "chosen": 2, "microseconds": {"1": 3.0, "2": 2.0}}],
+        "forms": [{"n": 64, "k": 128, "rows": 1, "form": "Form(1)", "refused": "no"}],
+        "broken": {"host": "RuntimeError: why"},
+        "left_out": ["forms 64 rows"],
+    }  # fmt: skip
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One line, exit code 2, and no result."""
+    monkeypatch.setattr(backend, "why_not", lambda device, dtype: "torch finds no CUDA device that it can use")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out")])
+    assert gpu.main() == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "error: no GPU to measure: torch finds no CUDA device that it can use\n"
+    assert beside(tmp_path / "any") == []
+
+
+def test_the_table_says_all_that_was_measured() -> None:
+    text = gpu.render(document())
+    for part in (
+        "1 of 2 right",
+        "WRONG edges: 3 outputs are wrong",
+        "| 64 x 128 | 1 | 2.00 | 3.00 | 1.50 | 1.40 to 1.60 |  | 750 | 75% | 800 |",
+        "| 1 tokens | 2.0 | 3.0 | 2:4 1.50 |",
+        "| 64 x 128, 2048 rows | 2.0 | 3.0 | 2:4 1.50 |",
+        "operator 9.0 us",
+        "chosen 2: 1: 3.00, 2: 2.00",
+        "Form(1): no",
+        "Broken: host: RuntimeError: why",
+        "Left out for want of time: forms 64 rows",
+    ):
+        assert part in text, part
+
+
+def test_any_part_of_the_document_makes_a_table() -> None:
+    """It is written after every figure, so whatever is there must do."""
+    whole = document()
+    needed = {name: whole[name] for name in ("environment", "broken", "left_out")}
+    for name, value in whole.items():
+        assert gpu.render({**needed, name: value}).startswith("# 2:4 on None")
+
+
+def test_ratios_are_within_a_round() -> None:
+    found = gpu.summary({"2:4": [1.0, 2.0, 4.0], "dense": [2.0, 3.0, 4.0]})
+    assert found["microseconds"] == {"2:4": 2.0, "dense": 3.0}
+    assert found["speedup"]["2:4"]["median"] == 1.5
