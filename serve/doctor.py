@@ -175,8 +175,12 @@ def _vllm_engine() -> Check:
         return Check("vllm", False, f"{name} {number}, but halve's plugin is not registered", remedy, facts=facts)
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "halve" not in allowed.split(","):
-        return Check("vllm", False, f"VLLM_PLUGINS={allowed!r} leaves halve's plugin out", "add halve to it", facts=facts)
-    return Check("vllm", True, f"{name} {number}{f'; {problem}' if problem else ''}; reads 2:4 checkpoints", facts=facts)
+        return Check(
+            "vllm", False, f"VLLM_PLUGINS={allowed!r} leaves halve's plugin out", "add halve to it", facts=facts
+        )
+    return Check(
+        "vllm", True, f"{name} {number}{f'; {problem}' if problem else ''}; reads 2:4 checkpoints", facts=facts
+    )
 
 
 def _not_in_this_version(name: str) -> Callable[[], Check]:
