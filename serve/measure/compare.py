@@ -1,7 +1,7 @@
 """`halve compare`: a candidate (A) beside a baseline (B).
 
 Of each figure that both sides have: the ratio A / B, its 95 % interval, and whether there is a difference at all. A
-difference is called one where the interval misses 1 and a permutation test finds it at 5 % (`statistics`).
+difference is called one where the interval misses 1 and a permutation test finds it at 2 % (`statistics`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ from compress.errors import UsageError, did_you_mean
 from serve.measure import documents
 from serve.measure.documents import DocumentError, Figure, Side
 from serve.measure.gates import Gate, parse
-from serve.measure.statistics import CONFIDENCE, STATISTICS, Interval, interval, ratio_interval, significance
-
-SIGNIFICANT = 1 - CONFIDENCE
+from serve.measure.statistics import (
+    CONFIDENCE,
+    SIGNIFICANT,
+    STATISTICS,
+    Interval,
+    interval,
+    ratio_interval,
+    ratio_of,
+    significance,
+)
 
 
 def compare(a: Path, b: Path | None = None, *, gates: Sequence[str] = (), confident: bool = False) -> dict[str, Any]:
@@ -53,6 +60,7 @@ def compare(a: Path, b: Path | None = None, *, gates: Sequence[str] = (), confid
         "a": {"name": candidate.name, **candidate.about},
         "b": {"name": baseline.name, **baseline.about},
         "confidence": CONFIDENCE,
+        "significant": SIGNIFICANT,
         "figures": figures,
         "confident": confident,
         "gates": judged,
@@ -97,6 +105,7 @@ def _compared(a: Figure, b: Figure) -> dict[str, Any]:
         return {**found, "verdict": _direction(a, b) if a.value != b.value else "equal"}
     if a.statistic is None or a.statistic != b.statistic:
         return {**found, "verdict": "unknown", "why": "no samples were kept"}
+    found["ratio"] = ratio_of(a.samples, b.samples, a.statistic, paired=paired)
     found["interval"] = ratio_interval(a.samples, b.samples, a.statistic, paired=paired)
     found["p"] = significance(a.samples, b.samples, a.statistic, paired=paired)
     if found["p"] is None:

@@ -52,12 +52,11 @@ def print_comparison(document: dict[str, Any]) -> None:
             f"{figure['b']:.5g}",
             "" if figure["ratio"] is None else f"{figure['ratio']:.4g}",
             "" if figure["interval"] is None else _range(figure["interval"], ".3f"),
-            "" if figure["p"] is None else f"{figure['p']:.3f}",
-            figure["verdict"],
+            figure["verdict"].replace("no difference", "same"),
         ]
         for name, figure in document["figures"].items()
     ]
-    columns = ("A", "B", "A / B", f"{document['confidence'] * 100:.0f} % interval", "p", "A is")
+    columns = ("A", "B", "A / B", f"{document['confidence'] * 100:.0f} % interval", "A is")
     shown = table("", "figure", *columns, rows=rows)
     shown.box = None
     for column in shown.columns:
