@@ -12,6 +12,7 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import openai
 from openai import AsyncOpenAI
@@ -75,7 +76,7 @@ class EndpointRunner:
         timeout: float = 120.0,
         concurrency: int = 1,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
+        if not _is_address(url):
             raise UsageError(
                 f"--url {url!r} is not the address of an endpoint; give something like http://host:8000/v1"
             )
@@ -210,6 +211,14 @@ class EndpointRunner:
             raise EndpointError(f"{where} did not answer as an OpenAI endpoint: {place}: {first['msg']}") from None
         except (ValueError, RecursionError):
             raise EndpointError(f"{where} answered with something that is not JSON; is it an endpoint?") from None
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in url
+    except ValueError:  # of a port or an IPv6 address
+        return False
 
 
 def _message(error: openai.APIStatusError) -> str:

@@ -37,7 +37,6 @@ def print_evaluation(document: dict[str, Any]) -> None:
             beside = [model["tasks"][name]["metrics"][metric] for model in models]
             cells = [f"{one['value']:.4f}  ({_range(one.get('interval'), '.4f')})" for one in beside]
             rows.append([name, metric, task["examples"], *cells])
-            name = ""
     out.print(table("tasks of lm-eval", "task", "metric", "examples", *(m["directory"] for m in models), rows=rows))
 
 
