@@ -110,12 +110,7 @@ def evaluate(
                 if tokens is not None and endpoint is not None:
                     _through(runner, path, model, tokens, progress)
                 if ready is not None:
-                    from serve.measure.harness import HalveLM
-
-                    named: Progress = lambda done, total, what, path=path: progress(  # noqa: E731
-                        done, total, f"{path}: {what}"
-                    )
-                    model["tasks"] = ready.run(HalveLM(runner, load_tokenizer(path), named))
+                    model["tasks"] = _tasks(runner, ready, path, progress)
     if perplexity:
         document |= {name: models[-1][name] for name in ("perplexity", "interval")}
     document["models"] = models
@@ -225,6 +220,15 @@ def _runner(path: Path, endpoint: Endpoint | None, concurrency: int, device: str
             concurrency=concurrency,
         )
     )
+
+
+def _tasks(runner: Runner, ready: harness_tasks.Prepared, path: Path, progress: Progress) -> dict[str, Any]:
+    from serve.measure.harness import HalveLM  # lm-eval is optional
+
+    def named(done: int, total: int, what: str) -> None:
+        progress(done, total, f"{path}: {what}")
+
+    return ready.run(HalveLM(runner, load_tokenizer(path), named))
 
 
 def _positions(path: Path) -> int:

@@ -116,7 +116,8 @@ def significance(a: Sequence[float], b: Sequence[float], statistic: str, *, pair
         return None
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if statistic == "p50" and paired:
-        return float(stats.wilcoxon(x, y).pvalue) if (x != y).any() else 1.0
+        tested: Any = stats.wilcoxon(x, y) if (x != y).any() else None
+        return 1.0 if tested is None else float(tested.pvalue)
 
     def difference(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
         return how.of(x, axis=axis) - how.of(y, axis=axis)

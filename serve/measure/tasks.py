@@ -159,7 +159,8 @@ def _local(names: Sequence[str], directory: Path) -> dict[str, Any]:
             entry = _manager().task_index[name]
             if entry.yaml_path is None or entry.kind.name != "TASK":
                 raise TaskError(
-                    f"--task-data: {name!r} is a {entry.kind.name.lower()} of tasks in lm-eval; name its tasks one by one"
+                    f"--task-data: {name!r} is not one task with one data set in lm-eval, but a "
+                    f"{entry.kind.name.lower()}; name its tasks one by one"
                 )
             file = _data_file(name, directory)
             _check_rows(file)

@@ -270,7 +270,7 @@ def test_whole_texts_are_scored_in_windows(models: tuple[Path, Path]) -> None:
         (["--no-perplexity"], "leaves nothing to measure"),
         (["--tasks", "arc_easy,", "--task-data", DATA], "--tasks 'arc_easy,': names of tasks"),
         (["--tasks", "arc_esay", "--task-data", DATA], "no task 'arc_esay'; did you mean 'arc_easy'"),
-        (["--tasks", "mmlu", "--task-data", DATA], "'mmlu' is a group of tasks in lm-eval"),
+        (["--tasks", "mmlu", "--task-data", DATA], "'mmlu' is not one task with one data set in lm-eval, but a group"),
         (["--tasks", "piqa", "--task-data", DATA], "has no piqa.jsonl or piqa_*.jsonl"),
         (["--tasks", "arc_easy", "--task-data", "/nonesuch"], "there is no directory /nonesuch"),
         (["--limit", "5"], "--limit and --task-data are for --tasks"),
@@ -312,6 +312,16 @@ def test_data_that_does_not_fit(content: bytes, told: str, run, tmp_path: Path) 
     assert "arc_easy.jsonl" in called.message
 
 
+def test_data_of_which_a_later_row_does_not_fit(run, tmp_path: Path) -> None:
+    rows = (DATA / "arc_easy.jsonl").read_text().splitlines()
+    rows[3] = json.dumps({**json.loads(rows[3]), "answerKey": "Z"})
+    (tmp_path / "arc_easy.jsonl").write_text("\n".join(rows))
+    called = run("--tasks", "arc_easy", "--task-data", tmp_path)
+    assert called.code == 2
+    assert "the data does not fit the tasks arc_easy" in called.message
+    assert run("--tasks", "arc_easy", "--task-data", tmp_path, "--limit", "3", "--json").code == 0
+
+
 def test_data_by_other_names(run, tmp_path: Path) -> None:
     import gzip
 
@@ -341,8 +351,11 @@ def test_without_lm_eval(run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert called.message == "--tasks needs the package 'lm-eval': pip install 'halve[eval]'"
 
 
-def test_without_the_hub(run) -> None:
+def test_without_the_hub(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where there is neither network nor data, what is missing is said, and what helps."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # they were read from the environment
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     called = run("--tasks", "arc_easy")
     assert called.code == 2
     assert "the data of arc_easy cannot be had from the hub" in called.message
