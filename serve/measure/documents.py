@@ -188,27 +188,32 @@ def _bench(path: Path, document: _Bench, digest: str) -> tuple[Side, Side | None
 def _bench_figures(
     entry: Mapping[str, Any], pairing: str, path: Path, prefix: str = ""
 ) -> Iterator[tuple[str, Figure]]:
-    """Figures by name: what holds ``samples`` gives its mean and percentiles, in seconds; a number is what it is."""
+    """Figures by name: what holds ``samples`` gives its mean and percentiles; a number is what it is."""
     for key, value in entry.items():
         name = prefix + key.removesuffix("_seconds")
         if isinstance(value, dict) and "samples" in value:
             samples = value["samples"]
-            if not isinstance(samples, list) or not samples or not all(_is_time(sample) for sample in samples):
-                raise DocumentError(f"{path} is damaged: the samples of {name} are not times; measure again")
+            if not isinstance(samples, list) or not samples or not all(_is_positive(sample) for sample in samples):
+                raise DocumentError(f"{path} is damaged: the samples of {name} are not positive numbers; measure again")
             for statistic in ("mean", *PERCENTILES):
-                figure = Figure(value_of(samples, statistic), "lower", statistic, tuple(samples), pairing, True)
+                figure = Figure(value_of(samples, statistic), _better(name), statistic, tuple(samples), pairing, True)
                 yield f"{name}.{statistic}", figure
         elif isinstance(value, dict):
             yield from _bench_figures(value, pairing, path, f"{name}.")
         elif _is_number(value):
-            yield name, Figure(float(value), "lower")
+            yield name, Figure(float(value), _better(name))
+
+
+def _better(name: str) -> Better:
+    """Times and bytes are better low, rates are better high."""
+    return "higher" if any(rate in name for rate in ("per_second", "throughput", "goodput")) else "lower"
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_time(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 

@@ -126,6 +126,16 @@ def test_rounds_of_two_runs_are_not_paired(write) -> None:
     assert own["bytes.pruned_layers"]["ratio"] is None  # the dense model has none
 
 
+def test_rates_are_better_high(write) -> None:
+    faster, slower = bench(1), bench(1)
+    for document, factor in ((faster, 1.2), (slower, 1.0)):
+        rates = [factor / sample for sample in document["models"]["sparse"]["tpot_seconds"]["samples"]]
+        document["models"]["sparse"]["throughput"] = {"tokens_per_second": {"samples": rates}}
+    figures = compare(write(faster), write(slower, "b.json"))["figures"]
+    assert figures["throughput.tokens_per_second.p50"]["verdict"] == "better"
+    assert figures["throughput.tokens_per_second.p50"]["ratio"] == pytest.approx(1.2)
+
+
 def test_what_differs_beside_the_model_is_told(write) -> None:
     other = bench(2)
     other["environment"]["machine"] = "another machine"
@@ -204,8 +214,8 @@ NEGATIVE["models"]["sparse"]["ttft_seconds"]["samples"][0] = -1
         (DAMAGED, r"is damaged: models\.0\.losses\.3"),
         (INFINITE, r"is damaged: models\.0\.losses\.0"),
         ({"kind": "bench", "load": {}, "models": {"sparse": {}}}, "no figures of the model 'sparse'"),
-        (NO_TIMES, "the samples of tpot are not times"),
-        (NEGATIVE, "the samples of ttft are not times"),
+        (NO_TIMES, "the samples of tpot are not positive"),
+        (NEGATIVE, "the samples of ttft are not positive"),
     ],
 )  # fmt: skip
 def test_what_is_no_result_is_refused(content: Any, told: str, write, halve: Halve) -> None:
