@@ -96,9 +96,17 @@ def ratio_interval(a: Sequence[float], b: Sequence[float], statistic: str, *, pa
     """
     if min(len(a), len(b)) < STATISTICS[statistic].fewest:
         return None
+    if ratio_of(a, b, statistic, paired=paired) is None:
+        return None
+    ratio = _ratio(statistic, paired)
+
+    def of_resamples(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+        found = ratio(x, y, axis=axis)
+        return np.where(np.isnan(found), 1.0, found)  # 0 / 0: among few examples, no success on either side
+
     samples = (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = _bootstrap(samples, _ratio(statistic, paired), paired=paired)
+        found = _bootstrap(samples, of_resamples, paired=paired)
     return found if math.isfinite(found.low) and math.isfinite(found.high) else None
 
 

@@ -153,6 +153,16 @@ def test_a_ratio_to_nothing_has_no_interval() -> None:
     assert ratio_interval([1.0] * 8, [0.0] * 7 + [1.0], "mean", paired=False) is None
 
 
+def test_few_successes_still_have_an_interval() -> None:
+    """Of 25 examples with 8 successes, one resample in 15,000 has none: that says nothing about the ratio."""
+    successes = [1.0] * 8 + [0.0] * 17
+    assert ratio_interval(successes, successes, "mean", paired=True) == (1, 1)
+    better = [1.0] * 12 + [0.0] * 13
+    found = ratio_interval(better, successes, "mean", paired=True)
+    assert found is not None
+    assert 1 <= found.low < 1.5 < found.high < 4
+
+
 def test_nothing_is_random() -> None:
     samples = np.random.default_rng(0).normal(3, 1, 20).tolist()
     for name in STATISTICS:
