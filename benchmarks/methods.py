@@ -122,8 +122,8 @@ def run_cell(cell: Cell, model: Path, work: Path, protocol: Protocol, threads: i
 def child(request: dict[str, Any]) -> dict[str, Any]:
     """What the process of a cell does."""
     from compress import compress_model
-    from serve.measure.commands import evaluate
     from serve.measure.environment import environment, peak_memory
+    from serve.measure.evaluation import evaluate
 
     protocol, model, work = Protocol(**request["protocol"]), request["model"], Path(request["work"])
     settings: dict[str, Any] = {
@@ -195,7 +195,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs what is missing, a cell at a time for each worker, and keeps the results up to date."""
     from benchmarks.demo import prepare_smollm2
-    from serve.measure.commands import evaluate
+    from serve.measure.evaluation import evaluate
 
     work: Path = arguments.work.resolve() / ("smoke" if arguments.smoke else "full")
     work.mkdir(parents=True, exist_ok=True)

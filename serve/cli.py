@@ -54,26 +54,108 @@ def evaluate(
     windows: Annotated[
         int | None, typer.Option(min=1, help="how many windows, from the start; left out: all", show_default=False)
     ] = None,
+    perplexity: Annotated[bool, typer.Option(help="measure the perplexity of the text")] = True,
+    agreement: Annotated[
+        bool, typer.Option(help="with --against: how far both say the same; holds both models at once")
+    ] = True,
+    tasks: Annotated[
+        str | None, typer.Option(help="tasks of lm-eval, such as lambada_openai,arc_easy", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="examples of each task", show_default=False)] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="directory with TASK.jsonl[.gz]; left out: the hub's data", show_default=False)
+    ] = None,
+    through: Annotated[
+        Literal["process", "endpoint"], typer.Option(help="endpoint: serve it, and measure what is served")
+    ] = "process",
+    url: Annotated[
+        str | None, typer.Option(help="measure the endpoint at this address (it serves DIRECTORY)", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="the model's name at --url; left out: its only one", show_default=False)
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="HALVE_API_KEY", help="the key that --url asks for", show_default=False)
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds that an endpoint has for one answer")] = 120.0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="prompts of tasks at once; above 1, 16-bit scores vary in their last digits")
+    ] = 1,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity, dense beside sparse, on the same windows."""
-    from serve.measure.commands import evaluate as run
+    """Perplexity, agreement with the dense model and lm-eval tasks, dense beside sparse, on the same text."""
+    from compress.errors import UsageError
+    from serve.measure.tasks import split_names
 
+    if url is not None and against is not None:
+        raise UsageError(
+            "--url measures one served model; measure each with --json, and `halve compare` puts them side by side"
+        )
+    if url is None and model is not None:
+        raise UsageError("--model names a model at --url, and there is none")
+    names = [] if tasks is None else split_names(tasks)
+    if not names and (task_data is not None or limit is not None):
+        raise UsageError("--limit and --task-data are for --tasks, and there are none")
+    from serve.measure.evaluation import Endpoint
+    from serve.measure.evaluation import evaluate as run
+
+    served = url is not None or through == "endpoint"
     with progress_bar("evaluating") as progress:
         document = run(
-            directory, against=against, text=text, length=length, windows=windows, device=device, progress=progress
+            directory,
+            against=against,
+            text=text,
+            length=length,
+            windows=windows,
+            perplexity=perplexity,
+            agreement=agreement,
+            tasks=names,
+            limit=limit,
+            task_data=task_data,
+            endpoint=Endpoint(url, model, api_key, timeout) if served else None,
+            concurrency=concurrency,
+            device=device,
+            progress=progress,
         )
 
     def human() -> None:
-        protocol = document["protocol"]
-        rows = [[m["directory"], m["dtype"], f"{m['perplexity']:.2f}"] for m in document["models"]]
-        title = f"perplexity of {protocol['text']}, {protocol['windows']} windows of {protocol['length']} tokens"
-        out.print(table(title, "checkpoint", "dtype", "perplexity", rows=rows))
-        if "ratio" in document:
-            out.print(f"ratio {document['ratio']:.3f}", highlight=False)
+        from serve.measure.tables import print_evaluation
+
+        print_evaluation(document)
 
     emit(document, as_json, human)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="the candidate: a result of `halve eval|bench --json`, or a checkpoint")],
+    b: Annotated[
+        Path | None,
+        typer.Argument(help="the baseline, of the same kind; left out: the dense model in A's own document"),
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(help="'perplexity<=1.10x' (of the baseline), 'tpot.p50<=0.02' (absolute); may be repeated"),
+    ] = None,
+    confident: Annotated[bool, typer.Option(help="the whole 95 % interval has to clear a gate, not just the value")] = (
+        False
+    ),
+    as_json: Json = False,
+) -> None:
+    """Two results or checkpoints side by side: ratios, intervals, what is a difference; gates give the exit code."""
+    from serve.measure.compare import compare as run
+
+    document = run(a, b, gates=gate or [], confident=confident)
+
+    def human() -> None:
+        from serve.measure.tables import print_comparison
+
+        print_comparison(document)
+
+    emit(document, as_json, human)
+    if not document["ok"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,94 +1,21 @@
-"""`halve eval` and `halve bench`: dense beside sparse, in one process, with every sample kept."""
+"""`halve bench`: dense beside sparse, in one process, with every sample kept."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from compress import calibration
 from compress.device import choose_device
-from compress.errors import SourceError
 from compress.quiet import quiet_transformers
 from serve.kernels import choose
 from serve.linear import Sparse24Linear
-from serve.loading import linear_bytes, load_model, load_tokenizer, require_language_model, weight_bytes
+from serve.loading import linear_bytes, load_model, require_language_model, weight_bytes
 from serve.measure.environment import environment, peak_memory
-from serve.measure.perplexity import perplexity
 from serve.measure.speed import measure_speed, ratio
 
 Progress = Callable[[int, int, str], None]
-
-
-def evaluate(
-    directory: Path,
-    *,
-    against: Path | None = None,
-    text: str = "wikitext2",
-    length: int = 2048,
-    windows: int | None = None,
-    device: str = "auto",
-    progress: Progress = lambda done, total, text: None,
-) -> dict[str, Any]:
-    """Perplexity of a checkpoint, and of another beside it on the same windows.
-
-    Returns:
-        A document with the protocol, the perplexity and the loss of every window for each model, and the ratio.
-
-    Raises:
-        SourceError: the two have tokenizers that cut the text differently, so that their figures cannot be compared;
-            or they are no language models.
-    """
-    place, _ = choose_device(device)
-    for path in filter(None, (directory, against)):
-        require_language_model(path, "eval")
-    tokens = calibration.evaluation_windows(text, load_tokenizer(directory), length=length, windows=windows)
-    if against is not None:
-        others = calibration.evaluation_windows(text, load_tokenizer(against), length=length, windows=windows)
-        if not torch.equal(tokens, others):
-            raise SourceError(
-                f"{directory} and {against} tokenize {text!r} differently; their perplexities cannot be compared"
-            )
-    measured = []
-    for path in [against, directory] if against else [directory]:
-        model = load_model(path, device=place)
-        started = time.perf_counter()
-        with quiet_transformers():
-            result = perplexity(
-                model,
-                tokens,
-                lambda done, total, value, path=path: progress(done, total, f"{path}: perplexity {value:.2f}"),
-            )
-        measured.append(
-            {
-                "directory": str(path),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "perplexity": result.value,
-                "seconds": round(time.perf_counter() - started, 3),
-                "losses": result.losses,
-            }
-        )
-        del model
-    document: dict[str, Any] = {
-        "kind": "perplexity",
-        "protocol": {
-            "text": text,
-            "length": length,
-            "windows": len(tokens),
-            "tokens_sha256": calibration.digest(tokens),
-            "loss": "float32",
-        },
-        "perplexity": measured[-1]["perplexity"],
-        "models": measured,
-        "environment": environment(place),
-    }
-    if against is not None:
-        document["ratio"] = measured[-1]["perplexity"] / measured[0]["perplexity"]
-    return document
 
 
 def bench(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from compress.errors import CalibrationError, NumericalError
 
-_LOSS_TOKENS = 512
+LOSS_TOKENS = 512
 """Rows of logits that are float32 at a time."""
 
 
@@ -45,27 +45,43 @@ def perplexity(
         CalibrationError: windows longer than the model can read.
         NumericalError: a loss is not finite.
     """
+    require_room(model, windows)
+    losses: list[float] = []
+    for window in windows:
+        losses.append(window_loss(window_logits(model, window), window))
+        require_finite(losses, str(model.dtype))
+        progress(len(losses), len(windows), Perplexity(losses, windows.shape[1]).value)
+    return Perplexity(losses, windows.shape[1])
+
+
+def require_room(model: PreTrainedModel, windows: Tensor) -> None:
+    """Raises CalibrationError where ``windows`` [n, length] are longer than the model can read."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
         raise CalibrationError(
             f"the model reads at most {limit} tokens, and the windows have {windows.shape[1]}; choose a smaller --length"
         )
-    losses: list[float] = []
-    for window in windows:
-        losses.append(_window_loss(model, window.to(model.device)))
-        if not math.isfinite(losses[-1]):
-            raise NumericalError(
-                f"window {len(losses) - 1}: the loss is {losses[-1]}; the model's outputs are not finite in {model.dtype}"
-            )
-        progress(len(losses), len(windows), Perplexity(losses, windows.shape[1]).value)
-    return Perplexity(losses, windows.shape[1])
+
+
+def require_finite(losses: list[float], dtype: str) -> None:
+    """Raises NumericalError where the last loss is not finite."""
+    if not math.isfinite(losses[-1]):
+        raise NumericalError(
+            f"window {len(losses) - 1}: the loss is {losses[-1]}; the model's outputs are not finite in {dtype}"
+        )
 
 
 @torch.no_grad()
-def _window_loss(model: PreTrainedModel, tokens: Tensor) -> float:
-    """Mean loss in nats of predicting ``tokens`` [length] from the second on."""
-    logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]  # [length - 1, vocabulary]
+def window_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What a model predicts for ``tokens`` [length] from the second on: [length - 1, vocabulary], in its dtype."""
+    return model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0, :-1]
+
+
+@torch.no_grad()
+def window_loss(logits: Tensor, tokens: Tensor) -> float:
+    """Mean loss in nats of predicting ``tokens`` [length] from the second on by ``logits`` [length - 1, vocabulary]."""
+    targets = tokens[1:].to(logits.device)
     total = 0.0
-    for piece, targets in zip(logits.split(_LOSS_TOKENS), tokens[1:].split(_LOSS_TOKENS), strict=True):
-        total += float(functional.cross_entropy(piece.float(), targets, reduction="sum"))
-    return total / (len(tokens) - 1)
+    for piece, expected in zip(logits.split(LOSS_TOKENS), targets.split(LOSS_TOKENS), strict=True):
+        total += float(functional.cross_entropy(piece.float(), expected, reduction="sum"))
+    return total / len(targets)

@@ -1,0 +1,236 @@
+"""What `halve compare` reads: the documents that `halve eval --json` and `halve bench --json` write, and checkpoints.
+
+Each becomes a `Side`: figures by name, with the samples that they are made of. Two figures can be compared if they
+were measured by one protocol; two lists of samples belong together one by one if they have one `Figure.pairing`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from compress.artefact import read_report
+from compress.errors import UsageError
+from compress.files import TensorFiles
+from compress.sources import read_config
+from serve.measure.statistics import STATISTICS, value_of
+
+Better = Literal["higher", "lower"]
+PERCENTILES = ("p50", "p90", "p99")
+
+
+class DocumentError(UsageError):
+    """A result file cannot be used."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number. ``samples`` with a ``statistic`` (of `STATISTICS`) where it was sampled; without them it is exact,
+    or (``sampled``) its scatter is not known."""
+
+    value: float
+    better: Better
+    statistic: str | None = None
+    samples: tuple[float, ...] = ()
+    pairing: str | None = None
+    sampled: bool = False
+    """It would come out otherwise another time, or on another text."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison. ``protocol``: what has to be equal, by what it is part of; ``about``: what may differ."""
+
+    name: str
+    kind: str
+    figures: dict[str, Figure]
+    protocol: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Metric(BaseModel):
+    value: Number
+    better: Better = "lower"
+    statistic: str | None = None
+    samples: list[Number] = []
+
+
+class _Task(BaseModel):
+    version: Any = None
+    few_shot: Any = None
+    examples: int
+    sha256: str
+    metrics: dict[str, _Metric]
+
+
+class _EvalModel(BaseModel):
+    directory: str
+    dtype: str
+    losses: Annotated[list[Number], Field(min_length=1)] | None = None
+    tasks: dict[str, _Task] = {}
+
+
+class _Evaluation(BaseModel):
+    kind: Literal["eval"]
+    through: str = "process"
+    protocol: dict[str, Any] = {}
+    models: Annotated[list[_EvalModel], Field(min_length=1, max_length=2)]
+    agreement: dict[Literal["top1", "kl"], _Metric] = {}
+    environment: dict[str, Any] = {}
+
+
+class _Bench(BaseModel):
+    kind: Literal["bench"]
+    load: dict[str, Any]
+    models: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    environment: dict[str, Any] = {}
+
+
+def read(path: Path) -> tuple[Side, Side | None]:
+    """What was measured (or is there), and the dense model that was measured beside it, if one was.
+
+    Raises:
+        DocumentError: a file is truncated, damaged or of another program; SourceError: a directory is no checkpoint.
+    """
+    if path.is_dir():
+        return _checkpoint(path), None
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DocumentError(f"there is no file {path}; give a result of `halve eval --json`, or a checkpoint") from None
+    except OSError as error:
+        raise DocumentError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        document = json.loads(content)
+    except RecursionError:
+        document = None
+    except ValueError as error:
+        raise DocumentError(f"{path} is not whole, or not JSON: {error}; measure again with --json") from None
+    kind = document.get("kind") if isinstance(document, dict) else None
+    if not isinstance(kind, str) or kind not in ("eval", "bench"):
+        what = f"a document of kind {kind!r}" if isinstance(kind, str) else "something else"
+        raise DocumentError(f"{path} holds {what}; `halve compare` reads what `halve eval|bench --json` print")
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        if kind == "eval":
+            return _evaluation(path, _Evaluation.model_validate(document))
+        return _bench(path, _Bench.model_validate(document), digest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DocumentError(f"{path} is damaged: {place}: {first['msg']}; measure again") from None
+
+
+def _evaluation(path: Path, document: _Evaluation) -> tuple[Side, Side | None]:
+    sides = [_evaluated(path, document, model) for model in document.models]
+    if document.agreement:
+        of = document.protocol.get("tokens_sha256")
+        sides[-1].figures.update(
+            {
+                f"agreement.{name}": Figure(
+                    found.value, "higher" if name == "top1" else "lower", "mean", tuple(found.samples), of, True
+                )
+                for name, found in document.agreement.items()
+            }
+        )
+    return sides[-1], sides[0] if len(sides) == 2 else None
+
+
+def _evaluated(path: Path, document: _Evaluation, model: _EvalModel) -> Side:
+    figures: dict[str, Figure] = {}
+    protocol: dict[str, Any] = {}
+    if model.losses:
+        protocol["text"] = document.protocol
+        of = document.protocol.get("tokens_sha256")
+        figures["perplexity"] = Figure(
+            value_of(model.losses, "exp_mean"), "lower", "exp_mean", tuple(model.losses), of, True
+        )
+    for name, task in model.tasks.items():
+        protocol[name] = task.model_dump(include={"version", "few_shot", "examples", "sha256"})
+        for label, metric in task.metrics.items():
+            known = metric.statistic in STATISTICS and bool(metric.samples)
+            figures[f"{name}.{label}"] = Figure(
+                metric.value,
+                metric.better,
+                metric.statistic if known else None,
+                tuple(metric.samples) if known else (),
+                task.sha256,
+                True,
+            )
+    about = {"dtype": model.dtype, "through": document.through}
+    return Side(f"{model.directory} ({path})", "eval", figures, protocol, about)
+
+
+def _bench(path: Path, document: _Bench, digest: str) -> tuple[Side, Side | None]:
+    def side(name: str) -> Side:
+        model = document.models[name]
+        figures = dict(_bench_figures(model, f"rounds of {digest}", path))
+        if not figures:
+            raise DocumentError(f"{path} has no figures of the model {name!r}; measure again")
+        return Side(f"{model.get('directory', name)} ({path})", "bench", figures, {"load": document.load}, about)
+
+    about = {"machine": document.environment.get("machine"), "threads": document.environment.get("threads")}
+    names = list(document.models)
+    candidate = "sparse" if "sparse" in names else names[-1]
+    return side(candidate), side("dense") if "dense" in names and candidate != "dense" else None
+
+
+def _bench_figures(
+    entry: Mapping[str, Any], pairing: str, path: Path, prefix: str = ""
+) -> Iterator[tuple[str, Figure]]:
+    """Figures by name: what holds ``samples`` gives its mean and percentiles; a number is what it is."""
+    for key, value in entry.items():
+        name = prefix + key.removesuffix("_seconds")
+        if isinstance(value, dict) and "samples" in value:
+            samples = value["samples"]
+            if not isinstance(samples, list) or not samples or not all(_is_positive(sample) for sample in samples):
+                raise DocumentError(f"{path} is damaged: the samples of {name} are not positive numbers; measure again")
+            for statistic in ("mean", *PERCENTILES):
+                figure = Figure(value_of(samples, statistic), _better(name), statistic, tuple(samples), pairing, True)
+                yield f"{name}.{statistic}", figure
+        elif isinstance(value, dict):
+            yield from _bench_figures(value, pairing, path, f"{name}.")
+        elif _is_number(value):
+            yield name, Figure(float(value), _better(name))
+
+
+def _better(name: str) -> Better:
+    """Times and bytes are better low, rates are better high."""
+    return "higher" if any(rate in name for rate in ("per_second", "throughput", "goodput")) else "lower"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _checkpoint(directory: Path) -> Side:
+    read_config(directory)
+    report = read_report(directory) or {}
+    summary = report.get("summary", {})
+    figures = {
+        "bytes.disk": Figure(sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()), "lower"),
+        "bytes.weights": Figure(sum(f.stat().st_size for f in TensorFiles(directory).files), "lower"),
+    }
+    if "pruned_bytes_after" in summary:
+        figures["bytes.pruned_layers"] = Figure(summary["pruned_bytes_after"], "lower")
+        figures["layers.pruned"] = Figure(summary["layers_pruned"], "higher")
+    errors = [layer["relative_output_error"] for layer in report.get("layers", []) if "relative_output_error" in layer]
+    if errors:
+        figures["error.mean"] = Figure(sum(errors) / len(errors), "lower")
+        figures["error.worst"] = Figure(max(errors), "lower")
+    about = {name: summary[name] for name in ("pattern", "metric", "reconstruction") if name in summary}
+    return Side(str(directory), "checkpoint", figures, about=about)
