@@ -221,6 +221,19 @@ def _cpu_backend() -> Check:
     return Check("cpu", True, f"takes {chosen}{others}; {threads}", facts=facts)
 
 
+def _cuda_backend() -> Check:
+    """Compiles and loads the kernels, and has them prove themselves, where there is a device."""
+    import torch
+
+    from serve.kernels.cuda import backend
+
+    if refusal := backend.why_not(torch.device("cuda"), torch.bfloat16):
+        return Check("cuda", False, refusal)
+    return Check(
+        "cuda", True, f"{backend.reason(torch.bfloat16, 1)}; not measured yet: `python -m benchmarks.gpu` does"
+    )
+
+
 SECTIONS: dict[str, dict[str, Callable[[], Check]]] = {
     "libraries": {
         "torch": _torch,
@@ -234,7 +247,7 @@ SECTIONS: dict[str, dict[str, Callable[[], Check]]] = {
         "onnx": _not_in_this_version("onnx"),
         "tensorrt": _not_in_this_version("tensorrt"),
     },
-    "kernels": {"plain": _plain_backend, "cpu": _cpu_backend},
+    "kernels": {"plain": _plain_backend, "cpu": _cpu_backend, "cuda": _cuda_backend},
 }
 """What is checked, by section and name, in the order of the report."""
 

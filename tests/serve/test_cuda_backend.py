@@ -188,6 +188,34 @@ class Properties:
     major, minor, multi_processor_count = 9, 0, 132
 
 
+@needs_compiler
+class TestProof:
+    """Kernels prove themselves when they are loaded."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_right_ones(self, fake: Emulator, dtype: torch.dtype) -> None:
+        assert backend.wrong(load(fake, dtype), torch.device("cpu"), 0) is None
+
+    def test_wrong_ones(self, fake: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        kernels = load(fake, torch.bfloat16)
+        multiply, expand = kernels.multiply, kernels.expand
+
+        def one_lane_off(x: torch.Tensor, prepared: torch.Tensor, *rest: Any) -> None:
+            multiply(x.roll(1, 1) if len(x) == 32 else x, prepared, *rest)
+
+        def one_value_off(prepared: torch.Tensor, dense: torch.Tensor, stream: int) -> None:
+            expand(prepared, dense, stream)
+            dense[17, 40:44] = dense[17, 40:44].roll(1)
+
+        monkeypatch.setattr(kernels, "multiply", one_lane_off)
+        assert "for 32 rows of x computes wrongly" in str(backend.wrong(kernels, torch.device("cpu"), 0))
+        monkeypatch.setattr(kernels, "multiply", lambda *args: None)
+        assert "for 8 rows of x computes wrongly" in str(backend.wrong(kernels, torch.device("cpu"), 0))
+        monkeypatch.setattr(kernels, "multiply", multiply)
+        monkeypatch.setattr(kernels, "expand", one_value_off)
+        assert "that expands weights is wrong" in str(backend.wrong(kernels, torch.device("cpu"), 0))
+
+
 class TestWhyNot:
     @pytest.fixture
     def hopper(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:

@@ -6,6 +6,7 @@ One process of vLLM runs all cases (`tests.serve.vllm_session`); each test looks
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -112,12 +113,15 @@ FAULTS = (
 )
 
 
-def run_session(cases: list[Case], directory: Path) -> dict[str, Result]:
-    """Runs the cases in a process of vLLM and returns what became of each."""
+def run_session(cases: list[Case], directory: Path, ranks: int = 1) -> dict[str, Result]:
+    """Runs the cases in a process of vLLM and returns what became of each. Several ranks have processes of their own, and
+    what they log is not seen."""
     plan, results = directory / "plan.json", directory / "results.jsonl"
     plan.write_text(json.dumps([asdict(case) for case in cases]))
     command = [sys.executable, "-m", "tests.serve.vllm_session", str(plan), str(results)]
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if ranks > 1:
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:ranks]))}
     done = subprocess.run(
         ["env", *(f"{name}={value}" for name, value in environment.items()), *command],
         cwd=ROOT,
@@ -125,7 +129,7 @@ def run_session(cases: list[Case], directory: Path) -> dict[str, Result]:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=1500,
+        timeout=2400,
     )
     lines = results.read_text().splitlines() if results.exists() else []
     assert len(lines) == len(cases), f"{len(lines)} of {len(cases)} cases ran; vLLM said:\n{done.stdout[-6000:]}"

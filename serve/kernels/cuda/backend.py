@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.packed import PackedWeight
+from compress.packed import PATTERN, PackedWeight, pack
 from serve.kernels.cuda import cache as disk
 from serve.kernels.cuda import compiler, driver, layout, plan
 from serve.kernels.cuda.compiler import CompilerError
@@ -182,9 +182,44 @@ def _kernels(index: int, dtype: torch.dtype) -> Kernels | str:
         with torch.cuda.device(index):
             torch.cuda.current_stream().synchronize()  # makes torch's context the thread's
             device = Device((properties.major, properties.minor), properties.multi_processor_count)
-            return load(device, dtype, driver.default())
+            kernels = load(device, dtype, driver.default())
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            return wrong(kernels, torch.device("cuda", index), stream) or kernels
     except (CompilerError, DriverError) as error:
         return str(error)
+
+
+def wrong(kernels: Kernels, device: torch.device, stream: int) -> str | None:
+    """What the kernels of a device compute wrongly, or None: a small product by each of them, against float64.
+
+    Done once, when they are loaded, because a kernel that is wrong on some device or driver must not be used there.
+
+    Raises:
+        DriverError: the driver refused.
+    """
+    n, k = 200, 328
+    random = torch.Generator().manual_seed(0)
+    weight, x, bias = (
+        torch.randn(*shape, generator=random).to(kernels.dtype) for shape in ((n, k), (MOST_ROWS, k), (n,))
+    )
+    weight = weight * PATTERN.mask(weight.abs())
+    prepared = layout.prepare(pack(weight)).to(device)
+    expected = x.double() @ weight.double().T + bias.double()
+    scale = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    x, bias = x.to(device), bias.to(device)
+    for form in kernels.most_splits:
+        rows = 8 * form.tiles
+        y = torch.full((rows, n), torch.nan, dtype=kernels.dtype, device=device)
+        kernels.multiply(x[:rows], prepared, bias, y, stream)
+        error = (y.cpu().double() - expected[:rows]).abs()
+        bound = torch.finfo(kernels.dtype).eps * expected[:rows].abs() + 2**-16 * scale[:rows]
+        if not bool((error <= bound).all()):
+            return f"the kernel for {rows} rows of x computes wrongly on this device; please report it, with `halve doctor`"
+    dense = torch.full((n, k), torch.nan, dtype=kernels.dtype, device=device)
+    kernels.expand(prepared, dense, stream)
+    if not torch.equal(dense.cpu(), weight):
+        return "the kernel that expands weights is wrong on this device; please report it, with `halve doctor`"
+    return None
 
 
 def reason(dtype: torch.dtype, rows: int) -> str:

@@ -1,0 +1,79 @@
+"""What takes minutes of vLLM: every family it serves on a processor, two ranks, and a real model.
+
+python -m pytest tests/serve/test_vllm_slow.py -m slow
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.convert import unpack_checkpoint
+from tests.runs import compress
+from tests.serve import vllm_checkpoints as checkpoints
+from tests.serve.test_vllm import complete, run_session
+from tests.serve.vllm_session import Case, Result
+
+pytestmark = [checkpoints.needs_vllm, pytest.mark.slow]
+
+
+def three(name: str, packed: Path, zeros: Path, **options: object) -> list[Case]:
+    """A model dense with zeros under vLLM alone, packed, and with zeros that the plugin finds."""
+    return [
+        Case(f"{name} zeros", str(zeros), options=options),
+        Case(f"{name} packed", str(packed), options=options),
+        Case(f"{name} found", str(zeros), options={**options, "quantization": "halve"}),
+    ]
+
+
+def require_equal(session: dict[str, Result], name: str) -> None:
+    expected = complete(session[f"{name} zeros"])
+    for kind in ("packed", "found"):
+        assert complete(session[f"{name} {kind}"]) == expected
+        assert "linear layers run 2:4" in "\n".join(session[f"{name} {kind}"].lines)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Each family in a process of its own: vLLM's backend for models of transformers changes what it finds there."""
+    found: dict[str, Result] = {}
+    for family in checkpoints.SETTINGS:
+        root = tmp_path_factory.mktemp(family)
+        found |= run_session(three(family, *checkpoints.pair(root, family)), root)
+    return found
+
+
+@pytest.mark.parametrize("family", sorted(checkpoints.SETTINGS))
+def test_every_family(families: dict[str, Result], family: str) -> None:
+    require_equal(families, family)
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """Rows and columns are split, and every rank prepares its own part."""
+    packed, zeros = checkpoints.pair(tmp_path / "whole")
+    bitmask = checkpoints.stranded(zeros, tmp_path / "bitmask", "sparse-24-bitmask")
+    options = {"tensor_parallel_size": 2}
+    cases = [*three("tp", packed, zeros, **options), Case("tp bitmask", str(bitmask), options=options)]
+    session = run_session(cases, tmp_path, ranks=2)
+    expected = complete(session["tp zeros"])
+    for name in ("tp packed", "tp found", "tp bitmask"):
+        assert complete(session[name]) == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_smollm2(tmp_path: Path, ranks: int) -> None:
+    """A real model, eager and compiled."""
+    from benchmarks.demo import prepare_smollm2
+
+    source = prepare_smollm2(tmp_path / "smollm2")
+    packed = compress(source, tmp_path / "packed", metric="wanda", reconstruction="none").directory
+    unpack_checkpoint(packed, tmp_path / "zeros")
+    options = {"tensor_parallel_size": ranks} if ranks > 1 else {}
+    eager = three("eager", packed, tmp_path / "zeros", **options)
+    compiled = three("compiled", packed, tmp_path / "zeros", enforce_eager=False, **options)
+    session = run_session([*eager, *compiled], tmp_path, ranks=ranks)
+    for name in ("eager", "compiled"):
+        expected = complete(session[f"{name} zeros"])
+        assert complete(session[f"{name} packed"]) == expected
+        assert complete(session[f"{name} found"]) == expected
