@@ -66,6 +66,12 @@ def renamings_of(model: PreTrainedModel) -> list[WeightRenaming]:
     return [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
 
 
+def merged_of(model: PreTrainedModel) -> list[str]:
+    """Patterns of the names of parameters that transformers puts together from several tensors of a checkpoint (experts)."""
+    changes = [change for change in get_model_conversion_mapping(model) if not isinstance(change, WeightRenaming)]
+    return [pattern for change in changes for pattern in change.target_patterns]
+
+
 def renamed(stored: Iterable[str], renamings: list[WeightRenaming]) -> dict[str, str]:
     """Name in the model -> key in the checkpoint, for the keys that are not called as in the model."""
     names = {}

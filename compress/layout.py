@@ -13,7 +13,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compress.architecture import find_blocks, linears_of, load_config, renamed, renamings_of, shape_of, skeleton
+from compress.architecture import (
+    find_blocks,
+    linears_of,
+    load_config,
+    merged_of,
+    renamed,
+    renamings_of,
+    shape_of,
+    skeleton,
+)
 from compress.checkpoint import expected_tensors
 from compress.errors import CorruptCheckpointError
 from compress.files import TensorInfo
@@ -56,7 +65,8 @@ class Layout:
         self._renamings = renamings_of(model)
         self._older: tuple[Keys, dict[str, str]] = ({}, {})
         self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        self._optional: list[str] = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+        ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+        self._optional: list[str] = [*ignored, *merged_of(model)]
 
     @classmethod
     def of(cls, directory: Path) -> Layout:

@@ -165,7 +165,9 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="tokens in the prompt")] = 128,
     output: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="how often each model is measured, in turn")] = 5,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="how often each model is measured, in turn; `compare` needs 7")
+    ] = 8,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

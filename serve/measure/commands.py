@@ -25,7 +25,7 @@ def bench(
     prompt: int = 128,
     output: int = 32,
     batch: int = 1,
-    rounds: int = 5,
+    rounds: int = 8,
     device: str = "auto",
     progress: Progress = lambda done, total, text: None,
 ) -> dict[str, Any]:

@@ -289,6 +289,15 @@ def test_files_that_are_damaged_are_named(packed: Path, zeros: Path, tmp_path: P
         require_sound(other, stored.DENSE)
 
 
+def test_experts_that_are_stored_apart_are_not_missing(tmp_path: Path) -> None:
+    """transformers' model has one tensor for all experts of a layer, the checkpoint one for each."""
+    model = checkpoints.mixture(tmp_path / "mixture")
+    assert require_sound(model, stored.DENSE) is None
+    key = "model.layers.1.mlp.gate.weight"
+    with pytest.raises(CorruptCheckpointError, match=f"no tensor {key}"):
+        require_sound(checkpoints.without(model, tmp_path / "broken", key), stored.DENSE)
+
+
 # halve serve --engine vllm
 
 

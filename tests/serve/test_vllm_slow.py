@@ -77,3 +77,15 @@ def test_smollm2(tmp_path: Path, ranks: int) -> None:
         expected = complete(session[f"{name} zeros"])
         assert complete(session[f"{name} packed"]) == expected
         assert complete(session[f"{name} found"]) == expected
+
+
+def test_experts_are_left_to_vllm(tmp_path: Path) -> None:
+    """A mixture of experts whose attention is 2:4: what is not 2:4, and what is no linear layer, stays as it is."""
+    model = checkpoints.mixture(tmp_path / "mixture")
+    cases = [Case("zeros", str(model)), Case("found", str(model), options={"quantization": "halve"})]
+    session = run_session(cases, tmp_path)
+    assert complete(session["found"]) == complete(session["zeros"])
+    said = "\n".join(session["found"].lines)
+    assert "4 linear layers run 2:4" in said
+    assert "2 linear layers are dense: not 2:4" in said
+    assert "1 embed_tokens, 2 experts, 1 lm_head" in said

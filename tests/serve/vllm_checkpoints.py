@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from compress.convert import unpack_checkpoint
+from compress.packed import PATTERN
 from serve.engines.vllm import installed
 from tests import tiny_models
 from tests.runs import compress
@@ -77,6 +79,35 @@ def stranded(zeros: Path, out: Path, kind: str) -> Path:
         tensors[f"{stem}.bitmask"] = torch.from_numpy(np.packbits(kept.numpy(), axis=-1, bitorder="little"))
         tensors[f"{stem}.shape"] = torch.tensor(weight.shape).reshape(-1, 1)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def mixture(out: Path) -> Path:
+    """A mixture of experts of two layers, dense but for 2:4 attention; transformers stores each expert's matrices apart."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=tiny_models.VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=INTERMEDIATE,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        **tiny_models.TOKEN_IDS,
+    )
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(out)
+    tiny_models.tokenizer().save_pretrained(out)
+    file = out / "model.safetensors"
+    tensors = {name: 3 * weight for name, weight in load_file(file).items()}  # as drawn, the logits are nearly flat
+    for name, weight in tensors.items():
+        if "self_attn" in name and weight.ndim == 2:
+            tensors[name] = weight * PATTERN.mask(weight.abs())
+    save_file(tensors, file, metadata={"format": "pt"})
     return out
 
 
