@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 
 from benchmarks.vllm_command import DONE
-from serve.engines.vllm import VllmServer, installed
+from serve.engines.vllm import CACHE_VARIABLE, VllmServer, installed
 from serve.measure.environment import environment
 from serve.measure.speed import ratio
 
@@ -208,7 +208,7 @@ def render(document: dict[str, Any]) -> str:
     held = last["memory"]
     lines += [
         "",
-        f"Memory of all processes of a server, with 1/4 of what was free for keys and values: dense "
+        f"Memory of all processes of a server, {document['cache_gib']} GiB of it for keys and values: dense "
         f"{held['dense'] / 2**30:.2f} GiB, 2:4 {held['sparse'] / 2**30:.2f} GiB.",
         "",
         *(f"- {line}" for line in last["said"]["sparse"]),
@@ -234,13 +234,14 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault(CACHE_VARIABLE, "1")
     model, loads = arguments.model.resolve(), SMOKE if arguments.smoke else LOADS
     document: dict[str, Any] = {
         "model": arguments.model.name,
         "vllm": installed(),
         "loads": loads,
         "environment": environment(),
+        "cache_gib": int(os.environ[CACHE_VARIABLE]),
         "threads": {},
     }
     for threads in arguments.threads:
@@ -257,7 +258,7 @@ def main() -> None:
     text = render(document)
     print(text)
     if not arguments.smoke:
-        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(document, indent=1) + "\n")
+        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(document) + "\n")
         (RESULTS / f"{arguments.name}.md").write_text(text)
 
 
