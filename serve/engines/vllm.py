@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -46,35 +47,9 @@ def installed() -> tuple[str, str] | None:
     return None
 
 
-def run(
-    model_dir: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    served_model_name: str | None = None,
-    api_key: str | None = None,
-    max_model_len: int | None = None,
-    max_num_seqs: int | None = None,
-    extra: list[str] | None = None,
-) -> None:
-    """Becomes vLLM's server. Does not return.
-
-    ``extra`` are arguments of vLLM's own.
-
-    Raises:
-        UsageError: no vLLM is installed that halve's plugin fits.
-        SourceError, CorruptCheckpointError: the checkpoint cannot be served, or is damaged.
-    """
-    command, environment = launch(
-        model_dir,
-        host=host,
-        port=port,
-        served_model_name=served_model_name,
-        api_key=api_key,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        extra=extra,
-    )
+def run(model_dir: str, **options: Any) -> None:
+    """Becomes vLLM's server. Does not return. ``options``, and what is raised, are those of `launch`."""
+    command, environment = launch(model_dir, **options)
     os.execvpe(command[0], command, environment)
 
 
@@ -89,7 +64,14 @@ def launch(
     max_num_seqs: int | None = None,
     extra: list[str] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
-    """The command that starts vLLM's server, and its environment, after the checkpoint was checked. Raises as `run`."""
+    """The command that starts vLLM's server, and its environment, after the checkpoint was checked.
+
+    ``extra`` are arguments of vLLM's own.
+
+    Raises:
+        UsageError: no vLLM is installed that halve's plugin fits.
+        SourceError, CorruptCheckpointError: the checkpoint cannot be served, or is damaged.
+    """
     directory = require_checkpoint(model_dir)
     distribution = _require_vllm()
     extra = extra or []
@@ -176,15 +158,15 @@ def _free_port(host: str) -> int:
 class VllmServer:
     """Runs vLLM's server as a process of its own, for as long as a ``with`` block lasts.
 
-    ``options`` are those of `run`. It is ready when the block begins; ``base_url`` is what the openai client takes, and
+    ``options`` are those of `launch`. It is ready when the block begins; ``base_url`` is what the openai client takes, and
     ``log`` holds what it said. Raises `HalveError` with the end of that where it does not start.
     """
 
-    def __init__(self, model_dir: str, *, timeout: float = 600.0, **options: object) -> None:
+    def __init__(self, model_dir: str, *, timeout: float = 600.0, **options: Any) -> None:
         self._timeout = timeout
-        host = str(options.get("host", "127.0.0.1"))
-        self._port = int(str(options.pop("port", 0))) or _free_port(host)
-        self._command, self._environment = launch(model_dir, port=self._port, **options)  # pyright: ignore[reportArgumentType]
+        host = options.get("host", "127.0.0.1")
+        self._port = options.pop("port", 0) or _free_port(host)
+        self._command, self._environment = launch(model_dir, port=self._port, **options)
         self.root = f"http://{host}:{self._port}"
         self.base_url = f"{self.root}/v1"
         self.model = self._command[self._command.index("--served-model-name") + 1]
