@@ -8,15 +8,22 @@ import pytest
 
 from serve.engines import vllm
 from serve.kernels.cpu import library
+from serve.kernels.cuda import compiler
+from serve.kernels.cuda.compiler import CompilerError
 from tests.runs import Halve
 
 
 def pytest_configure() -> None:
-    """Where kernels or vLLM are required, their tests must not be skipped for want of them."""
+    """Where kernels, vLLM or NVRTC are required, their tests must not be skipped for want of them."""
     if os.environ.get("HALVE_REQUIRE_KERNELS", "") not in ("", "0") and library.load() is None:
         pytest.exit(f"HALVE_REQUIRE_KERNELS is set: {library.status()}", returncode=1)
     if os.environ.get("HALVE_REQUIRE_VLLM", "") not in ("", "0") and vllm.installed() is None:
         pytest.exit("HALVE_REQUIRE_VLLM is set, and vLLM is not installed", returncode=1)
+    if os.environ.get("HALVE_REQUIRE_NVRTC", "") not in ("", "0"):
+        try:
+            compiler.version()
+        except CompilerError as error:
+            pytest.exit(f"HALVE_REQUIRE_NVRTC is set: {error}", returncode=1)
 
 
 @pytest.fixture
