@@ -170,25 +170,30 @@ class VllmServer:
         self.root = f"http://{host}:{self._port}"
         self.base_url = f"{self.root}/v1"
         self.model = self._command[self._command.index("--served-model-name") + 1]
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="halve-vllm-", suffix=".log")  # noqa: SIM115
+        self._log: Path | None = None
+        self._said = ""
 
     @property
     def log(self) -> str:
-        return Path(self._log.name).read_text(errors="replace")
+        """What it said so far, or up to its end."""
+        return self._log.read_text(errors="replace") if self._log is not None else self._said
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def __enter__(self) -> VllmServer:
-        self._process = subprocess.Popen(
-            self._command,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # its workers end with it
-        )
+        descriptor, name = tempfile.mkstemp(prefix="halve-vllm-", suffix=".log")
+        self._log = Path(name)
+        with os.fdopen(descriptor, "w") as log:  # the process keeps its own
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # its workers end with it
+            )
         try:
             self._wait_until_ready()
         except BaseException:
@@ -224,3 +229,6 @@ class VllmServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        if self._log is not None:
+            self._said, log, self._log = self.log, self._log, None
+            log.unlink(missing_ok=True)
