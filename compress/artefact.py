@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from compress import packed
+from compress.architecture import LinearModule, oriented
 from compress.card import model_card
 from compress.errors import CorruptCheckpointError
 from compress.files import (
@@ -153,6 +154,14 @@ def packed_entries(key: str, weight: Tensor, name: str) -> dict[str, Tensor]:
     both = packed.pack(weight, name)
     stem = key.removesuffix(packed.DENSE_SUFFIX)
     return {stem + VALUES_SUFFIX: both.values, stem + MASK_SUFFIX: both.mask}
+
+
+def weight_entries(key: str, weight: Tensor, module: LinearModule, name: str, format: str) -> dict[str, Tensor]:
+    """What is saved of a pruned weight [N, K] of a module as the checkpoint's tensor ``key``: packed, or dense as the
+    module holds it."""
+    if format == "packed":
+        return packed_entries(key, packed.canonical(weight).cpu(), name)
+    return {key: oriented(weight, module).contiguous().cpu()}
 
 
 def read_report(directory: Path) -> dict[str, Any] | None:

@@ -28,7 +28,9 @@ def assemble(
     directory.mkdir(exist_ok=True)
     for left_over in directory.rglob(".*.tmp"):  # of a run that was killed while it wrote
         left_over.unlink()
-    records = [record for index in range(len(model.blocks)) for record in journal.record(index)]
+    blocks = [journal.record(index) for index in range(len(model.blocks))]
+    records = [record for block in blocks for record in block["layers"]]
+    repairs = [block["repair"] for block in blocks if "repair" in block]
     pruned = [record for record in records if record["status"] == "pruned"]
     artefact.write_weights(directory, _entries(model, recipe, journal))
     artefact.copy_companions(model.source.directory, directory)
@@ -57,9 +59,12 @@ def assemble(
             "pruned_bytes_before": sum(r["bytes_before"] for r in pruned),
             "pruned_bytes_after": sum(r["bytes_after"] for r in pruned),
         },
-        "warnings": _warnings(pruned),
+        "warnings": [*_warnings(pruned, "layers"), *_warnings(repairs, "blocks")],
         "layers": records,
+        **({"repairs": repairs} if repairs else {}),
+        **({"distillation": journal.distillation} if journal.distillation else {}),
     }
+    report["summary"] |= _summary_of_repairs(recipe, repairs)
     artefact.write_records(directory, saved_recipe, report)
 
 
@@ -103,9 +108,20 @@ def _entries(model: BlockModel, recipe: Recipe, journal: Journal) -> list[Entry]
     return entries
 
 
-def _warnings(records: list[dict[str, Any]]) -> list[str]:
-    """What the methods warn of, one line for all layers."""
+def _summary_of_repairs(recipe: Recipe, repairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean over the blocks of the error against the dense model's activations, before and after, held out."""
+    done = [repair for repair in repairs if "held_out_error" in repair]
+    if not done:
+        return {"repair": recipe.repair}
+    return {"repair": recipe.repair, "blocks_repaired": len(done)} | {
+        f"mean_{key}": sum(repair[key] for repair in done) / len(done)
+        for key in ("held_out_error_before", "held_out_error")
+    }
+
+
+def _warnings(records: list[dict[str, Any]], what: str) -> list[str]:
+    """What the methods warn of, one line for all layers, or blocks."""
     warned = [record for record in records if "warning" in record]
     if not warned:
         return []
-    return [f"{len(warned)} of {len(records)} layers, the first is {warned[0]['name']}: {warned[0]['warning']}"]
+    return [f"{len(warned)} of {len(records)} {what}, the first is {warned[0]['name']}: {warned[0]['warning']}"]

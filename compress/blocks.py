@@ -95,6 +95,11 @@ class BlockModel:
         """The linears of a block by their full names."""
         return linears_of(self.blocks[index], self.block_name(index))
 
+    def parameters(self, index: int) -> dict[str, nn.Parameter]:
+        """The parameters of a block by their full names."""
+        prefix = self.block_name(index)
+        return {join_names(prefix, name): parameter for name, parameter in self.blocks[index].named_parameters()}
+
     def key_of(self, parameter: str) -> str:
         """The checkpoint's name of a parameter of the model, or for one that was added, the name it gets there."""
         if parameter in self.added:

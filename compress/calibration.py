@@ -13,7 +13,7 @@ import importlib.resources
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ class CalibrationSet:
         """Arguments of the forward for ``size`` samples at a time."""
         for part in self.samples.split(size):
             yield {self.argument: part, **self.settings}
+
+    def first(self, count: int) -> CalibrationSet:
+        """Only the first samples."""
+        return replace(
+            self,
+            samples=self.samples[:count],
+            classes=None if self.classes is None else self.classes[:count],
+        )
 
     @property
     def digest(self) -> str:

@@ -12,7 +12,7 @@ _TEMPLATE = """---
 
 # {{ name }}, {{ pattern }}
 
-Pruned to **{{ pattern }}** by halve {{ version }} without retraining, and stored {{ stored }}.
+Pruned to **{{ pattern }}** by halve {{ version }} {{ how }}, and stored {{ stored }}.
 
 | | |
 |---|---|
@@ -24,7 +24,9 @@ Pruned to **{{ pattern }}** by halve {{ version }} without retraining, and store
 {% if permuted %}| channels reordered for it, folded into neighbouring layers | in {{ permuted }} layers |
 {% endif %}| their weights | {{ before }} bytes dense, {{ after }} bytes here |
 | relative output error | {{ error }} on average over the pruned layers |
-
+{% if repaired %}| blocks trained to give the dense model's activations | {{ repaired }}; error on held-out windows {{ repair_before }} before, {{ repair_after }} after, on average |
+{% endif %}{% if distilled %}| **distilled**: trained from end to end on the dense model's logits | {{ distilled }} tokens of the calibration text |
+{% endif %}
 Exact settings are in `recipe.yaml`; every layer, every byte and every file in `report.json`. Accuracy was not
 measured by the run that made this{{ measure }}.
 
@@ -44,6 +46,13 @@ model = {auto_class}.from_pretrained("PATH_OR_ID")
 
 _USAGE_DENSE = """An ordinary Hugging Face checkpoint with zeros in it; it loads anywhere, in its full size.
 `halve pack` stores it in 9/16 of the bytes."""
+
+
+def _samples(settings: dict[str, Any], images: bool) -> str:
+    """How much of the calibration each stage saw."""
+    what = "images" if images else f"windows of {settings['length']} tokens"
+    more = settings.get("repair_options", {}).get("windows")
+    return f"{settings['samples']} {what}" + (f" ({more} for the repair)" if more else "")
 
 
 def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
@@ -70,9 +79,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         model=model,
         metric=summary["metric"],
         reconstruction=settings["reconstruction"],
-        samples=f"{settings['samples']} images"
-        if images
-        else f"{settings['samples']} windows of {settings['length']} tokens",
+        samples=_samples(settings, images),
         calibration=settings["calibration"],
         seed=settings["seed"],
         pruned=summary["layers_pruned"],
@@ -81,6 +88,11 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         before=f"{summary['pruned_bytes_before']:,}",
         after=f"{summary['pruned_bytes_after']:,}",
         error=f"{summary['mean_relative_output_error']:.4f}",
+        how="and distilled" if "distillation" in report else "without retraining",
+        repaired=summary.get("blocks_repaired"),
+        repair_before=f"{summary.get('mean_held_out_error_before', 0):.4f}",
+        repair_after=f"{summary.get('mean_held_out_error', 0):.4f}",
+        distilled=f"{report['distillation']['tokens']:,}" if "distillation" in report else None,
         measure="" if images else ": `halve eval` does",
         usage=_USAGE_PACKED.format(
             auto_class="AutoModelForImageClassification" if images else "AutoModelForCausalLM",

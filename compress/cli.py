@@ -36,7 +36,7 @@ def compress(
 ) -> None:
     """Prune a model block by block, repair it, and write a verified checkpoint."""
     given = {name: value for name, value in fields.items() if value is not None}
-    for name in ("metric_options", "reconstruction_options"):
+    for name in ("metric_options", "reconstruction_options", "repair_options", "distill_options"):
         if name in given:
             given[name] = _parse_options(name, given[name])
     recipe = Recipe.load(recipe_file, **given) if recipe_file else Recipe.create(**given)
@@ -73,6 +73,7 @@ def compress(
                     ["layers pruned", f"{summary['layers_pruned']} of {summary['layers']}"],
                     ["metric, reconstruction", f"{summary['metric']}, {summary['reconstruction']}"],
                     ["relative output error, mean", f"{summary['mean_relative_output_error']:.4f}"],
+                    *_repair_rows(summary),
                     ["their weights, before", human_bytes(summary["pruned_bytes_before"])],
                     ["their weights, after", human_bytes(summary["pruned_bytes_after"])],
                     ["the whole directory", human_bytes(done.report["bytes"]["total"])],
@@ -93,13 +94,28 @@ def compress(
     emit(document, as_json, human)
 
 
+def _repair_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """What the repair of the blocks bought."""
+    if "mean_held_out_error" not in summary:
+        return []
+    before, after = summary["mean_held_out_error_before"], summary["mean_held_out_error"]
+    return [["error of the blocks, held out", f"{before:.4f} before the repair, {after:.4f} after"]]
+
+
 def methods(as_json: Json = False) -> None:
     """What there is: every metric and reconstruction, its paper, what it needs, what it costs."""
+    from compress.distill import DISTILL
     from compress.metrics import METRICS
     from compress.reconstruction import RECONSTRUCTIONS
+    from compress.repair import REPAIRS, Repair
 
     catalogue = []
-    for kind, table_of in (("metric", METRICS), ("reconstruction", RECONSTRUCTIONS)):
+    for kind, table_of in (
+        ("metric", METRICS),
+        ("reconstruction", RECONSTRUCTIONS),
+        ("repair", REPAIRS),
+        ("distill", {DISTILL.name: DISTILL}),
+    ):
         for method in table_of.values():
             options = {
                 name: {"default": field.default, "description": field.description or ""}
@@ -112,14 +128,14 @@ def methods(as_json: Json = False) -> None:
                     "paper": method.paper,
                     "needs": sorted(method.needs | method.options().needs),
                     "cost": method.cost,
-                    "group": method.group,
+                    **({"group": method.group} if not isinstance(method, Repair) else {}),
                     "options": options,
                 }
             )
 
     def human() -> None:
         out.print("any metric goes with any reconstruction; options are NAME=VALUE", highlight=False)
-        for kind in ("metric", "reconstruction"):
+        for kind in ("metric", "reconstruction", "repair", "distill"):
             out.print(f"\n[bold]--{kind}[/]", highlight=False)
             for method in catalogue:
                 if method["kind"] == kind:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import shutil
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,24 +140,44 @@ class Journal:
         return all(str(index) in self._manifest["blocks"] for index in range(blocks))
 
     def block_file(self, index: int) -> Path:
-        return self.directory / f"block-{index:05d}.safetensors"
+        """Where a finished block's tensors lie: as the last stage that is done left them."""
+        stage = "distilled" if self.distillation is not None else "block"
+        return self.directory / f"{stage}-{index:05d}.safetensors"
 
-    def record(self, index: int) -> list[dict[str, Any]]:
-        """The layer records of a finished block."""
-        return self._manifest["blocks"][str(index)]
+    @property
+    def distillation(self) -> dict[str, Any] | None:
+        """What was noted of the distillation, or None before it is done."""
+        return self._manifest.get("distillation")
 
-    def save_block(self, index: int, tensors: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
-        """Writes a finished block and notes it."""
-        write_shard(self.block_file(index), _entries(tensors))
-        self._manifest["blocks"][str(index)] = records
+    def save_distilled(self, blocks: Iterable[dict[str, Tensor]], record: dict[str, Any]) -> None:
+        """Writes every block again, beside what is there, and notes it once all are written."""
+        for index, tensors in enumerate(blocks):
+            write_shard(self.directory / f"distilled-{index:05d}.safetensors", _entries(tensors))
+        self._manifest["distillation"] = record
         self._write()
 
-    def save_activations(self, index: int, hidden: list[Tensor]) -> None:
-        """Writes the activations that go into block ``index``, if the last ones are old enough."""
+    def record(self, index: int) -> dict[str, Any]:
+        """What was noted of a finished block."""
+        return self._manifest["blocks"][str(index)]
+
+    def save_block(self, index: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Writes a finished block and notes it."""
+        write_shard(self.block_file(index), _entries(tensors))
+        self._manifest["blocks"][str(index)] = record
+        self._write()
+
+    def save_activations(self, index: int, activations: Mapping[str, list[Tensor]]) -> None:
+        """Writes the activations that go into block ``index``, of every kind one tensor a batch, if the last ones are old
+        enough."""
         if time.monotonic() - self._saved_at < self._interval:
             return
         file = self.directory / f"activations-{index:05d}.safetensors"
-        write_shard(file, _entries({f"{batch:06d}": states for batch, states in enumerate(hidden)}))
+        named = {
+            f"{kind}.{batch:06d}": states
+            for kind, batches in activations.items()
+            for batch, states in enumerate(batches)
+        }
+        write_shard(file, _entries(named))
         before = self._manifest["activations"]
         self._manifest["activations"] = {"block": index, "file": file.name}
         self._write()
@@ -164,8 +185,8 @@ class Journal:
             (self.directory / before["file"]).unlink(missing_ok=True)
         self._saved_at = time.monotonic()
 
-    def load_activations(self) -> list[Tensor] | None:
-        """The saved activations of `next_block`, or None where none were saved yet."""
+    def load_activations(self) -> dict[str, list[Tensor]] | None:
+        """The saved activations of `next_block` by kind, or None where none were saved yet."""
         saved = self._manifest["activations"]
         if not saved:
             return None
@@ -173,8 +194,11 @@ class Journal:
         if not file.is_file():
             raise CorruptCheckpointError(f"{file} is missing; remove {self.directory} and start again")
         check_digest(file)
+        found: dict[str, list[Tensor]] = {}
         with safe_open(file, framework="pt") as handle:
-            return [handle.get_tensor(name) for name in sorted(handle.keys())]
+            for name in sorted(handle.keys()):
+                found.setdefault(name.rpartition(".")[0], []).append(handle.get_tensor(name))
+        return found
 
     def finish(self, final: Path) -> None:
         """Gives the assembled directory ``final`` its name and removes the work directory, the manifest last."""

@@ -21,9 +21,11 @@ from compress.statistics import exact_products
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """``weight`` [N, K] in the dtype it is saved in, ``bias`` [N] where it changed, ``record`` for the report."""
+    """``weight`` [N, K] in the dtype it is saved in, ``mask`` [N, K] of what it keeps, ``bias`` [N] where it changed,
+    ``record`` for the report."""
 
     weight: Tensor
+    mask: Tensor
     bias: Tensor | None
     record: dict[str, Any]
 
@@ -68,7 +70,7 @@ def prune_layer(name: str, weight: Tensor, statistics: LayerStatistics, recipe: 
         "relative_output_error": relative_output_error(weight, pruned, statistics.sample, _shift(bias, statistics)),
         **notes,
     }
-    return PrunedLayer(pruned, bias, record)
+    return PrunedLayer(pruned, result.mask, bias, record)
 
 
 def importance(name: str, weight: Tensor, statistics: LayerStatistics, recipe: Recipe) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -119,7 +119,17 @@ def find(kind: Literal["metric", "reconstruction"], name: str, table: Mapping[st
     return table[name]
 
 
-def parse_options(method: Metric | Reconstruction, given: Mapping[str, Any]) -> Options:
+class HasOptions(Protocol):
+    """A method, whatever its slot."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def options(self) -> type[Options]: ...
+
+
+def parse_options(method: HasOptions, given: Mapping[str, Any]) -> Options:
     """The options of a method, checked and filled up with its defaults.
 
     Raises:

@@ -11,6 +11,7 @@ those of the first block are not, which read the embeddings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,10 @@ class NormOutputs:
         found = self._made.get(_key(x))
         return found is not None and _is_norm(*found)
 
+    def modules(self) -> set[nn.Module]:
+        """The modules that normalized in this forward pass."""
+        return {found[0] for found in self._made.values() if _is_norm(*found)}
+
     def forget(self) -> None:
         """The forward pass is over: nothing more is remembered."""
         self._made.clear()
@@ -59,6 +64,19 @@ class NormOutputs:
         if x is not None and _key(x) != _key(output):
             # The tensors are held until the pass is over, so an address belongs to no other.
             self._made[_key(output)] = (module, args, kwargs, output)
+
+
+@torch.no_grad()
+def norms_of(block: nn.Module, run: Callable[[], object]) -> set[nn.Module]:
+    """The modules of a block that normalize, seen in one forward pass of it, ``run``."""
+    outputs = NormOutputs(block)
+    handles = outputs.watch()
+    try:
+        run()
+        return outputs.modules()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _key(x: Tensor) -> tuple[int, int, int]:

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from compress import artefact, calibration, memory, packed, vision
+from compress.activations import spilled
 from compress.architecture import reads_images, shape_of
 from compress.assembly import assemble
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
 from compress.checkpoint import check_files
 from compress.device import choose_device
+from compress.distill import DistillOptions, distill
 from compress.errors import (
     CalibrationError,
     HalveError,
@@ -33,12 +35,14 @@ from compress.errors import (
     SourceError,
     did_you_mean,
 )
+from compress.files import TensorFiles
 from compress.gradients import GradientStore
 from compress.journal import Journal
 from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS
 from compress.pruner import BlockPruner
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
+from compress.repair import held_out_batches, repair_block
 from compress.sources import Source, fingerprint, load_tokenizer, resolve
 from compress.version import versions
 
@@ -161,12 +165,14 @@ class _Run:
             except HalveError:
                 self.journal.abandon_if_new()
                 raise
-            self.pruner = BlockPruner(self.model, self.recipe, self.decisions, len(self.samples), self.store)
+            self.pruner = BlockPruner(self.model, self.recipe, self.decisions, self._observed, self.store)
             try:
                 self._prune_blocks()
             except (SourceError, NumericalError):
                 self.journal.abandon()
                 raise
+        if self.recipe.chosen_distillation is not None and self.journal.distillation is None:
+            self._distill(self.recipe.chosen_distillation)
         self.progress(count, count, "writing the checkpoint")
         assemble(self.final, self.model_name, self.model, self.recipe, self.samples, self.journal)
         self.journal.finish(self.final)
@@ -190,8 +196,10 @@ class _Run:
     def _samples(self) -> CalibrationSet:
         recipe = self.recipe
         if reads_images(self.source.config):
+            if recipe.distill:
+                raise RecipeError("distill learns from the logits of a language model, and this is an image classifier")
             return vision.load_images(
-                recipe.calibration, self.source.directory, samples=recipe.samples, seed=recipe.seed
+                recipe.calibration, self.source.directory, samples=recipe.windows, seed=recipe.seed
             )
         limit = self.source.config.get("max_position_embeddings") or self.source.config.get("n_positions")
         if isinstance(limit, int) and recipe.length > limit:
@@ -200,7 +208,7 @@ class _Run:
             )
         tokenizer = load_tokenizer(self.source.directory)
         windows = calibration.load_windows(
-            recipe.calibration, tokenizer, samples=recipe.samples, length=recipe.length, seed=recipe.seed
+            recipe.calibration, tokenizer, samples=recipe.windows, length=recipe.length, seed=recipe.seed
         )
         vocabulary = self.source.config.get("vocab_size")
         if isinstance(vocabulary, int) and int(windows.max()) >= vocabulary:
@@ -254,7 +262,9 @@ class _Run:
             pruned = {self.model.key_of(f"{name}.weight") for name, reason in self.decisions.items() if reason is None}
             size -= sum(self.source.tensors.info[key].nbytes for key in pruned) * 7 // 16
         tokens = len(self.samples) * self._tokens_of_a_sample()
-        activations = tokens * self._hidden_size() * self.model.dtype.itemsize
+        # Saved for a resume, and a second time where they are too large for the memory.
+        kinds = 1 if self.recipe.chosen_repair is None else 2
+        activations = 2 * kinds * tokens * self._hidden_size() * self.model.dtype.itemsize
         free = shutil.disk_usage(self.journal.directory).free
         if free < size + activations:
             self.journal.abandon_if_new()
@@ -273,15 +283,25 @@ class _Run:
     def _prune_blocks(self) -> None:
         count = len(self.model.blocks)
         self.progress(self.journal.next_block, count, "reading the calibration samples")
-        hidden = self.model.record_calls(self.samples.batches(self._batch_size()))
-        hidden = self.journal.load_activations() or hidden
+        activations = {"hidden": self.model.record_calls(self.samples.batches(self._batch_size()))}
+        if self.recipe.chosen_repair is not None:
+            activations["dense"] = [states.clone() for states in activations["hidden"]]
+        activations = {
+            kind: self._kept(kind, batches)
+            for kind, batches in (self.journal.load_activations() or activations).items()
+        }
         memory.give_back()
         for index in range(self.journal.next_block, count):
-            self.journal.save_activations(index, hidden)
-            records = self._finish_block(index, hidden)
-            errors = [record["relative_output_error"] for record in records if "relative_output_error" in record]
-            mean = f"{sum(errors) / len(errors):.4f}" if errors else "none pruned"
-            self.progress(index + 1, count, f"{self.model.block_name(index)}, relative output error {mean}")
+            self.journal.save_activations(index, activations)
+            widths = {kind: batches[0].dtype for kind, batches in activations.items()}
+            self._finish_block(index, activations["hidden"], activations.get("dense"))
+            for kind, batches in activations.items():
+                if batches[0].dtype != widths[kind]:
+                    activations[kind] = self._kept(kind, batches)
+
+    def _kept(self, kind: str, batches: list[Tensor]) -> list[Tensor]:
+        """The activations where they can be overwritten: in memory, or in a file where they are large."""
+        return spilled(batches, self.journal.directory / f"{kind}.activations")
 
     def _gradient_store(self) -> GradientStore | None:
         """Where the gradients of the dense model's loss lie, or will lie, if the recipe needs them."""
@@ -289,6 +309,7 @@ class _Run:
             return None
         # What is pruned and how makes no difference to them.
         identity = {key: value for key, value in self._identity().items() if key not in ("model", "recipe")}
+        identity["calibration"] = self.samples.first(self._observed).digest
         if (gguf := Path(self.model_name).expanduser()).is_file():
             identity["source"] = fingerprint([gguf])  # what was made of it is new in each run
         identity["dtype"] = str(self._gradient_dtype())
@@ -306,12 +327,21 @@ class _Run:
         store.provide(
             GRADIENT_NEEDS if kept else self.recipe.needs & GRADIENT_NEEDS,
             lambda: BlockModel(self.source, self._gradient_dtype(), self.device),
-            self.samples,
+            self.samples.first(self._observed),
             every if kept else [[name for name in block if name in wanted] for block in every],
             wanted,
             self.progress,
         )
         memory.give_back()
+
+    @property
+    def _observed(self) -> int:
+        """Calibration samples, the first ones, that the statistics see: nothing that the repair holds out."""
+        if self.recipe.chosen_repair is None:
+            return len(self.samples)
+        size = self._batch_size()
+        batches = -(-len(self.samples) // size)
+        return min(-(-self.recipe.samples // size), batches - held_out_batches(batches)) * size  # whole batches
 
     def _batch_size(self) -> int:
         """Calibration samples in one forward pass."""
@@ -319,24 +349,81 @@ class _Run:
             return 1  # a gradient is taken of each sample's own loss
         return max(1, BATCH_TOKENS // self._tokens_of_a_sample())
 
-    def _finish_block(self, index: int, hidden: list[Tensor]) -> list[dict[str, Any]]:
-        """One block from its inputs to its outputs; ``hidden`` is overwritten with the outputs of the pruned block."""
+    def _finish_block(self, index: int, hidden: list[Tensor], dense: list[Tensor] | None) -> None:
+        """One block from its inputs to its outputs.
+
+        Args:
+            hidden: its inputs from the pruned blocks before it; overwritten with the outputs of the pruned block.
+            dense: its inputs from the dense blocks before it; overwritten with the outputs of the dense block. None
+                where nobody needs them.
+        """
+        count = len(self.model.blocks)
+        repair = self.recipe.chosen_repair
         block = self.model.load_block(index)
-        tensors, records = self.pruner.prune(index, block, hidden)
-        for batch, states in enumerate(hidden):
+        if dense is not None:
+            self._pass_on(index, dense)
+        done = self.pruner.prune(index, block, hidden[: -(-self._observed // self._batch_size())])
+        errors = [record["relative_output_error"] for record in done.records if "relative_output_error" in record]
+        said = f"{self.model.block_name(index)}, relative output error "
+        said += f"{sum(errors) / len(errors):.4f}" if errors else "none pruned"
+        record: dict[str, Any] = {"layers": done.records}
+        if repair is not None:
+            assert dense is not None, "they are kept for the repair"
+            record["repair"] = repair_block(
+                self.model,
+                index,
+                done.masks,
+                hidden,
+                dense,
+                repair,
+                seed=self.recipe.seed,
+                tell=lambda text: self.progress(index, count, text),
+            )
+            done.changed |= self.model.parameters(index).keys()
+            if "held_out_error" in record["repair"]:
+                said += ", held out {held_out_error_before:.4f}, repaired {held_out_error:.4f}".format(
+                    **record["repair"]
+                )
+        self._pass_on(index, hidden)
+        tensors = self.pruner.save(index, done)
+        self.model.drop_block(index)
+        del block, done
+        self.journal.save_block(index, tensors, record)
+        del tensors
+        memory.give_back()
+        self.progress(index + 1, count, said)
+
+    def _distill(self, options: DistillOptions) -> None:
+        """All blocks are done: trains the model as a whole."""
+        count = len(self.model.blocks)
+        records = [record for index in range(count) for record in self.journal.record(index)["layers"]]
+        blocks, record = distill(
+            self.model,
+            {index: TensorFiles(self.journal.directory, [self.journal.block_file(index)]) for index in range(count)},
+            {record["name"] for record in records if record["status"] == "pruned"},
+            self.samples.samples,
+            options,
+            tokens=self.recipe.distill,
+            format=self.recipe.format,
+            seed=self.recipe.seed,
+            tell=self.progress,
+        )
+        self.journal.save_distilled(blocks, record)
+        memory.give_back()
+
+    def _pass_on(self, index: int, activations: list[Tensor]) -> None:
+        """Overwrites the inputs of a loaded block with its outputs."""
+        for batch, states in enumerate(activations):
             output = self.model.run_block(index, batch, states)
             if not packed.is_finite(output):
                 raise NumericalError(
                     f"{self.model.block_name(index)}: its output contains NaN or infinity (in {self.model.dtype}); "
                     "check the model in this dtype, or try --dtype float32"
                 )
-            hidden[batch] = output.to(states.device)
-        self.model.drop_block(index)
-        del block
-        self.journal.save_block(index, tensors, records)
-        del tensors
-        memory.give_back()
-        return records
+            if output.dtype == states.dtype:
+                states.copy_(output)
+            else:  # the residuals of some families are wider than their embeddings
+                activations[batch] = output.to(states.device)
 
 
 def _generic(names: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,18 @@ from compress.layers import importance, prune_layer
 from compress.observe import InputObserver
 from compress.patterns import NMPattern
 from compress.recipe import Recipe
+
+
+@dataclass
+class PrunedBlock:
+    """What happened to a loaded block; its weights are in the block itself."""
+
+    records: list[dict[str, Any]]
+    """One for each linear."""
+    masks: dict[str, Tensor]
+    """For each pruned linear by its full name, True where a weight is kept, shaped as the module's weight."""
+    changed: set[str] = field(default_factory=set)
+    """Full names of the other parameters that are not as the source has them."""
 
 
 class BlockPruner:
@@ -46,16 +59,11 @@ class BlockPruner:
         self._samples = samples
         self._gradients = gradients
 
-    def prune(
-        self, index: int, block: nn.Module, hidden: list[Tensor]
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    def prune(self, index: int, block: nn.Module, hidden: list[Tensor]) -> PrunedBlock:
         """Prunes a loaded block in place.
 
         Args:
             hidden: the block's inputs, [batch, length, hidden] each.
-
-        Returns:
-            What has to be saved under the checkpoint's names, and a record for each linear.
         """
         linears = self.model.linears(index)
         observed = {name: module for name, module in linears.items() if self.decisions[name] is None}
@@ -66,21 +74,36 @@ class BlockPruner:
             memory.give_back()
         gradients = self._gradients_of(index, observed, hidden)
         permuted = self._permute(index, hidden[0], observer, gradients)
-        tensors = {  # biases that the source does not have; methods may change them
-            self.model.key_of(f"{name}.bias"): module.bias.data.cpu()
-            for name, module in linears.items()
-            if f"{name}.bias" in self.model.added
-        }
+        done = PrunedBlock([], {})
+        # Biases that the source does not have; methods may change them.
+        done.changed |= {f"{name}.bias" for name in linears if f"{name}.bias" in self.model.added}
         for name in {producer: None for record in permuted.values() for producer in record["folded_into"]}:
-            for parameter, value in linears[name].named_parameters():
-                if parameter != "weight" or self.decisions[name] is not None:
-                    tensors[self.model.key_of(f"{name}.{parameter}")] = value.data.cpu()
-        records = []
+            done.changed |= {f"{name}.{parameter}" for parameter, _ in linears[name].named_parameters()}
         for name, module in linears.items():
             statistics = self._statistics(name, module, observer, gradients.get(name, {}))
-            record = self._prune_linear(name, module, statistics, tensors)
-            records.append({**record, "permutation": permuted[name]} if name in permuted else record)
-        return tensors, records
+            record = self._prune_linear(name, module, statistics, done)
+            done.records.append({**record, "permutation": permuted[name]} if name in permuted else record)
+        return done
+
+    def save(self, index: int, done: PrunedBlock) -> dict[str, Tensor]:
+        """What has to be saved of a block, under the checkpoint's names; the records get the bytes that it takes."""
+        saved: dict[str, Tensor] = {}
+        linears = self.model.linears(index)
+        for record in done.records:
+            name = record["name"]
+            weight = oriented(linears[name].weight, linears[name])
+            if record["status"] == "dense":
+                record["bytes_after"] = weight.nbytes
+                continue
+            key = self.model.key_of(f"{name}.weight")
+            entries = artefact.weight_entries(key, weight.detach(), linears[name], name, self.recipe.format)
+            record["bytes_after"] = sum(tensor.nbytes for tensor in entries.values())
+            saved.update(entries)
+        pruned = {f"{name}.weight" for name in done.masks}
+        parameters = dict(self.model.parameters(index))
+        for name in sorted(done.changed - pruned):
+            saved[self.model.key_of(name)] = parameters[name].data.cpu()
+        return saved
 
     def _gradients_of(
         self, index: int, linears: dict[str, LinearModule], hidden: list[Tensor]
@@ -129,9 +152,9 @@ class BlockPruner:
         )
 
     def _prune_linear(
-        self, name: str, module: LinearModule, statistics: LayerStatistics | None, tensors: dict[str, Tensor]
+        self, name: str, module: LinearModule, statistics: LayerStatistics | None, done: PrunedBlock
     ) -> dict[str, Any]:
-        """Prunes one linear in place, adds what is to be saved to ``tensors``, and returns its record."""
+        """Prunes one linear in place, notes what it changed in ``done``, and returns its record."""
         weight = oriented(module.weight, module)
         record: dict[str, Any] = {"name": name, "shape": list(weight.shape), "bytes_before": weight.nbytes}
         reason = self.decisions[name]
@@ -139,26 +162,16 @@ class BlockPruner:
             reason = "it never got a token in the calibration"
         if reason is not None or statistics is None:
             packed.require_finite(weight, name)
-            return {**record, "status": "dense", "reason": reason, "bytes_after": weight.nbytes}
+            return {**record, "status": "dense", "reason": reason}
         result = prune_layer(name, weight, statistics, self.recipe)
         module.weight.data = oriented(result.weight, module).contiguous()
-        key = self.model.key_of(f"{name}.weight")
-        if self.recipe.format == "packed":
-            saved = artefact.packed_entries(key, result.weight.cpu(), name)
-        else:
-            saved = {key: module.weight.data.cpu()}
+        done.masks[name] = oriented(result.mask, module)
         if result.bias is not None:
             if module.bias is None:
                 raise AssertionError(f"{name}: {self.recipe.reconstruction} gave a bias to a layer that has none")
             module.bias.data = result.bias.to(module.bias.dtype)
-            tensors[self.model.key_of(f"{name}.bias")] = module.bias.data.cpu()
-        tensors.update(saved)
-        return {
-            **record,
-            "status": "pruned",
-            "bytes_after": sum(t.nbytes for t in saved.values()),
-            **result.record,
-        }
+            done.changed.add(f"{name}.bias")
+        return {**record, "status": "pruned", **result.record}
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -16,8 +16,10 @@ from compress.errors import RecipeError, did_you_mean, one_line
 # The methods import torch, which takes two seconds: they are imported where a recipe is checked, so that the
 # schema alone (which `--help` shows) costs nothing.
 if TYPE_CHECKING:
+    from compress.distill import DistillOptions
     from compress.methods import Metric, Options, Reconstruction
     from compress.patterns import Group, Pattern
+    from compress.repair import RepairOptions
 
 Scalar = bool | int | float | str
 
@@ -53,6 +55,19 @@ class Recipe(BaseModel):
     permutation: Literal["none", "fold"] = Field(
         "none",
         description="fold: reorder the channels between neighbouring layers so that N:M costs less; free at run time",
+    )
+    repair: Literal["none", "block"] = Field(
+        "none",
+        description="block: train what is left of each block to give the dense block's output again (see `halve methods`)",
+    )
+    repair_options: dict[str, Scalar] = Field(default_factory=dict, description="options of the repair, NAME=VALUE")
+    distill: int = Field(
+        0,
+        ge=0,
+        description="tokens on which the whole pruned model is trained to give the dense model's logits, at the end; 0: none",
+    )
+    distill_options: dict[str, Scalar] = Field(
+        default_factory=dict, description="options of the distillation, NAME=VALUE"
     )
     add_bias: bool = Field(
         False,
@@ -108,6 +123,17 @@ class Recipe(BaseModel):
             raise RecipeError(f"metric_options were given, but no metric: {self.reconstruction} uses its own")
         for options in self._parsed_options():
             options.check(pattern)
+        if self.repair == "none" and self.repair_options:
+            raise RecipeError("repair_options were given, but no repair; add repair='block' (flag --repair block)")
+        if not self.distill and self.distill_options:
+            raise RecipeError("distill_options were given, but distill is 0; say on how many tokens (flag --distill)")
+        _ = self.chosen_distillation
+        repair = self.chosen_repair
+        if repair is not None and repair.windows is not None and repair.windows < self.samples:
+            raise RecipeError(
+                f"the repair's option 'windows' counts all calibration windows, and {repair.windows} are fewer than "
+                f"samples={self.samples}, which give the statistics; raise it, or lower --samples"
+            )
         if self.add_bias and not self.chosen_reconstruction.corrects_bias and not (metric and metric.corrects_bias):
             raise RecipeError(
                 "add_bias gives layers a bias of zeros, and neither the metric nor the reconstruction would change it; use "
@@ -155,6 +181,36 @@ class Recipe(BaseModel):
         if self.metric is not None:
             return METRICS[self.metric]
         return None if self.chosen_reconstruction.own_metric else METRICS["wanda"]
+
+    @property
+    def chosen_repair(self) -> RepairOptions | None:
+        """How blocks are repaired, or None where they are not."""
+        if self.repair == "none":
+            return None
+        from compress.methods import parse_options
+        from compress.repair import REPAIRS, RepairOptions
+
+        options = parse_options(REPAIRS[self.repair], self.repair_options)
+        assert isinstance(options, RepairOptions)
+        return options
+
+    @property
+    def chosen_distillation(self) -> DistillOptions | None:
+        """How the whole model is trained at the end, or None where it is not."""
+        if not self.distill:
+            return None
+        from compress.distill import DISTILL, DistillOptions
+        from compress.methods import parse_options
+
+        options = parse_options(DISTILL, self.distill_options)
+        assert isinstance(options, DistillOptions)
+        return options
+
+    @property
+    def windows(self) -> int:
+        """Calibration windows (or images) that are read: ``samples`` for the statistics, and more where a stage trains."""
+        stages = (self.chosen_repair, self.chosen_distillation)
+        return max(self.samples, *((stage.windows or 0) if stage else 0 for stage in stages))
 
     @property
     def needs(self) -> frozenset[str]:

@@ -462,7 +462,7 @@ def test_activations_are_those_of_the_pruned_model(
     monkeypatch.setattr(pipeline.calibration, "load_windows", record_windows)
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", batch * LENGTH)
     monkeypatch.setattr(
-        Journal, "save_activations", lambda self, i, hidden: propagated.update({i: [h.clone() for h in hidden]})
+        Journal, "save_activations", lambda self, i, kinds: propagated.update({i: [h.clone() for h in kinds["hidden"]]})
     )
     out = compress(source, tmp_path / "out").directory
     model = load(out)

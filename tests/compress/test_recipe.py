@@ -159,6 +159,8 @@ CHANGES: dict[str, Any] = {
     "group": "row",
     "reconstruction_options": {"damping": 0.1},
     "permutation": "fold",
+    "repair": "block",
+    "distill": 1000,
     "add_bias": True,
     "calibration": "wikitext2",
     "samples": 64,
@@ -173,7 +175,9 @@ CHANGES: dict[str, Any] = {
 def test_every_field_is_in_the_digest_and_the_differences() -> None:
     default = Recipe.create()
     digests = {default.digest}
-    assert CHANGES.keys() | {"metric_options"} == Recipe.model_fields.keys(), "a new field belongs in this test"
+    assert CHANGES.keys() | {"metric_options", "repair_options", "distill_options"} == Recipe.model_fields.keys(), (
+        "a new field belongs in this test"
+    )
     for name, value in CHANGES.items():
         beside = {"reconstruction": "bias"} if name == "add_bias" else {}  # which alone would be refused
         before, changed = Recipe.create(**beside), Recipe.create(**beside, **{name: value})

@@ -176,7 +176,7 @@ def test_activations_are_those_of_the_pruned_model(batch: int, tmp_path: Path, m
     propagated: dict[int, list[Tensor]] = {}
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", batch * vision.TOKENS_OF_AN_IMAGE)
     monkeypatch.setattr(
-        Journal, "save_activations", lambda self, i, hidden: propagated.update({i: [h.clone() for h in hidden]})
+        Journal, "save_activations", lambda self, i, kinds: propagated.update({i: [h.clone() for h in kinds["hidden"]]})
     )
     model = load(compress(source, tmp_path / "out").directory)
     drawn = load_images(str(tmp_path / "images"), source, samples=8, seed=0)

@@ -1,0 +1,278 @@
+"""Distillation: the whole pruned model learns the dense model's predictions, from end to end.
+
+A stage of its own, off unless asked for, and named in the artefact, because it is training of the model as a whole. No
+label of the text is used: for every token the pruned model's distribution q is drawn to the dense model's p by
+
+    loss = mean over tokens of KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)
+
+(Hinton, Vinyals & Dean 2015, arXiv 1503.02531, at temperature 1 and without the hard labels). Masks are fixed; what is
+trained is what the repair of blocks trains: the kept weights of pruned linears, their biases, and the norms, with the
+last one. Embeddings and output head stay.
+
+Unlike everything else here this needs the whole model in memory at once: the dense one as it is, the pruned one in
+float32 with its gradients and the optimizer's two moments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import psutil
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from compress import packed
+from compress.architecture import auto_class, find_blocks, oriented
+from compress.artefact import weight_entries
+from compress.blocks import BlockModel
+from compress.errors import HalveError, NumericalError
+from compress.files import TensorFiles
+from compress.methods import Options
+from compress.norms import norms_of
+from compress.repair import Repair, held_out_batches
+from compress.training import MaskedAdam, Trainable, autocast, precision
+
+CHECKS = 4
+"""How often the held-out divergence is looked at; the best state is kept."""
+CHECKED_WINDOWS = 16
+"""Held-out windows that are looked at, at most."""
+
+Telling = Callable[[int, int, str], None]
+
+
+class DistillOptions(Options):
+    windows: int | None = Field(
+        None, ge=2, description="calibration windows to train on; left out: those of the other stages"
+    )
+    rate: float = Field(
+        0.003,
+        gt=0,
+        le=1,
+        description="length of a step, as a share of the root mean square of a parameter's kept values",
+    )
+    batch: int = Field(4, ge=1, description="windows in one step")
+    clip: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
+
+
+DISTILL = Repair(
+    name="distill",
+    paper="Hinton et al. 2015, Distilling the Knowledge in a Neural Network (arXiv 1503.02531), on logits, without labels",
+    cost="five forward passes of the whole model for each token; the model and its optimizer in float32 in memory",
+    options=DistillOptions,
+)
+
+
+def distill(
+    model: BlockModel,
+    blocks: Mapping[int, TensorFiles],
+    pruned: Collection[str],
+    windows: Tensor,
+    options: DistillOptions,
+    *,
+    tokens: int,
+    format: str,
+    seed: int,
+    tell: Telling = lambda done, total, text: None,
+) -> tuple[Iterator[dict[str, Tensor]], dict[str, Any]]:
+    """Trains the pruned model on the dense one's logits.
+
+    Args:
+        model: the dense model; its parts need not be loaded.
+        blocks: the tensors of every pruned block under the checkpoint's names.
+        pruned: full names of the pruned linears.
+        windows: calibration windows of token ids [n, length]; the last tenth is held out, as everywhere.
+        tokens: about how many to train on, windows counted as often as they are seen.
+        format: ``packed`` or ``dense``, of ``blocks`` and of the result.
+        seed: of the order of the windows.
+        tell: called with the steps done, all steps, and a line.
+
+    Returns:
+        The tensors of every block in turn, under the names that ``blocks`` has, and what the report says.
+
+    Raises:
+        HalveError: memory or windows do not suffice. NumericalError: a loss or gradient is not finite.
+    """
+    held_out = held_out_batches(len(windows))
+    if not held_out:
+        raise HalveError(
+            "distillation needs at least two calibration windows, one of them to hold out; raise --samples"
+        )
+    course = _Course(model, blocks, set(pruned), windows)
+    fitted = len(windows) - held_out
+    length = windows.shape[1]
+    steps = max(1, round(tokens / (options.batch * length)))
+    adam = MaskedAdam(course.parameters, rate=options.rate, steps=steps, clip=options.clip)
+    watched = range(fitted, fitted + min(held_out, CHECKED_WINDOWS))
+    before = best = course.divergence(watched)
+    kept = adam.snapshot()
+    order = _order(fitted, seed)
+    checks = {round(steps * (number + 1) / CHECKS) for number in range(CHECKS)}
+    trained = math.nan
+    for step in range(1, steps + 1):
+        trained = course.learn([next(order) for _ in range(options.batch)])
+        adam.step()
+        if step in checks:
+            error = course.divergence(watched)
+            if error < best:
+                best, kept = error, adam.snapshot()
+        tell(step, steps, f"distilling, step {step} of {steps}, held-out divergence {before:.4f} to {best:.4f}")
+    adam.restore(kept)
+    adam.require_masks()
+    record = {
+        "tokens": steps * options.batch * length,
+        "steps": steps,
+        "windows": fitted,
+        "held_out_divergence_before": before,
+        "held_out_divergence": best,
+        "training_divergence": trained,
+    }
+    return course.blocks(blocks, format), record
+
+
+def _order(windows: int, seed: int) -> Iterator[int]:
+    """Windows in a new random order each time all have been seen."""
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(f"{seed}:distill".encode()).digest()[:7], "little")
+    )
+    while True:
+        yield from torch.randperm(windows, generator=generator).tolist()
+
+
+class _Course:
+    """The dense and the pruned model, and what is trained of the latter."""
+
+    def __init__(self, model: BlockModel, blocks: Mapping[int, TensorFiles], pruned: set[str], windows: Tensor) -> None:
+        _require_memory(model)
+        self._model = model
+        self._windows = windows
+        self._pruned = pruned
+        self._precision = precision(model.dtype, model.device)
+        build = auto_class(model.config).from_pretrained
+        directory = model.source.directory
+        self._dense = build(directory, dtype=model.dtype).to(model.device).eval().requires_grad_(False)
+        self._sparse = build(directory, config=model.config, dtype=torch.float32).to(model.device).eval()
+        self._sparse.requires_grad_(False)
+        named = dict(self._sparse.named_parameters())
+        for index, files in blocks.items():
+            for name in model.parameters(index):
+                value = _stored(files, model.key_of(name), self._sparse.get_submodule(name.rpartition(".")[0]))
+                if value is not None:
+                    named[name].data.copy_(value)
+        self.parameters = self._trainable()
+        for trainable in self.parameters.values():
+            trainable.parameter.requires_grad_(True)
+
+    def _trainable(self) -> dict[str, Trainable]:
+        modules = dict(self._sparse.named_modules())
+        linears = {name: modules[name] for name in self._pruned}
+        norms = norms_of(self._sparse, lambda: self._logits(self._sparse, 0))
+        masks = {id(module.weight): module.weight.detach() != 0 for module in linears.values()}
+        wanted = {id(p) for module in (*linears.values(), *norms) for p in module.parameters(recurse=False)}
+        return {
+            name: Trainable(parameter, masks.get(id(parameter)))
+            for name, parameter in self._sparse.named_parameters()
+            if id(parameter) in wanted
+        }
+
+    def _logits(self, model: Any, window: int) -> Tensor:
+        """[length, vocabulary]"""
+        tokens = self._windows[window : window + 1].to(self._model.device)
+        low = None if model is self._dense else self._precision
+        with autocast(self._model.device, low):
+            return model(input_ids=tokens, use_cache=False).logits[0]
+
+    def _divergences(self, window: int) -> Tensor:
+        """KL(p ‖ q) of each token, [length] float32."""
+        with torch.no_grad():
+            expected = self._logits(self._dense, window).float().log_softmax(dim=-1)
+        found = self._logits(self._sparse, window).float().log_softmax(dim=-1)
+        return nn.functional.kl_div(found, expected, reduction="none", log_target=True).sum(dim=-1)
+
+    def learn(self, windows: list[int]) -> float:
+        """Adds the gradient of the mean loss over some windows, one after the other in memory; returns the loss."""
+        total = 0.0
+        for window in windows:
+            with torch.enable_grad(), _checkpointed(self._sparse):
+                loss = self._divergences(window).mean() / len(windows)
+                loss.backward()
+            total += float(loss.detach())
+        return total
+
+    @torch.no_grad()
+    def divergence(self, windows: Iterable[int]) -> float:
+        found = torch.stack([self._divergences(window).mean() for window in windows])
+        if not bool(torch.isfinite(found).all()):
+            raise NumericalError("distillation: the divergence from the dense model is not finite; try --dtype float32")
+        return float(found.mean())
+
+    def blocks(self, blocks: Mapping[int, TensorFiles], format: str) -> Iterator[dict[str, Tensor]]:
+        """The trained tensors of each block, and those that were not trained as they were."""
+        named = dict(self._sparse.named_parameters())
+        for index, files in blocks.items():
+            saved = {name: files.read(name) for name in files}
+            for name in self._model.parameters(index):
+                if name not in self.parameters:
+                    continue
+                layer = name.rpartition(".")[0]
+                value = named[name].detach().to(self._model.dtype)
+                if layer in self._pruned and name.endswith(".weight"):
+                    module = self._sparse.get_submodule(layer)
+                    saved |= weight_entries(self._model.key_of(name), oriented(value, module), module, layer, format)
+                else:
+                    saved[self._model.key_of(name)] = value.cpu()
+            if index == max(blocks):  # what lies outside of the blocks, such as the last norm, goes with the last one
+                inside = {name for number in blocks for name in self._model.parameters(number)}
+                for name in self.parameters.keys() - inside:
+                    saved[self._model.key_of(name)] = named[name].detach().to(self._model.dtype).cpu()
+            yield saved
+
+
+def _stored(files: TensorFiles, key: str, module: nn.Module) -> Tensor | None:
+    """A parameter from a block's file, packed or not, shaped as the module's; None where the file has none of it."""
+    stem = key.removesuffix(packed.DENSE_SUFFIX)
+    if stem + packed.VALUES_SUFFIX in files:
+        both = packed.PackedWeight(files.read(stem + packed.VALUES_SUFFIX), files.read(stem + packed.MASK_SUFFIX))
+        return oriented(packed.unpack(both), module)  # type: ignore[arg-type]
+    return files.read(key) if key in files else None
+
+
+@contextlib.contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Blocks keep their inputs only, and are run again in the backward pass.
+
+    Not transformers' own way, which needs the model in training mode and so switches dropout on.
+    """
+    blocks = list(find_blocks(model)[1])
+
+    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    for block in blocks:
+        block.forward = again(block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _require_memory(model: BlockModel) -> None:
+    """Raises HalveError where the two models and the optimizer will not fit."""
+    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    need = parameters * (model.dtype.itemsize + 4 * 4)  # dense; pruned, its gradients, two moments
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if need > free:
+        raise HalveError(
+            f"distillation holds the whole model in float32 with its optimizer: about {need / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free; leave --distill out, or use a larger machine"
+        )

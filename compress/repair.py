@@ -1,0 +1,259 @@
+"""Block-wise repair: what is left of a decoder block learns to give the dense block's output again.
+
+Layer-wise reconstruction makes up for each linear alone. What the linears of a block lose together, and what the pruned
+blocks before it lost already, only the block as a whole can make up for. So once its masks are set, the kept weights of
+the block's pruned linears, its norms and the biases of the pruned linears are trained to bring the block's output on the
+*pruned* prefix's activations to the dense block's output on the *dense* prefix's activations,
+
+    loss = mean over tokens of ‖block(x_pruned) − block_dense(x_dense)‖² / ‖block_dense(x_dense)‖².
+
+Block-wise matching without labels is known as EBFT (Guo et al. 2024, arXiv 2402.12419) and Transformer Matching (3BASiL,
+Makni et al. 2025, arXiv 2603.01376), which take inputs and targets from one prefix, and steps a tenth as long as these. It stays
+within one block: memory holds the block in float32, its optimizer, and two sets of activations. No token is predicted, so
+the text needs no labels and the model's own outputs are all that is learned from.
+
+The last tenth of the windows is held out: it is never trained on (nor seen by the layer-wise statistics), the best state
+on it is kept, and training ends when it stops to fall.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress.architecture import LinearModule, linears_of, shape_of
+from compress.blocks import BlockModel
+from compress.errors import NumericalError
+from compress.methods import Options
+from compress.norms import norms_of
+from compress.training import MaskedAdam, Trainable, autocast, precision
+
+HELD_OUT = 0.1
+"""Share of the calibration batches that nothing is fitted to."""
+PATIENCE = 2
+"""Passes without a better held-out error after which training ends."""
+FEW_TOKENS = 8
+"""Tokens per input channel of the widest linear below which a block is trained for fewer passes than asked for."""
+
+Telling = Callable[[str], None]
+
+
+class RepairOptions(Options):
+    windows: int | None = Field(
+        None,
+        ge=1,
+        description="calibration windows that blocks are trained on; the first --samples of them give the layer-wise "
+        "statistics, too; left out: --samples",
+    )
+    passes: int = Field(4, ge=1, le=1000, description="how often a block sees the calibration windows")
+    rate: float = Field(
+        0.012,
+        gt=0,
+        le=1,
+        description="length of a step, as a share of the root mean square of a parameter's kept values",
+    )
+    clip: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How a block is repaired after its linears were pruned and reconstructed."""
+
+    name: str
+    paper: str
+    cost: str
+    needs: frozenset[str] = frozenset()
+    options: type[Options] = RepairOptions
+
+
+BLOCK = Repair(
+    name="block",
+    paper="block-wise matching of the dense model's activations; after Guo et al. 2024, EBFT (arXiv 2402.12419)",
+    cost="three forward passes for each pass over the windows, the activations twice, one block and its optimizer in float32",
+)
+REPAIRS = {BLOCK.name: BLOCK}
+
+
+def held_out_batches(batches: int) -> int:
+    """How many of the calibration batches, the last ones, are held out; none where there is only one."""
+    return min(math.ceil(HELD_OUT * batches), batches - 1)
+
+
+def repair_block(
+    model: BlockModel,
+    index: int,
+    masks: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    options: RepairOptions,
+    *,
+    seed: int,
+    tell: Telling = lambda text: None,
+) -> dict[str, Any]:
+    """Trains a loaded, pruned block in place.
+
+    Args:
+        masks: for every pruned linear by its full name, True where a weight is kept, shaped as the module's weight.
+        inputs: the block's inputs from the pruned prefix, [batch, length, hidden] each.
+        targets: the dense block's outputs from the dense prefix, shaped alike.
+        seed: of the order of the batches.
+        tell: called with a line about the progress.
+
+    Returns:
+        What the report says of the block: errors held out and trained on, before and after, steps, and tokens.
+
+    Raises:
+        NumericalError: a loss or gradient is not finite; the message names the block.
+    """
+    name = model.block_name(index)
+    if not masks:
+        return {"name": name, "status": "nothing to repair: no linear of it was pruned"}
+    held_out = held_out_batches(len(inputs))
+    if not held_out:
+        return {"name": name, "status": "not repaired: a single batch of calibration windows leaves none to hold out"}
+    course = _Course(model, index, masks, inputs, targets, held_out)
+    fitted = range(len(inputs) - held_out)
+    passes, notes = _passes(options.passes, course.tokens, course.widest)
+    adam = MaskedAdam(course.parameters, rate=options.rate, steps=passes * len(fitted), clip=options.clip)
+    generator = torch.Generator().manual_seed(_seed(seed, name))
+    before = best = course.held_out_error()
+    kept, since, taken, trained = adam.snapshot(), 0, 0, math.nan
+    try:
+        for number in range(passes):
+            errors = []
+            for position in torch.randperm(len(fitted), generator=generator).tolist():
+                loss = course.loss(fitted[position])
+                loss.backward()
+                adam.step()
+                errors.append(float(loss.detach()))
+                taken += 1
+            trained = sum(errors) / len(errors)
+            error = course.held_out_error()
+            tell(f"{name}: pass {number + 1} of {passes}, held-out error {before:.4f} to {min(error, best):.4f}")
+            if error < best:
+                best, kept, since = error, adam.snapshot(), 0
+                continue
+            since += 1
+            if since == PATIENCE:
+                break
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}") from None
+    adam.restore(kept)
+    adam.require_masks()
+    course.write_back()
+    return {
+        "name": name,
+        "status": "repaired",
+        "held_out_error_before": before,
+        "held_out_error": best,
+        "training_error": trained,
+        "steps": taken,
+        "passes": passes,
+        "tokens": course.tokens,
+        "tokens_per_input": round(course.tokens / course.widest, 3),
+        **notes,
+    }
+
+
+class _Course:
+    """A float32 copy of a block, its trainable parameters, and its error."""
+
+    def __init__(
+        self,
+        model: BlockModel,
+        index: int,
+        masks: Mapping[str, Tensor],
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        held_out: int,
+    ) -> None:
+        self._model, self._index = model, index
+        self._inputs, self._targets = inputs, targets
+        self._held_out = range(len(inputs) - held_out, len(inputs))
+        self._original = model.blocks[index]
+        self._block = copy.deepcopy(self._original).float()
+        self._precision = precision(model.dtype, model.device)
+        pruned = {n: m for n, m in linears_of(self._block, model.block_name(index)).items() if n in masks}
+        norms = norms_of(self._block, lambda: self._output(0))
+        self.parameters = _trainable(self._block, pruned, masks, norms)
+        for trainable in self.parameters.values():
+            trainable.parameter.requires_grad_(True)
+        self.tokens = sum(inputs[batch].shape[:-1].numel() for batch in range(len(inputs) - held_out))
+        self.widest = max(shape_of(module)[1] for module in pruned.values())
+
+    def _output(self, batch: int) -> Tensor:
+        return _run(self._model, self._index, batch, self._inputs[batch], self._block, self._precision)
+
+    def loss(self, batch: int) -> Tensor:
+        with torch.enable_grad():
+            return relative_error(self._output(batch), self._targets[batch].to(self._model.device)).mean()
+
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        errors = [
+            relative_error(self._output(batch), self._targets[batch].to(self._model.device)).flatten()
+            for batch in self._held_out
+        ]
+        return float(torch.cat(errors).mean())
+
+    def write_back(self) -> None:
+        """The trained values go into the block itself, rounded once."""
+        with torch.no_grad():
+            for name, value in self._original.named_parameters():
+                if name in self.parameters:
+                    value.copy_(self.parameters[name].parameter)
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """‖output − target‖² / ‖target‖² of each token, [batch, length] float32."""
+    target = target.float()
+    energy = target.square().sum(dim=-1)
+    return (output.float() - target).square().sum(dim=-1) / energy.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _trainable(
+    block: nn.Module, pruned: Mapping[str, LinearModule], masks: Mapping[str, Tensor], norms: set[nn.Module]
+) -> dict[str, Trainable]:
+    """The parameters that are trained, by their names in the block; each once."""
+    weights = {id(module.weight): masks[name] for name, module in pruned.items()}
+    others = {id(p) for module in (*pruned.values(), *norms) for p in module.parameters(recurse=False)}
+    return {
+        name: Trainable(parameter, weights.get(id(parameter)))
+        for name, parameter in block.named_parameters()
+        if id(parameter) in others
+    }
+
+
+def _run(
+    model: BlockModel, index: int, batch: int, states: Tensor, block: nn.Module, low: torch.dtype | None
+) -> Tensor:
+    """The output of a float32 copy of a block, its matrix products in ``low``."""
+    with autocast(model.device, low):
+        output = model.run_copy(index, batch, states, block, torch.float32)
+    assert output is not None, "no hook ends this pass"
+    return output
+
+
+def _passes(asked: int, tokens: int, widest: int) -> tuple[int, dict[str, Any]]:
+    """Fewer passes where there are too few tokens to learn from: they would be learned by heart."""
+    if tokens >= FEW_TOKENS * widest:
+        return asked, {}
+    passes = max(1, asked * tokens // (FEW_TOKENS * widest))
+    if passes == asked:
+        return asked, {}
+    return passes, {
+        "warning": f"{tokens / widest:.2g} training tokens per input channel are few (at least {FEW_TOKENS}): {passes} passes "
+        f"instead of {asked}; raise --samples or --length"
+    }
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}:repair".encode()).digest()[:7], "little")
