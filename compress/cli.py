@@ -16,6 +16,7 @@ from rich.padding import Padding
 
 from compress.console import Json, emit, human_bytes, out, progress_bar, table
 from compress.errors import RecipeError
+from compress.presets import PRESETS, preset_fields
 from compress.recipe import Recipe
 
 Model = Annotated[str, typer.Argument(help="a Hugging Face directory, a hub id, or a .gguf file", show_default=False)]
@@ -26,6 +27,7 @@ Out = Annotated[Path, typer.Option(help="the directory to make", show_default=Fa
 def compress(
     model: str,
     out_directory: Path,
+    preset: str | None,
     recipe_file: Path | None,
     resume: bool,
     checkpoint_seconds: float,
@@ -39,6 +41,10 @@ def compress(
     for name in ("metric_options", "reconstruction_options", "repair_options", "distill_options"):
         if name in given:
             given[name] = _parse_options(name, given[name])
+    if preset and recipe_file:
+        raise RecipeError("give a preset or a recipe file, not both: a preset is a recipe (`halve methods` prints it)")
+    if preset:
+        given = preset_fields(preset, given)
     recipe = Recipe.load(recipe_file, **given) if recipe_file else Recipe.create(**given)
     started = time.perf_counter()
 
@@ -140,8 +146,16 @@ def methods(as_json: Json = False) -> None:
             for method in catalogue:
                 if method["kind"] == kind:
                     _describe(method)
+        out.print("\n[bold]--preset[/]", highlight=False)
+        for name, preset in PRESETS.items():
+            out.print(f"\n[bold cyan]{name}[/]", highlight=False)
+            out.print(Padding(preset.purpose, (0, 0, 0, 4)), highlight=False)
+            out.print(
+                Padding(yaml.safe_dump(dict(preset.fields), sort_keys=False).rstrip(), (0, 0, 0, 4)), highlight=False
+            )
 
-    emit({"methods": catalogue}, as_json, human)
+    presets = {name: {"purpose": preset.purpose, "fields": dict(preset.fields)} for name, preset in PRESETS.items()}
+    emit({"methods": catalogue, "presets": presets}, as_json, human)
 
 
 def _describe(method: dict[str, Any]) -> None:
@@ -249,6 +263,20 @@ def _with_recipe_flags(function: Any) -> Any:
             annotation=Annotated[Path, typer.Option("--out", help="the directory to make", show_default=False)],
         ),
     ]
+    parameters.append(
+        parameter(
+            "preset",
+            keyword,
+            default=None,
+            annotation=Annotated[
+                str | None,
+                typer.Option(
+                    help=f"a recipe by name, which other flags change: {', '.join(PRESETS)} (see `halve methods`)",
+                    show_default=False,
+                ),
+            ],
+        )
+    )
     for name, field in Recipe.model_fields.items():
         default = field.get_default(call_default_factory=True)
         shown = "" if default in (None, (), {}) else f" \\[default: {default}]"

@@ -1,0 +1,60 @@
+"""Named recipes for people who do not want to choose: how much accuracy for how much time.
+
+Each is a plain set of `Recipe` fields that `halve methods` prints in full; what is given beside a preset wins, option by
+option. Their measured accuracy and time are in ``benchmarks/results/accuracy.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.errors import RecipeError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Preset:
+    """``fields`` of a `Recipe`, and what they are good for."""
+
+    purpose: str
+    fields: Mapping[str, Any]
+
+
+_LAYERS = {"reconstruction": "admm", "permutation": "fold", "samples": 128, "length": 512}
+
+PRESETS = {
+    "fast": Preset(
+        "a mask and nothing else, to see whether everything runs: two passes over the calibration",
+        {"metric": "wanda", "reconstruction": "none", "samples": 128, "length": 512},
+    ),
+    "balanced": Preset(
+        "the best that each layer alone can do, in about three times the time of `fast`",
+        _LAYERS,
+    ),
+    "best": Preset(
+        "each block trained to give the dense block's output again: the most accurate without training of the model as a "
+        "whole, in about ten times the time of `balanced`",
+        {**_LAYERS, "repair": "block", "repair_options": {"windows": 768, "passes": 2}},
+    ),
+}
+
+
+def preset_fields(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a preset with what was given beside it; options are merged one by one, unless they are those of
+    another method than the preset's.
+
+    Raises:
+        RecipeError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise RecipeError(f"there is no preset {name!r}{did_you_mean(name, PRESETS)}")
+    fields = dict(PRESETS[name].fields)
+    for field, value in given.items():
+        options = f"{field}_options"
+        if options in fields and value != fields.get(field):
+            del fields[options]  # they belong to the method that was replaced
+        if isinstance(value, Mapping) and isinstance(fields.get(field), Mapping):
+            value = {**fields[field], **value}
+        fields[field] = value
+    return fields
