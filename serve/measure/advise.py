@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -34,7 +34,18 @@ _OF_BUDGET = 0.4  # for the kernel table; the rest is for the blocks
 _FORMS = ("dense", "sparse")
 
 Progress = Callable[[int, int, str], None]
-Ratios = dict[Shape, dict[int, float]]
+
+
+class Timed(NamedTuple):
+    """A layer: how many times as fast it is packed, and its seconds."""
+
+    ratio: float
+    dense: float
+    sparse: float
+
+
+Table = dict[Shape, dict[int, Timed]]
+"""By shape and rows of x."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +105,12 @@ def advise(
     notes = list(shape.notes)
     refusal = _refusal(shape, place)
     speeds: dict[str, dict[str, Any]] | None = None
-    ratios: Ratios = {}
+    timed: Table = {}
     entries: list[Entry] = []
     if refusal is None:
         if place.gpu is not None:
             roofline = gpus.Roofline(place.gpu)
-            ratios = estimate.entries_of(roofline, _shapes(shape), _rows(load), shape.dtype.itemsize)
+            timed = _from_roofline(roofline, shape, load)
             speeds = _estimated(shape, load, roofline)
             notes += roofline.ASSUMPTIONS
         else:
@@ -108,7 +119,8 @@ def advise(
             entries, said = kernels(shape, load=load, device=place.here, budget=seconds, fresh=False, progress=progress)
             notes += said
             for entry in entries:
-                ratios.setdefault(entry.shape, {})[entry.rows] = entry.ratio.median
+                found = Timed(entry.ratio.median, entry.dense_seconds, entry.sparse_seconds)
+                timed.setdefault(entry.shape, {})[entry.rows] = found
             if measured:
                 speeds, said = _measured(shape, load, place.here, budget * (1 - _OF_BUDGET), progress)
                 notes += said
@@ -118,7 +130,7 @@ def advise(
                     "made of the kernel table alone: attention is guessed, and all between the layers is left out"
                 ]
     memory = _memory(shape, load, place)
-    layers = [_layer(layers, load, ratios.get(layers.shape, {})) for layers in shape.layers]
+    layers = [_layer(layers, load, timed.get(layers.shape, {})) for layers in shape.layers]
     document = {
         "kind": "advice",
         "basis": "measured" if measured else "estimate",
@@ -289,25 +301,38 @@ def _memory(model: ModelShape, load: Load, place: Place) -> dict[str, Any]:
     }
 
 
-def _layer(layers: Layers, load: Load, ratios: Mapping[int, float]) -> dict[str, Any]:
-    """One place in the blocks: how much faster at each number of rows, where that begins and ends, and whether it is worth it."""
-    decode, prefill = ratios.get(load.batch), ratios.get(load.batch * load.prompt)
-    faster = [rows for rows in sorted(ratios) if ratios[rows] >= WINS]
-    slower = [rows for rows in sorted(ratios) if ratios[rows] < WINS]
+def _from_roofline(roofline: gpus.Roofline, model: ModelShape, load: Load) -> Table:
+    timed: Table = {}
+    for shape in _shapes(model):
+        for rows in _rows(load):
+            dense, sparse = (
+                roofline.layer(shape, rows, model.dtype.itemsize, packed=packed) for packed in (False, True)
+            )
+            timed.setdefault(shape, {})[rows] = Timed(dense / sparse, dense, sparse)
+    return timed
+
+
+def _layer(layers: Layers, load: Load, timed: Mapping[int, Timed]) -> dict[str, Any]:
+    """One place in the blocks: how much faster at each number of rows, where that begins and ends, and whether it is worth
+    it, that is, whether it is faster over a whole request."""
+    decode, prefill = timed.get(load.batch), timed.get(load.batch * load.prompt)
     found: dict[str, Any] = {
-        "name": layers.name, "n": layers.shape.n, "k": layers.shape.k, "count": layers.count,
-        "ratios": {str(rows): ratios[rows] for rows in sorted(ratios)},
-        "wins_at_rows": faster, "loses_at_rows": slower,
-        "decode": decode, "prefill": prefill,
-    }  # fmt: skip
+        "name": layers.name,
+        "n": layers.shape.n,
+        "k": layers.shape.k,
+        "count": layers.count,
+        "ratios": {str(rows): timed[rows].ratio for rows in sorted(timed)},
+        "wins_at_rows": [rows for rows in sorted(timed) if timed[rows].ratio >= WINS],
+        "loses_at_rows": [rows for rows in sorted(timed) if timed[rows].ratio < WINS],
+    }
     if layers.why_dense is not None:
         return {**found, "worth": False, "reason": layers.why_dense}
-    judged = {f"decoding ({load.batch} rows)": decode, f"the prompt ({load.batch * load.prompt} rows)": prefill}
-    if all(value is None for value in judged.values()):
-        return {**found, "worth": None, "reason": "not measured"}
-    gains = [f"{value:.2f} times as fast for {name}" for name, value in judged.items() if value is not None]
-    worth = any(value is not None and value >= WINS for value in judged.values())
-    return {**found, "worth": worth, "reason": ", ".join(gains)}
+    if decode is None:
+        return {**found, "worth": None, "reason": f"not measured at {load.batch} rows"}
+    parts = [(decode, load.output - 1), (prefill, 1)] if prefill else [(decode, 1)]
+    gain = sum(part.dense * times for part, times in parts) / sum(part.sparse * times for part, times in parts)
+    over = "a request" if prefill else "decoding (the prompt was not measured)"
+    return {**found, "worth": gain >= WINS, "reason": f"{gain:.2f} times as fast over {over}"}
 
 
 def _verdict(document: Mapping[str, Any], refusal: str | None) -> dict[str, Any]:
@@ -316,6 +341,10 @@ def _verdict(document: Mapping[str, Any], refusal: str | None) -> dict[str, Any]
     fits, name = memory["fits"], document["device"]["name"]
     reasons: list[str] = []
     if refusal is not None:
+        if fits["sparse"] and not fits["dense"] and memory["freed_bytes"]:
+            reasons.append(
+                "packed it would fit, and dense it does not; but each layer is expanded whenever it multiplies"
+            )
         return {"prune": False, "headline": f"don't prune: {refusal}", "reasons": reasons}
     if not fits["sparse"]:
         return {

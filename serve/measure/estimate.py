@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from compress.errors import UsageError
-from serve.measure.gpus import Roofline
 from serve.measure.kernel_table import Entry, Shape
 from serve.measure.shallow import Load
 from serve.measure.shapes import ModelShape
@@ -51,20 +50,6 @@ class FromTable:
         bandwidth = max(e.n * e.k * itemsize / e.dense_seconds for e in self.entries)
         flops = max(2 * e.n * e.k * e.rows / e.dense_seconds for e in self.entries)
         return max(moved / bandwidth, operations / flops)
-
-
-def entries_of(
-    roofline: Roofline, shapes: Sequence[Shape], rows: Sequence[int], itemsize: int
-) -> dict[Shape, dict[int, float]]:
-    """How many times as fast sparse is, by shape and rows of x."""
-    return {
-        shape: {
-            count: roofline.layer(shape, count, itemsize, packed=False)
-            / roofline.layer(shape, count, itemsize, packed=True)
-            for count in rows
-        }
-        for shape in shapes
-    }
 
 
 def pass_seconds(model: ModelShape, load: Load, parts: Parts, *, packed: bool, prefill: bool) -> float:
