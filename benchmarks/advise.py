@@ -22,6 +22,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from benchmarks.llama_shape import shape as llama_shape
 from benchmarks.llama_shape import write_dense, write_sparse
+from compress.console import progress_bar
 from serve.measure.advice_check import check
 from serve.measure.advise import advise
 from serve.measure.commands import bench
@@ -84,8 +85,10 @@ def model_of(name: str, runs: Path) -> Path:
 def run(directory: Path, prompt: int, output: int, rounds: int, budget: float) -> dict[str, Any]:
     """Predicts, measures and compares."""
     load: dict[str, Any] = {"prompt": prompt, "output": output, "batch": 1}
-    advice = advise(str(directory / "dense" / "config.json"), device="cpu", budget=budget, **load)
-    measured = bench(directory / "sparse", against=directory / "dense", device="cpu", rounds=rounds, **load)
+    with progress_bar(directory.name) as progress:
+        how: dict[str, Any] = {"device": "cpu", "progress": progress, **load}
+        advice = advise(str(directory / "dense" / "config.json"), budget=budget, **how)
+        measured = bench(directory / "sparse", against=directory / "dense", rounds=rounds, **how)
     with tempfile.TemporaryDirectory() as scratch:
         files = [Path(scratch, name) for name in ("advice.json", "bench.json")]
         for file, document in zip(files, (advice, measured), strict=True):
