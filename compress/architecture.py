@@ -96,7 +96,9 @@ def load_config(directory: Path) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, StrictDataclassError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, ArithmeticError, StrictDataclassError
+    ) as error:  # fmt: skip
         file = directory if directory.is_file() else directory / "config.json"
         raise SourceError(f"transformers cannot read {file}: {one_line(error)}") from None
 
@@ -127,6 +129,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         RuntimeError,
         IndexError,
         AssertionError,
+        ArithmeticError,
     ) as error:
         raise SourceError(f"transformers cannot build {kind} of this config.json: {one_line(error)}") from None
     return model.eval().requires_grad_(False)

@@ -125,6 +125,7 @@ def advise(
                 speeds, said = _measured(shape, load, place.here, budget * (1 - _OF_BUDGET), progress)
                 notes += said
             else:
+                _require_entries(shape, load, timed)
                 speeds = _estimated(shape, load, estimate.FromTable(entries))
                 notes += [
                     "made of the kernel table alone: attention is guessed, and all between the layers is left out"
@@ -226,6 +227,16 @@ def _refusal(model: ModelShape, place: Place) -> str | None:
         if choice.backend.prepare is None:
             return f"there is no sparse kernel for this device and dtype: {choice.reason}"
     return None
+
+
+def _require_entries(model: ModelShape, load: Load, timed: Table) -> None:
+    for shape in _shapes(model):
+        for rows in (load.batch, load.batch * load.prompt):
+            if rows not in timed.get(shape, {}):
+                raise UsageError(
+                    f"the kernel table of this machine has no layer {shape} at {rows} rows, and --estimate measures nothing; "
+                    "leave it out"
+                )
 
 
 def _first(model: ModelShape) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from compress.errors import UsageError
 from serve.measure.kernel_table import Entry, Shape
 from serve.measure.shallow import Load
 from serve.measure.shapes import ModelShape
@@ -25,7 +24,7 @@ class Parts(Protocol):
 
 @dataclass(frozen=True)
 class FromTable:
-    """Parts from measured entries. What has no entry (dense layers, attention) moves and computes as fast as the largest dense
+    """Parts from measured entries, which hold all packed layers. What has no entry (dense layers, attention) moves and computes as fast as the largest dense
     layer that has one."""
 
     entries: Sequence[Entry]
@@ -34,11 +33,6 @@ class FromTable:
         entry = next((e for e in self.entries if e.shape == shape and e.rows == rows), None)
         if entry is not None:
             return entry.sparse_seconds if packed else entry.dense_seconds
-        if packed:
-            raise UsageError(
-                f"the kernel table has no layer {shape} at {rows} rows; leave --estimate out to measure, or run "
-                f"`halve bench MODEL --kernels` before"
-            )
         alike = [e for e in self.entries if e.rows == rows]
         if not alike:
             return self.seconds(shape.n * shape.k * itemsize, 2 * rows * shape.n * shape.k)
