@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from hypothesis import given, settings
@@ -351,7 +352,8 @@ def test_calls_that_are_wrong(tmp_path: Path, halve: Halve, arguments: tuple[str
     assert called.stdout == ""
 
 
-def test_models_that_are_nowhere(tmp_path: Path, halve: Halve) -> None:
+def test_models_that_are_nowhere(tmp_path: Path, halve: Halve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
     (tmp_path / "weights.bin").write_bytes(b"0")
     for model in (
         "nobody/no-such-model",
