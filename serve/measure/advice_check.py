@@ -84,10 +84,11 @@ def check(advice_file: Path, bench_file: Path) -> dict[str, Any]:
         raise UsageError(
             f"{bench_file} has no dense model beside the sparse one; measure with `halve bench DIR --against DENSE`"
         )
-    measured = {form: _times_of(models[form], bench, advice.load, bench_file) for form in ("dense", "sparse")}
+    label = _level(bench, advice.load, bench_file)
+    measured = {form: _times_of(models[form], label, bench_file) for form in ("dense", "sparse")}
     figures = {}
     for name in _FIGURES:
-        faster = statistics.median(_ratios(measured["dense"][name], measured["sparse"][name]))
+        faster = _faster(bench, label, name, measured)
         predicted = advice.speedup[name].median
         figures[name] = {
             "predicted": predicted,
@@ -142,28 +143,45 @@ def _object(path: Path, kind: str) -> dict[str, Any]:
     return document
 
 
-def _times_of(model: Any, bench: Mapping[str, Any], load: _Load, path: Path) -> dict[str, list[float]]:
-    """Samples of TTFT and TPOT of the load that was predicted for: of one in process, or of one of several at an endpoint."""
-    candidates = [(bench.get("load"), model)]
-    levels = model.get("loads") if isinstance(model, dict) else None
-    if isinstance(levels, dict):
-        described = _mapping(bench.get("loads"))
-        candidates = [
-            ({**_mapping(bench.get("load")), **_mapping(described.get(name)), **_mapping(level)}, level)
-            for name, level in levels.items()
-        ]
-    seen = []
-    for described, entry in candidates:
-        found = _mapping(described)
-        batch = found.get("batch", found.get("concurrency"))
-        this = (found.get("prompt"), found.get("output"), batch)
-        if this == (load.prompt, load.output, load.batch):
-            return {name: _samples(entry, f"{name}_seconds", path) for name in _FIGURES}
-        seen.append("prompt {}, output {}, batch {}".format(*this))
+def _level(bench: Mapping[str, Any], load: _Load, path: Path) -> str | None:
+    """The load that was predicted for: None for the one of a bench in process, its label among those of an endpoint.
+
+    Raises:
+        UsageError: something else was measured.
+    """
+    described = _mapping(bench.get("load"))
+    batches: dict[str | None, str]
+    if isinstance(labels := described.get("levels"), list):
+        batches = {label: label.removeprefix("concurrency=") for label in map(str, labels)}
+    else:
+        batches = {None: str(described.get("batch"))}
+    lengths = (described.get("prompt"), described.get("output"))
+    for label, batch in batches.items():
+        if lengths == (load.prompt, load.output) and batch == str(load.batch):
+            return label
     raise UsageError(
-        f"the advice is for prompt {load.prompt}, output {load.output}, batch {load.batch}, and {path} was measured with "
-        f"{'; '.join(seen)}; advise again with these, or measure again"
+        f"the advice is for prompt {load.prompt}, output {load.output}, batch {load.batch}, and {path} was measured with prompt "
+        f"{lengths[0]}, output {lengths[1]}, batch {' and '.join(batches.values())}; advise again with these, or measure again"
     )
+
+
+def _times_of(model: Any, label: str | None, path: Path) -> dict[str, list[float]]:
+    """Samples of TTFT and TPOT: of the rounds in process, of all requests of a load at an endpoint."""
+    entry = model if label is None else _mapping(_mapping(model).get("loads")).get(label)
+    return {name: _samples(entry, f"{name}_seconds", path) for name in _FIGURES}
+
+
+def _faster(
+    bench: Mapping[str, Any], label: str | None, name: str, measured: Mapping[str, Mapping[str, list[float]]]
+) -> float:
+    """How many times as fast sparse was: within rounds in process, and at an endpoint as the bench itself says it."""
+    dense, sparse = measured["dense"][name], measured["sparse"][name]
+    if label is None and len(dense) == len(sparse):
+        return statistics.median(slow / fast for slow, fast in zip(dense, sparse, strict=True))
+    told = _mapping(_mapping(_mapping(bench.get("speedup")).get(label)).get(name)).get("median")
+    if isinstance(told, int | float) and told > 0:
+        return float(told)
+    return statistics.median(dense) / statistics.median(sparse)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -175,10 +193,3 @@ def _samples(entry: Any, name: str, path: Path) -> list[float]:
     if not isinstance(samples, list) or not samples or not all(isinstance(s, int | float) and s > 0 for s in samples):
         raise DocumentError(f"{path} has no samples of {name}; measure again")
     return [float(sample) for sample in samples]
-
-
-def _ratios(dense: list[float], sparse: list[float]) -> list[float]:
-    """Within rounds where samples are of rounds; else of the medians."""
-    if len(dense) == len(sparse):
-        return [slow / fast for slow, fast in zip(dense, sparse, strict=True)]
-    return [statistics.median(dense) / statistics.median(sparse)]

@@ -411,7 +411,7 @@ def advice_document(ttft: float, tpot: float, load: dict[str, int]) -> dict[str,
     }  # fmt: skip
 
 
-def bench_document(load: dict[str, int]) -> dict[str, Any]:
+def bench_document(load: dict[str, Any]) -> dict[str, Any]:
     def sampled(*samples: float) -> dict[str, Any]:
         return {"samples": list(samples)}
 
@@ -452,13 +452,17 @@ def test_the_error_is_of_the_ratios_within_rounds(files: tuple[Path, Path], halv
 
 def test_the_load_of_an_endpoint_is_looked_for(files: tuple[Path, Path]) -> None:
     files[0].write_text(json.dumps(advice_document(1.5, 1.6, LOAD)))
-    bench = bench_document({"prompt": 128, "output": 32})
+    labels = ["rate=4", "concurrency=8", "concurrency=1"]
+    bench = bench_document({"prompt": 128, "output": 32, "levels": labels})
     for form, model in bench["models"].items():
         slower = {key: {"samples": [9.0] * 3} for key in model}
-        bench["models"][form] = {"loads": {"c1": {"concurrency": 1, **model}, "c8": {"concurrency": 8, **slower}}}
+        bench["models"][form] = {"loads": {**dict.fromkeys(labels, slower), "concurrency=1": model}}
+    bench["speedup"] = {"concurrency=1": {"tpot": {"median": 1.55}}}
     files[1].write_text(json.dumps({**bench, "through": "endpoint"}))
     document = check(*files)
     assert document["holds"]
+    assert document["speedup"]["tpot"]["measured"] == 1.55  # within rounds, as the bench says it
+    assert document["speedup"]["ttft"]["measured"] == pytest.approx(1.5)  # of the medians
     assert any("endpoint" in note for note in document["notes"])
 
 
