@@ -150,11 +150,10 @@ def _level(bench: Mapping[str, Any], load: _Load, path: Path) -> str | None:
         UsageError: something else was measured.
     """
     described = _mapping(bench.get("load"))
-    batches: dict[str | None, str]
-    if isinstance(labels := described.get("levels"), list):
-        batches = {label: label.removeprefix("concurrency=") for label in map(str, labels)}
-    else:
-        batches = {None: str(described.get("batch"))}
+    labels = described.get("levels")
+    batches: dict[str | None, str] = {None: str(described.get("batch"))}
+    if isinstance(labels, list):
+        batches = {str(label): str(label).removeprefix("concurrency=") for label in labels}
     lengths = (described.get("prompt"), described.get("output"))
     for label, batch in batches.items():
         if lengths == (load.prompt, load.output) and batch == str(load.batch):
