@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from compress.convert import pack_checkpoint
 from compress.packed import PATTERN
@@ -80,12 +80,12 @@ def draw(name: str, size: torch.Size) -> Tensor:
     return (1 + 0.1 * noise if len(size) == 1 else STANDARD_DEVIATION * noise).bfloat16()
 
 
-def write_dense(out: Path, config: LlamaConfig) -> None:
+def write_dense(out: Path, config: PreTrainedConfig) -> None:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     weights = {name: draw(name, parameter.shape) for name, parameter in model.named_parameters()}
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(partial)

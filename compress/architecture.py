@@ -89,15 +89,18 @@ def linears_of(module: nn.Module, prefix: str) -> dict[str, LinearModule]:
 
 
 def load_config(directory: Path) -> Any:
-    """The configuration of a model directory as transformers reads it.
+    """The configuration of a model directory, or of a ``config.json`` alone, as transformers reads it.
 
     Raises:
         SourceError: transformers does not know the model, or a field has a wrong type.
     """
     try:
         return AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, StrictDataclassError) as error:
-        raise SourceError(f"transformers cannot read {directory / 'config.json'}: {one_line(error)}") from None
+    except (
+        ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, ArithmeticError, StrictDataclassError
+    ) as error:  # fmt: skip
+        file = directory if directory.is_file() else directory / "config.json"
+        raise SourceError(f"transformers cannot read {file}: {one_line(error)}") from None
 
 
 def reads_images(config: Any) -> bool:
@@ -126,6 +129,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         RuntimeError,
         IndexError,
         AssertionError,
+        ArithmeticError,
     ) as error:
         raise SourceError(f"transformers cannot build {kind} of this config.json: {one_line(error)}") from None
     return model.eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from compress.errors import CalibrationError, SourceError
 
-_CACHES = ("past_key_values", "cache_params")
+CACHES = ("past_key_values", "cache_params")
 """How models call what they keep from one token to the next: keys and values, or a state."""
 
 
@@ -80,13 +80,13 @@ def ratio(sparse: list[float], dense: list[float]) -> dict[str, float]:
 def _generate(model: PreTrainedModel, tokens: Tensor, output: int) -> tuple[float, float]:
     """Seconds of the prefill, and of one decoded token."""
     tokens = tokens.to(model.device)
-    _synchronize(model.device)
+    synchronize(model.device)
     start = time.perf_counter()
     result = model(input_ids=tokens, use_cache=True, logits_to_keep=1)
     token = result.logits[:, -1:].argmax(dim=-1)
-    _synchronize(model.device)
+    synchronize(model.device)
     middle = time.perf_counter()
-    cache = next((name for name in _CACHES if result.get(name) is not None), None)
+    cache = next((name for name in CACHES if result.get(name) is not None), None)
     if cache is None:
         raise SourceError(
             f"{type(model).__name__} keeps nothing from one token to the next, so its decoding has no time"
@@ -94,10 +94,10 @@ def _generate(model: PreTrainedModel, tokens: Tensor, output: int) -> tuple[floa
     for _ in range(output):
         result = model(input_ids=token, use_cache=True, **{cache: result[cache]})
         token = result.logits[:, -1:].argmax(dim=-1)
-    _synchronize(model.device)
+    synchronize(model.device)
     return middle - start, (time.perf_counter() - middle) / output
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

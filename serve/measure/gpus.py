@@ -1,0 +1,123 @@
+"""GPUs that need not be here: what their makers say of them, and the roofline that an estimate is made of.
+
+Figures are the ones of the data sheets: peak bytes a second of the memory, peak bfloat16 operations a second of the tensor
+cores without sparsity and with sums in float32, and bytes of memory. A kernel reaches a part of them (`Roofline`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compress.errors import UsageError, did_you_mean
+from serve.kernels.cuda.backend import FIRST_CAPABILITY
+from serve.kernels.cuda.plan import MOST_ROWS
+from serve.measure.kernel_table import Shape
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Attributes:
+    bandwidth: bytes a second.
+    flops: bfloat16 operations a second, dense.
+    memory: bytes.
+    capability: the compute capability; sparse tensor cores came with 8.0.
+    """
+
+    name: str
+    bandwidth: float
+    flops: float
+    memory: float
+    capability: tuple[int, int]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it has sparse tensor cores; they do twice the dense operations a second on 2:4 weights."""
+        return self.capability >= FIRST_CAPABILITY
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # NVIDIA T4 data sheet: 320 GB/s, 65 TFLOPS (float16; it has no bfloat16), 16 GB.
+        Gpu("t4", 320e9, 65e12, 16e9, (7, 5)),
+        # NVIDIA V100 data sheet, SXM2: 900 GB/s, 125 TFLOPS (float16), 32 GB.
+        Gpu("v100", 900e9, 125e12, 32e9, (7, 0)),
+        # NVIDIA A10 data sheet: 600 GB/s, 125 TFLOPS (250 with sparsity), 24 GB.
+        Gpu("a10", 600e9, 125e12, 24e9, (8, 6)),
+        # NVIDIA A30 data sheet: 933 GB/s, 165 TFLOPS (330 with sparsity), 24 GB.
+        Gpu("a30", 933e9, 165e12, 24e9, (8, 0)),
+        # NVIDIA A100 data sheet: 312 TFLOPS (624 with sparsity); 1,555 GB/s with 40 GB, 2,039 GB/s as SXM with 80 GB.
+        Gpu("a100-40gb", 1555e9, 312e12, 40e9, (8, 0)),
+        Gpu("a100", 2039e9, 312e12, 80e9, (8, 0)),
+        # NVIDIA L4 data sheet: 300 GB/s, 121 TFLOPS (242 with sparsity), 24 GB.
+        Gpu("l4", 300e9, 121e12, 24e9, (8, 9)),
+        # NVIDIA L40S data sheet: 864 GB/s, 362 TFLOPS (733 with sparsity), 48 GB.
+        Gpu("l40s", 864e9, 362e12, 48e9, (8, 9)),
+        # NVIDIA Ampere GA102 whitepaper: 936 GB/s, 71 TFLOPS (142 with sparsity), 24 GB.
+        Gpu("rtx3090", 936e9, 71e12, 24e9, (8, 6)),
+        # NVIDIA Ada whitepaper: 1,008 GB/s, 165.2 TFLOPS (330.3 with sparsity), 24 GB.
+        Gpu("rtx4090", 1008e9, 165.2e12, 24e9, (8, 9)),
+        # NVIDIA RTX Blackwell whitepaper: 1,792 GB/s, 209.5 TFLOPS (419 with sparsity), 32 GB.
+        Gpu("rtx5090", 1792e9, 209.5e12, 32e9, (12, 0)),
+        # NVIDIA H100 data sheet: SXM 3.35 TB/s and 1,979 TFLOPS with sparsity, PCIe 2 TB/s and 1,513; 80 GB.
+        Gpu("h100", 3350e9, 989.5e12, 80e9, (9, 0)),
+        Gpu("h100-pcie", 2000e9, 756.5e12, 80e9, (9, 0)),
+        # NVIDIA H200 data sheet, SXM: 4.8 TB/s, 1,979 TFLOPS with sparsity, 141 GB.
+        Gpu("h200", 4800e9, 989.5e12, 141e9, (9, 0)),
+        # NVIDIA DGX B200 data sheet, an eighth of it: 8 TB/s, 4,500 TFLOPS with sparsity, 180 GB.
+        Gpu("b200", 8000e9, 2250e12, 180e9, (10, 0)),
+    )
+}
+
+
+def find(name: str) -> Gpu:
+    """The GPU of a name, as ``H100``, ``RTX 4090`` or ``a100-40gb``.
+
+    Raises:
+        UsageError: it is not known.
+    """
+    plain = {key.replace("-", ""): gpu for key, gpu in GPUS.items()}
+    wish = "".join(char for char in name.lower() if char.isalnum()).removeprefix("nvidia").removeprefix("geforce")
+    if wish in plain:
+        return plain[wish]
+    raise UsageError(
+        f"--device {name!r} is neither here nor known{did_you_mean(name.lower(), ['auto', 'cpu', 'cuda', *GPUS])}"
+    )
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """How long a GPU takes: the longer of moving bytes and computing, each at a stated part of the peak.
+
+    ``bandwidth_reached`` 0.85: cuBLAS moves bfloat16 weights at 0.81 to 0.88 of the peak when it decodes; halve's sparse kernel
+    is taken to do so too, which was not measured yet. ``flops_reached`` 0.7: of a large product. The launches and what a CPU
+    does between them are left out, as they are with CUDA graphs.
+    """
+
+    gpu: Gpu
+    bandwidth_reached: float = 0.85
+    flops_reached: float = 0.7
+
+    ASSUMPTIONS = (
+        "kernels move bytes at 0.85 of the peak and compute at 0.7 of it, sparse ones like dense ones",
+        f"above {MOST_ROWS} rows of x halve expands a packed weight and multiplies densely",
+        "launches cost nothing, as with CUDA graphs; norms and activations are left out",
+    )
+
+    def seconds(self, moved: float, operations: float, *, sparse: bool = False) -> float:
+        """For so many bytes and operations (counted as if dense)."""
+        peak = self.gpu.flops * (2 if sparse else 1)
+        return max(moved / (self.gpu.bandwidth * self.bandwidth_reached), operations / (peak * self.flops_reached))
+
+    def layer(self, shape: Shape, rows: int, itemsize: int, *, packed: bool) -> float:
+        """Of one linear layer on ``rows`` rows of x, as halve runs it there: weight, x and y are moved once."""
+        dense_bytes = shape.n * shape.k * itemsize
+        activations = rows * (shape.n + shape.k) * itemsize
+        operations = 2 * rows * shape.n * shape.k
+        if not packed:
+            return self.seconds(dense_bytes + activations, operations)
+        packed_bytes = dense_bytes / 2 + shape.n * shape.k / 8
+        if self.gpu.sparse and rows <= MOST_ROWS:
+            return self.seconds(packed_bytes + activations, operations, sparse=True)
+        expanding = self.seconds(packed_bytes + dense_bytes, 0)
+        return expanding + self.seconds(dense_bytes + activations, operations)

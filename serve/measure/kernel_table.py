@@ -1,0 +1,337 @@
+"""Sparse against dense, one layer at a time: for each shape of a model and each number of rows of x.
+
+What is timed are the very modules that the transformers engine runs, as `prepare_for_serving` leaves them: a packed layer, and
+the dense one in its place (on a processor, halve's own dense kernel up to 16 rows, torch's product above). Both take turns in
+every round, on copies of the weight that are more than the last cache holds together; a figure is the median over the rounds
+of the ratio within a round, with the quartiles. On a GPU one replay of a CUDA graph runs all copies, so that what is timed is
+the kernels and not Python's calls.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from compress.packed import PackedWeight
+from serve.kernels import choose
+from serve.linear import LinearModule, Sparse24Linear, StreamedLinear, prepare_for_serving, replacement
+from serve.measure.speed import ratio
+
+ROWS = (1, 2, 4, 8, 16, 64, 256, 1024)
+"""Rows of x: sequences that are decoded at once, or tokens of prompts."""
+
+WINS = 1.03
+"""How much faster counts as faster; less is within what a machine's moods do to a measurement."""
+
+_ROUNDS = (5, 41)  # fewest, most
+_SECONDS = 0.4  # for one shape and number of rows, if the fewest rounds take less
+_UNKNOWN_CACHE = 128 << 20
+
+Progress = Callable[[int, int, str], None]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """The weight of a linear layer: N output and K input features; ``conv1d``: multiplied as GPT-2's layers are."""
+
+    n: int
+    k: int
+    conv1d: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.n} x {self.k}{' (Conv1D)' if self.conv1d else ''}"
+
+
+class Spread(BaseModel):
+    """A ratio over the rounds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    median: Positive
+    p25: Positive
+    p75: Positive
+
+
+class Entry(BaseModel):
+    """One layer shape at one number of rows.
+
+    Attributes:
+        ratio: how many times as fast sparse is as dense.
+        backend: what multiplied the packed weight, and ``reason``: what it does with so many rows, and why no other did.
+        baseline: what multiplied the dense one.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    n: Count
+    k: Count
+    conv1d: bool
+    dtype: str
+    rows: Count
+    ratio: Spread
+    sparse_seconds: Positive
+    dense_seconds: Positive
+    backend: str
+    reason: str
+    baseline: str
+    rounds: Count
+    date: str
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.n, self.k, self.conv1d)
+
+    @property
+    def wins(self) -> bool:
+        """Sparse is faster, by more than noise."""
+        return self.ratio.median >= WINS and self.ratio.p25 > 1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.inference_mode()
+def measure(
+    wanted: Iterable[tuple[Shape, int]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget: float,
+    progress: Progress = lambda done, total, text: None,
+) -> tuple[list[Entry], list[tuple[Shape, int]]]:
+    """Times sparse against dense.
+
+    Args:
+        wanted: shapes with numbers of rows, the most important rows of each shape first.
+        budget: seconds; each shape gets its share of what is left, and what does not fit is not begun.
+
+    Returns:
+        What was measured, and what there was no time for.
+    """
+    by_shape: dict[Shape, list[int]] = {}
+    for shape, rows in wanted:
+        by_shape.setdefault(shape, []).append(rows)
+    deadline = time.monotonic() + budget
+    entries: list[Entry] = []
+    skipped: list[tuple[Shape, int]] = []
+    total, done = sum(map(len, by_shape.values())), 0
+    for index, (shape, rows_of_x) in enumerate(by_shape.items()):
+        now = time.monotonic()
+        if now >= deadline:
+            skipped += [(shape, rows) for rows in rows_of_x]
+            continue
+        share = now + (deadline - now) / (len(by_shape) - index)
+        pair = _Pair(shape, dtype, device)
+        for rows in rows_of_x:
+            done += 1
+            if time.monotonic() >= share:
+                skipped.append((shape, rows))
+                continue
+            entries.append(pair.measure(rows, share))
+            progress(done, total, f"{shape}, {rows} rows: {entries[-1].ratio.median:.2f} times as fast")
+    return entries, skipped
+
+
+class _Pair:
+    """Copies of a packed and of a dense layer, enough of them that no weight is in a cache when its turn comes."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        bytes_of_both = shape.n * shape.k * dtype.itemsize * 3 // 2
+        self.copies = max(2, -(-2 * last_cache_bytes(device) // bytes_of_both))
+        dense = nn.ModuleList(_dense(shape, dtype, device) for _ in range(self.copies))
+        sparse = nn.ModuleList(_sparse(shape, dtype, device) for _ in range(self.copies))
+        for modules in (dense, sparse):
+            prepare_for_serving(modules)
+        self.sides = {"dense": list(dense), "sparse": list(sparse)}
+
+    def measure(self, rows: int, deadline: float) -> Entry:
+        x = torch.randn(rows, self.shape.k, device=self.device).to(self.dtype)
+        timers = (_graph_timers if self.device.type == "cuda" else _call_timers)(self.sides, x)
+        seconds: dict[str, list[float]] = {name: [] for name in timers}
+        until = min(deadline, time.monotonic() + _SECONDS)
+        for turn in range(_ROUNDS[1]):
+            for name in list(timers) if turn % 2 else reversed(timers):
+                seconds[name].append(timers[name]())
+            if turn + 1 >= _ROUNDS[0] and time.monotonic() >= until:
+                break
+        choice = choose(self.device, self.dtype, rows, self.shape.n, self.shape.k)
+        return Entry(
+            n=self.shape.n,
+            k=self.shape.k,
+            conv1d=self.shape.conv1d,
+            dtype=dtype_name(self.dtype),
+            rows=rows,
+            ratio=Spread(**ratio(seconds["sparse"], seconds["dense"])),
+            sparse_seconds=statistics.median(seconds["sparse"]),
+            dense_seconds=statistics.median(seconds["dense"]),
+            backend=choice.backend.name,
+            reason=choice.reason,
+            baseline=_baseline(self.sides["dense"][0], rows),
+            rounds=len(seconds["dense"]),
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        )
+
+
+def _call_timers(sides: dict[str, list[nn.Module]], x: Tensor) -> dict[str, Callable[[], float]]:
+    """For each side: seconds of one call, of the next copy each time."""
+
+    def timer(copies: list[nn.Module]) -> Callable[[], float]:
+        turns: Iterator[nn.Module] = itertools.cycle(copies)
+        next(turns)(x)  # warm-up
+
+        def call() -> float:
+            layer = next(turns)
+            started = time.perf_counter()
+            layer(x)
+            return time.perf_counter() - started
+
+        return call
+
+    return {name: timer(copies) for name, copies in sides.items()}
+
+
+def _graph_timers(sides: dict[str, list[nn.Module]], x: Tensor) -> dict[str, Callable[[], float]]:
+    """For each side: seconds of one call, the mean over a replay of all copies in turn, by CUDA events."""
+
+    def timer(copies: list[nn.Module]) -> Callable[[], float]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a warm-up outside of the capture: libraries allocate at their first call
+            for layer in copies[:2]:
+                layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for layer in copies:
+                layer(x)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        graph.replay()
+
+        def replay() -> float:
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3 / len(copies)
+
+        return replay
+
+    return {name: timer(copies) for name, copies in sides.items()}
+
+
+def _dense(shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearModule:
+    layer = empty_layer(shape, dtype, device)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False).copy_(noise(parameter.shape, dtype))
+    return layer
+
+
+def _sparse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Sparse24Linear:
+    return random_packed(empty_layer(shape, dtype, torch.device("meta")), dtype, device)
+
+
+def empty_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearModule:
+    """A layer of the kind that the model has there; its weights are what was in the memory."""
+    with torch.device("meta"):  # without the initialization of the weights, which takes longer than all the rest
+        layer = Conv1D(shape.n, shape.k) if shape.conv1d else nn.Linear(shape.k, shape.n, bias=False)
+    return layer.to(dtype).to_empty(device=device)
+
+
+def random_packed(layer: LinearModule, dtype: torch.dtype, device: torch.device) -> Sparse24Linear:
+    """A packed layer with random values in the place of a linear (whose own weight may be on the meta device)."""
+    packed = replacement(layer, dtype)
+    packed.to_empty(device=device)
+    n, k = packed.out_features, packed.in_features
+    weight = random_packed_weight(n, k, dtype)
+    with torch.no_grad():
+        packed.weight_packed.copy_(weight.values)
+        packed.weight_mask.copy_(weight.mask)
+        if packed.bias is not None:
+            packed.bias.copy_(noise(packed.bias.shape, dtype))
+    return packed
+
+
+_PERIOD = 65537
+"""Random numbers that are drawn; larger tensors repeat them. No power of two, so that no two rows are alike."""
+
+
+def noise(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Random numbers around zero; speed does not depend on which."""
+    drawn = (0.02 * torch.randn(_PERIOD, generator=torch.Generator().manual_seed(0))).to(dtype)
+    return _repeated(drawn, shape)
+
+
+def random_packed_weight(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
+    """A packed weight [n, k]; its mask keeps a random two of every four."""
+    nibbles = torch.tensor([0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100], dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(1)
+    low, high = (nibbles[torch.randint(6, (_PERIOD,), generator=generator)] for _ in range(2))
+    values = noise((n, k // 2), dtype)
+    return PackedWeight(
+        torch.where(values == 0, torch.ones((), dtype=dtype), values), _repeated(low | high << 4, (n, k // 8))
+    )
+
+
+def _repeated(drawn: Tensor, shape: Sequence[int]) -> Tensor:
+    count = int(torch.Size(shape).numel())
+    return drawn.repeat(-(-count // len(drawn)))[:count].view(*shape)
+
+
+def _baseline(layer: nn.Module, rows: int) -> str:
+    if isinstance(layer, StreamedLinear) and rows <= StreamedLinear.MOST_ROWS:
+        return "halve's dense kernel, the weight is read once"
+    return "torch's product"
+
+
+def last_cache_bytes(device: torch.device) -> int:
+    """Of the last-level cache that all of the device shares."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = []
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            text = (index / "size").read_text().strip()
+        except OSError:
+            continue
+        number, unit = text[:-1], text[-1:]
+        if number.isdigit() and unit in "KM":
+            sizes.append(int(number) << (10 if unit == "K" else 20))
+    return max(sizes, default=_UNKNOWN_CACHE)
+
+
+def wins_at(entries: Sequence[Entry]) -> str:
+    """In words: the numbers of rows at which sparse is faster, of those that were measured for a shape."""
+    measured = sorted(entries, key=lambda entry: entry.rows)
+    runs: list[list[int]] = []
+    before = False
+    for entry in measured:
+        if entry.wins:
+            if before:
+                runs[-1].append(entry.rows)
+            else:
+                runs.append([entry.rows])
+        before = entry.wins
+    if not runs:
+        return "never"
+    if len(runs) == 1 and len(runs[0]) == len(measured):
+        return f"always ({measured[0].rows} to {measured[-1].rows})" if len(measured) > 1 else f"at {measured[0].rows}"
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+
+
+def document_of(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    return [entry.model_dump() for entry in entries]

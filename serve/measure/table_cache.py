@@ -1,0 +1,146 @@
+"""The kernel table of this machine on disk, so that a shape is measured once.
+
+A file is named after the device and the threads, and says what it was measured with. One that is damaged, or of another
+version, code path or number of threads, is not used: the caller gets the reason, and measures again. It is written under
+another name and then renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from compress.version import versions
+from serve.kernels.cpu import backend as cpu
+from serve.kernels.cpu import library
+from serve.kernels.cuda.cache import directory
+from serve.measure.environment import environment
+from serve.measure.kernel_table import Entry, Shape
+
+
+class Identity(BaseModel):
+    """What a table holds for, and only for.
+
+    Attributes:
+        kernels: the code path and a digest of the library on a processor, the compute capability on a GPU.
+        backend: what ``HALVE_BACKEND`` asked for.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    device: str
+    threads: int
+    kernels: str
+    backend: str
+    halve: str
+    torch: str
+
+    @classmethod
+    def of(cls, device: torch.device) -> Identity:
+        """Of this process."""
+        found, using = environment(device), versions()
+        return cls(
+            device=found["machine"],
+            threads=found["threads"] if device.type == "cpu" else 1,
+            kernels=_kernels(device),
+            backend=os.environ.get("HALVE_BACKEND", "auto"),
+            halve=using["halve"],
+            torch=using["torch"],
+        )
+
+
+class KernelTable(BaseModel):
+    """The content of a file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    identity: Identity
+    entries: list[Entry]
+
+
+def _kernels(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    if cpu.path() is None:
+        return "none"
+    return f"{cpu.path()} {hashlib.sha256(library.find().path.read_bytes()).hexdigest()[:16]}"
+
+
+def path_of(identity: Identity) -> Path:
+    """Where the table of a device lies."""
+    name = re.sub(r"[^a-z0-9]+", "-", identity.device.lower()).strip("-")
+    return directory() / "kernel-tables" / f"{name}-{identity.threads}.json"
+
+
+def load(identity: Identity) -> tuple[list[Entry], str | None]:
+    """What was measured with this very device, versions and threads; and why there is nothing, if a file is there."""
+    path = path_of(identity)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], None
+    except OSError as error:
+        return [], f"the kernel table {path} cannot be read ({error.strerror}), so it is measured again"
+    table = _parse(content)
+    if table is None:
+        return [], f"the kernel table {path} is damaged, so it is measured again"
+    if table.identity != identity:
+        then, now = table.identity.model_dump(), identity.model_dump()
+        changed = ", ".join(f"{key} was {then[key]!r} and is {now[key]!r}" for key in now if then[key] != now[key])
+        return [], f"the kernel table {path} is out of date ({changed}), so it is measured again"
+    return table.entries, None
+
+
+def save(identity: Identity, entries: Iterable[Entry]) -> str | None:
+    """Adds entries to the table, in the place of older ones for the same shape; gives the reason if that cannot be."""
+    path = path_of(identity)
+    kept = {_key(entry): entry for entry in load(identity)[0]}
+    kept.update({_key(entry): entry for entry in entries})
+    table = KernelTable(identity=identity, entries=list(kept.values())).model_dump()
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=path.name, suffix=".partial", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            json.dump({"sha256": _digest(table), "table": table}, file)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        return f"the kernel table is not kept: {error}"
+    return None
+
+
+def find(entries: Sequence[Entry], shape: Shape, rows: int, dtype: str) -> Entry | None:
+    return next((e for e in entries if e.shape == shape and e.rows == rows and e.dtype == dtype), None)
+
+
+def _parse(content: bytes) -> KernelTable | None:
+    """The table, if the file is whole."""
+    try:
+        document = json.loads(content)
+        if document["sha256"] != _digest(document["table"]):
+            return None
+        return KernelTable.model_validate(document["table"])
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
+        return None
+
+
+def _digest(table: object) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _key(entry: Entry) -> tuple[Shape, int, str]:
+    return entry.shape, entry.rows, entry.dtype

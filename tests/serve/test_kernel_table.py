@@ -1,0 +1,214 @@
+"""The table of sparse against dense by layer shape, and the file that it is kept in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.packed import unpack, validate
+from serve.kernels.cpu import library
+from serve.linear import Sparse24Conv1D, Sparse24Linear, StreamedLinear
+from serve.measure import kernel_table, table_cache
+from serve.measure.kernel_table import Entry, Shape, Spread, measure, wins_at
+from serve.measure.table_cache import Identity
+from tests.runs import Halve
+
+CPU = torch.device("cpu")
+SMALL = Shape(64, 128)
+
+needs_kernels = pytest.mark.skipif(library.load() is None, reason="the CPU kernels are not built")
+
+
+@pytest.fixture(autouse=True)
+def _small_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A table of the test's own, and weights of a few copies."""
+    monkeypatch.setenv("HALVE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernel_table, "last_cache_bytes", lambda device: 1 << 16)
+
+
+def entry(rows: int = 1, median: float = 1.5, shape: Shape = SMALL, **changes: Any) -> Entry:
+    fields: dict[str, Any] = {
+        "n": shape.n, "k": shape.k, "conv1d": shape.conv1d, "dtype": "bfloat16", "rows": rows,
+        "ratio": Spread(median=median, p25=median * 0.99, p75=median * 1.01),
+        "sparse_seconds": 1e-3, "dense_seconds": 1e-3 * median, "backend": "cpu", "reason": "because",
+        "baseline": "torch's product", "rounds": 5, "date": "2026-01-01",
+    }  # fmt: skip
+    return Entry(**{**fields, **changes})
+
+
+def identity(**changes: Any) -> Identity:
+    fields = {
+        "device": "A Processor (x86_64)", "threads": 2, "kernels": "avx2 1234", "backend": "auto", "halve": "1", "torch": "2",
+    }  # fmt: skip
+    return Identity(**{**fields, **changes})
+
+
+def test_measures_every_shape_and_row_count_that_is_asked_for() -> None:
+    wanted = [(shape, rows) for shape in (SMALL, Shape(32, 64, conv1d=True)) for rows in (1, 40)]
+    entries, skipped = measure(wanted, dtype=torch.bfloat16, device=CPU, budget=60)
+    assert [(e.shape, e.rows) for e in entries] == wanted
+    assert not skipped
+    for found in entries:
+        assert found.ratio.p25 <= found.ratio.median <= found.ratio.p75
+        assert found.rounds >= 5
+        assert found.reason
+
+
+def test_the_ratio_is_dense_over_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sides that take known times are measured as such."""
+    import time
+
+    def timers(sides: Any, x: torch.Tensor) -> dict[str, Any]:
+        return {"dense": lambda: time.sleep(0) or 0.006, "sparse": lambda: 0.004}
+
+    monkeypatch.setattr(kernel_table, "_call_timers", timers)
+    (found,), _ = measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)
+    assert found.ratio.median == pytest.approx(1.5)
+    assert (found.dense_seconds, found.sparse_seconds) == (0.006, 0.004)
+    assert found.wins
+
+
+def test_what_there_is_no_time_for_is_named() -> None:
+    wanted = [(SMALL, 1), (SMALL, 2), (Shape(32, 64), 1)]
+    entries, skipped = measure(wanted, dtype=torch.float32, device=CPU, budget=0)
+    assert (entries, skipped) == ([], wanted)
+
+
+@needs_kernels
+def test_the_layers_are_those_that_the_engine_runs() -> None:
+    pair = kernel_table._Pair(SMALL, torch.bfloat16, CPU)
+    dense, sparse = pair.sides["dense"], pair.sides["sparse"]
+    assert len(dense) == len(sparse) == pair.copies == -(-2 * (1 << 16) // (64 * 128 * 3))
+    assert all(isinstance(layer, Sparse24Linear) and layer.weight_prepared is not None for layer in sparse)
+    assert len({layer.weight_prepared.data_ptr() for layer in sparse}) == pair.copies  # pyright: ignore
+    kind = StreamedLinear if kernel_table._baseline(dense[0], 1).startswith("halve") else torch.nn.Linear
+    assert all(isinstance(layer, kind) for layer in dense)
+    assert isinstance(kernel_table._Pair(Shape(32, 64, True), torch.bfloat16, CPU).sides["sparse"][0], Sparse24Conv1D)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_random_weights_are_two_of_four_and_finite(dtype: torch.dtype) -> None:
+    weight = kernel_table.random_packed_weight(48, 72, dtype)
+    validate(weight, "random")
+    kept = (unpack(weight) != 0).view(48, -1, 4).sum(-1)
+    assert (kept == 2).all()
+    assert len(torch.unique(unpack(weight), dim=0)) == 48  # no two rows are alike
+
+
+def test_where_it_wins_in_words() -> None:
+    assert wins_at([entry(rows, 0.9) for rows in (1, 2)]) == "never"
+    assert wins_at([entry(rows, 1.5) for rows in (1, 2, 64)]) == "always (1 to 64)"
+    assert wins_at([entry(r, m) for r, m in ((1, 1.6), (64, 1.2), (256, 0.9), (1024, 0.8))]) == "1 to 64"
+    assert wins_at([entry(r, m) for r, m in ((256, 1.2), (1, 0.9), (64, 0.8))]) == "256"
+    assert wins_at([entry(r, m) for r, m in ((1, 1.2), (2, 1.02), (4, 1.2))]) == "1, 4"
+    noisy = entry(1, 1.2, ratio=Spread(median=1.2, p25=0.9, p75=1.4))
+    assert not noisy.wins
+
+
+def test_a_table_is_kept_and_found_again() -> None:
+    me = identity()
+    assert table_cache.load(me) == ([], None)
+    assert table_cache.save(me, [entry(1), entry(2)]) is None
+    assert table_cache.save(me, [entry(2, 3.0), entry(4, dtype="float16")]) is None
+    kept, why = table_cache.load(me)
+    assert why is None
+    assert {(e.rows, e.dtype, e.ratio.median) for e in kept} == {
+        (1, "bfloat16", 1.5),
+        (2, "bfloat16", 3.0),
+        (4, "float16", 1.5),
+    }
+    assert table_cache.find(kept, SMALL, 4, "bfloat16") is None
+    found = table_cache.find(kept, SMALL, 2, "bfloat16")
+    assert found is not None
+    assert found.ratio.median == 3.0
+    assert not list(table_cache.path_of(me).parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"\xff\xfe\x00",
+        lambda content: b"[" * 100_000,
+        lambda content: b"[]",
+        lambda content: content.replace(b'"median": 1.5', b'"median": 9.5'),
+        lambda content: content.replace(b'"format": 1', b'"format": 2'),
+    ],
+)
+def test_a_damaged_table_is_not_used(damage: Any) -> None:
+    me = identity()
+    table_cache.save(me, [entry()])
+    path = table_cache.path_of(me)
+    path.write_bytes(damage(path.read_bytes()))
+    kept, why = table_cache.load(me)
+    assert kept == []
+    assert why is not None
+    assert "damaged" in why
+    assert str(path) in why
+    table_cache.save(me, [entry()])
+    assert table_cache.load(me)[1] is None
+
+
+def test_wrong_values_with_a_right_digest_are_damage_too() -> None:
+    me = identity()
+    table_cache.save(me, [entry()])
+    path = table_cache.path_of(me)
+    table = json.loads(path.read_bytes())["table"]
+    table["entries"][0]["ratio"]["median"] = -1.0
+    path.write_text(json.dumps({"sha256": table_cache._digest(table), "table": table}))
+    assert "damaged" in (table_cache.load(me)[1] or "")
+
+
+@pytest.mark.parametrize("field", ["kernels", "backend", "halve", "torch"])
+def test_a_table_of_other_versions_is_out_of_date(field: str) -> None:
+    table_cache.save(identity(), [entry()])
+    kept, why = table_cache.load(identity(**{field: "other"}))
+    assert kept == []
+    assert why is not None
+    assert "out of date" in why
+    assert f"{field} was" in why
+
+
+def test_other_threads_have_a_table_of_their_own() -> None:
+    table_cache.save(identity(), [entry()])
+    assert table_cache.load(identity(threads=1)) == ([], None)
+    assert len(table_cache.load(identity())[0]) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HALVE_CACHE_DIR", str(tmp_path / "file"))
+    assert "not kept" in (table_cache.save(identity(), [entry()]) or "")
+    assert table_cache.load(identity())[0] == []
+
+
+def test_bench_kernels(halve: Halve, tmp_path: Path) -> None:
+    from tests import tiny_models
+
+    model = tiny_models.build("gpt2", tmp_path / "model", layers=1)
+    called = halve("bench", str(model), "--kernels", "--budget", "30", "--json")
+    assert called.code == 0, called.stderr
+    document = json.loads(called.stdout.splitlines()[-1])
+    assert document["kind"] == "kernels"
+    shapes = {(layer["n"], layer["k"]) for layer in document["layers"]}
+    assert {(e["n"], e["k"]) for e in document["kernels"]} == shapes == {(192, 64), (64, 64), (160, 64), (64, 160)}
+    assert {e["rows"] for e in document["kernels"]} == set(kernel_table.ROWS)
+    assert all(e["conv1d"] for e in document["kernels"])
+    kept, _ = table_cache.load(Identity.of(CPU))
+    assert len(kept) == len(document["kernels"])
+    shown = halve("bench", str(model), "--kernels", "--budget", "1")
+    assert shown.code == 0
+    assert "2:4 is faster at rows" in shown.stdout
+
+
+@pytest.mark.gpu
+def test_measures_on_a_gpu() -> None:
+    entries, skipped = measure([(Shape(4096, 4096), 1)], dtype=torch.bfloat16, device=torch.device("cuda"), budget=60)
+    assert not skipped
+    bandwidth = 4096 * 4096 * 2 / entries[0].dense_seconds
+    assert 5e10 < bandwidth < 2e13  # from memory: no GPU is slower or faster
