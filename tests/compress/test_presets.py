@@ -32,7 +32,7 @@ def test_what_is_given_wins() -> None:
 
 
 def test_an_unknown_preset_is_named() -> None:
-    with pytest.raises(RecipeError, match="no preset 'bset'.*best"):
+    with pytest.raises(RecipeError, match=r"no preset 'bset'.*best"):
         preset_fields("bset", {})
 
 
