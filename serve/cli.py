@@ -289,6 +289,17 @@ def doctor(as_json: Json = False) -> None:
                     lines.add_row("", "", "", Text(f"to do: {check['remedy']}", "bold"))
             out.print(f"\n[bold]{section}[/]")
             out.print(lines)
+        out.print("\n[bold]what runs where[/]")
+        lines = Table.grid(padding=(0, 2))
+        for wraps in (False, False, False, False, True, False, False, True):
+            lines.add_column(no_wrap=not wraps)
+        for row in document["matrix"]:
+            mark = Text("here", "green") if row["here"] else Text("no", "yellow")
+            dtypes = " ".join(row["dtypes"]).replace("float", "f")
+            by = f"by {row['kernel']}" if row["kernel"] else ""
+            reason = row["why_not"] or row["status"].replace("works", "")
+            lines.add_row("", mark, row["engine"], row["device"], ", ".join(row["formats"]), dtypes, by, reason)
+        out.print(lines)
 
     emit(document, as_json, human)
     if not document["ok"]:
