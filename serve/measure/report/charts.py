@@ -75,7 +75,7 @@ def heat_map(layers: Sequence[Layer]) -> Picture | None:
     )
 
 
-def latency(levels: Sequence[Level]) -> dict[str, Picture]:
+def latency(levels: Sequence[Level], called: str) -> dict[str, Picture]:
     """Time to first token, time per output token and throughput against the load, by title; none for less than two loads."""
     pictures: dict[str, Picture] = {}
     shown = {
@@ -86,7 +86,7 @@ def latency(levels: Sequence[Level]) -> dict[str, Picture]:
     for key, (title, unit, scale) in shown.items():
         sides = {side: [level for level in levels if level.times.get(key, {}).get(side)] for side in _SIDES}
         if any(len(own) > 1 for own in sides.values()):
-            pictures[title] = _latency(sides, key, title, unit, scale)
+            pictures[title] = _latency(sides, key, title, unit, scale, called)
     return pictures
 
 
@@ -101,8 +101,12 @@ def accuracy_against_speed(runs: Sequence[Run], front: set[str]) -> Picture | No
         assert run.speed is not None
         points.append((run.speed.times_as_fast or 1.0, run.perplexity.ratio or 1.0, run))
     points.sort(key=lambda point: point[:2])
-    with _drawn(520, 320, "pareto") as (figure, finish):
-        axes = figure.add_axes((0.11, 0.15, 0.86, 0.75))
+    return Picture(_pareto(points, front, 520, "pareto"), _pareto(points, front, 350, "pareto-narrow"))
+
+
+def _pareto(points: Sequence[tuple[float, float, Run]], front: set[str], size: int, name: str) -> Markup:
+    with _drawn(size, 320, name) as (figure, finish):
+        axes = figure.add_axes((44 / size, 0.15, 1 - 52 / size, 0.75))
         _bare(axes)
         axes.set_yscale("log")
         axes.axvline(1, color=_COLOURS["rule"], linewidth=1, zorder=0)
@@ -115,22 +119,10 @@ def accuracy_against_speed(runs: Sequence[Run], front: set[str]) -> Picture | No
             axes.plot(x, y, "o", markersize=9, markerfacecolor=face, markeredgecolor=_COLOURS["accent"])
         xs, ys = [1.0, *(x for x, _, _ in points)], [1.0, *(y for _, y, _ in points)]
         width, height = max(xs) - min(xs) or 0.2, math.log(max(ys) / min(ys)) or 0.2
-        axes.set_xlim(min(xs) - 0.1 * width, max(xs) + 0.45 * width)
+        axes.set_xlim(min(xs) - 0.1 * width, max(xs) + (0.45 if size > 500 else 0.7) * width)
         axes.set_ylim(min(ys) * math.exp(-0.12 * height), max(ys) * math.exp(0.15 * height))
-        taken: list[float] = []
-        for x, y, label in [(1.0, 1.0, "dense"), *((x, y, f"{run.name}, {run.method}") for x, y, run in points)]:
-            at = axes.transData.transform((x, y))
-            down = at[1]
-            while any(abs(down - other) < 14 for other in taken):
-                down -= 14
-            taken.append(down)
-            axes.annotate(
-                _shortened(label, 34),
-                (at[0] + 9, down - 4),
-                xycoords="figure pixels",
-                color=_COLOURS["ink"],
-                fontsize=12,
-            )
+        marks = [(1.0, 1.0, "dense"), *((x, y, _shortened(run.label, 30)) for x, y, run in points)]
+        _place_labels(axes, marks, size)
         axes.set_xlabel("decode speed, times dense", loc="left")
         axes.text(0, 1.04, "perplexity, times dense (log scale)", transform=axes.transAxes, color=_COLOURS["muted"])
         _plain_log_ticks(axes, min(ys), max(ys))
@@ -139,14 +131,18 @@ def accuracy_against_speed(runs: Sequence[Run], front: set[str]) -> Picture | No
             f"{', not beaten by another' if run.directory in front else ''}"
             for x, y, run in points
         )
-        return Picture(finish("Accuracy against speed", described))
+        return finish("Accuracy against speed", described)
 
 
 def memory(found: Memory) -> Picture:
     """A bar for each model: pruned layers, everything else, KV cache."""
-    height = 54 * len(found.stacks) + 34
-    with _drawn(520, height, "memory") as (figure, finish):
-        axes = figure.add_axes((0.1, 34 / height, 0.88, 1 - 34 / height))
+    return Picture(_memory(found, 520, "memory"), _memory(found, 350, "memory-narrow"))
+
+
+def _memory(found: Memory, width: int, name: str) -> Markup:
+    height = 46 * len(found.stacks) + 8
+    with _drawn(width, height, name) as (figure, finish):
+        axes = figure.add_axes((52 / width, 0, 1 - 52 / width, 1))
         most = max(stack.total for stack in found.stacks)
         for row, stack in enumerate(reversed(found.stacks)):
             left = 0.0
@@ -154,7 +150,7 @@ def memory(found: Memory) -> Picture:
             parts = [(stack.pruned, colours[0]), (stack.rest, colours[1]), (stack.cache or 0.0, "cache")]
             for size, colour in parts:
                 axes.barh(row, size, left=left, height=0.52, color=_COLOURS[colour])
-                if size > 0.16 * most:
+                if size / most * 0.8 * width > 66:
                     ink = "paper" if colour in ("dense", "accent") else "ink"
                     axes.text(
                         left + 0.012 * most, row, human_bytes(size), va="center", color=_COLOURS[ink], fontsize=12
@@ -162,7 +158,7 @@ def memory(found: Memory) -> Picture:
                 left += size
             axes.text(-0.012 * most, row, stack.name, ha="right", va="center", color=_COLOURS["ink"], fontsize=13)
             axes.text(left + 0.012 * most, row, human_bytes(left), va="center", color=_COLOURS["ink"], fontsize=13)
-        axes.set_xlim(0, 1.2 * most)
+        axes.set_xlim(0, 1.28 * most)
         axes.set_ylim(-0.5, len(found.stacks) - 0.5)
         axes.set_axis_off()
         described = "; ".join(
@@ -170,7 +166,7 @@ def memory(found: Memory) -> Picture:
             + (f", {human_bytes(stack.cache)} of KV cache" if stack.cache is not None else "")
             for stack in found.stacks
         )
-        return Picture(finish("Memory by what it holds", described))
+        return finish("Memory by what it holds", described)
 
 
 def _heat_map(layers: Sequence[Layer], width: int, name: str, title: str, description: str) -> Markup:
@@ -238,13 +234,13 @@ def _heat_map(layers: Sequence[Layer], width: int, name: str, title: str, descri
         return finish(title, description, titles)
 
 
-def _latency(sides: dict[str, list[Level]], key: str, title: str, unit: str, scale: float) -> Picture:
+def _latency(sides: dict[str, list[Level]], key: str, title: str, unit: str, scale: float, called: str) -> Picture:
     every = {level.label: level for own in sides.values() for level in own}
     labels = list(every)
     statistics = ("mean",) if key == "output_tokens_per_second" else ("p50", "p90")
     described = []
     with _drawn(350, 236, f"latency-{key}") as (figure, finish):
-        axes = figure.add_axes((0.14, 0.15, 0.68, 0.72))
+        axes = figure.add_axes((0.13, 0.15, 0.64, 0.72))
         _bare(axes)
         ends = []
         for side, own in sides.items():
@@ -262,8 +258,11 @@ def _latency(sides: dict[str, list[Level]], key: str, title: str, unit: str, sca
                     *zip(*points, strict=True), color=colour, linewidth=2 if solid else 1.2,
                     linestyle="-" if solid else (0, (2, 2)), marker="o" if solid else None, markersize=5,
                 )  # fmt: skip
-                ends.append((points[-1], f"{side} {statistic}", colour))
-                described.append(f"{side} {statistic}: " + ", ".join(f"{labels[x]} {y:.3g} {unit}" for x, y in points))
+                ends.append((points[-1], f"{called if side == 'sparse' else side} {statistic}", colour))
+                described.append(
+                    f"{called if side == 'sparse' else side} {statistic}: "
+                    + ", ".join(f"{labels[x]} {y:.3g} {unit}" for x, y in points)
+                )
         axes.set_ylim(0, None)
         axes.set_xlim(-0.2, len(labels) - 0.8)
         axes.set_xticks(range(len(labels)), [label.partition("=")[2] or label for label in labels])
@@ -279,6 +278,25 @@ def _latency(sides: dict[str, list[Level]], key: str, title: str, unit: str, sca
             axes.annotate(label, (at[0] + 8, down - 4), xycoords="figure pixels", color=colour, fontsize=11)
         axes.text(-0.02, 1.06, unit, transform=axes.transAxes, color=_COLOURS["muted"], fontsize=11)
         return Picture(finish(title, "; ".join(described)))
+
+
+def _place_labels(axes: Any, marks: Sequence[tuple[float, float, str]], width: int) -> None:
+    """Writes a label beside each mark (x, y, text): on the first side where it meets no mark and no other label."""
+    at = [tuple(axes.transData.transform((x, y))) for x, y, _ in marks]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
+    for (x, y), (_, _, text) in zip(at, marks, strict=True):
+        length = 6.6 * len(text)  # of 12 px letters
+        sides = [(x + 9, y - 4), (x - 9 - length, y - 4), (x - length / 2, y + 10), (x - length / 2, y - 19)]
+        sides += [(x + 9, y - 4 - 14 * step) for step in (1, 2, 3, 4)]
+        boxes = [(left, down - 2, left + length, down + 11) for left, down in sides]
+        free = (
+            box for box in boxes
+            if box[0] >= 0 and box[2] <= width
+            and not any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken)
+        )  # fmt: skip
+        box = next(free, boxes[0])
+        taken.append(box)
+        axes.annotate(text, (box[0], box[1] + 2), xycoords="figure pixels", color=_COLOURS["ink"], fontsize=12)
 
 
 def _mean_error(layers: Sequence[Layer]) -> float | None:
@@ -338,6 +356,7 @@ def _drawn(width: int, height: int, name: str) -> Iterator[tuple[Any, Finish]]:
         "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "axes.unicode_minus": False,
         "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 12, "axes.labelsize": 11,
         "xtick.labelsize": 11, "ytick.labelsize": 11, "figure.dpi": 72, "savefig.dpi": 72, "path.simplify": False,
+        "axes.facecolor": "none",
     }  # fmt: skip
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # the page's fonts have it

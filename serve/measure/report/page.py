@@ -98,7 +98,15 @@ class Page:
             f"{quantity(this, 'bytes')} against {quantity(dense, 'bytes')}",
             "as stored; in memory it was not measured",
         )
-        return Tile("Weights", self.commands.bench, this / dense, f"{this / dense:.3f}", "of dense", lines, "better")
+        return Tile(
+            "Weights",
+            self.commands.bench,
+            this / dense,
+            f"{this / dense * 100:.1f}\u00a0%",
+            "of dense",
+            lines,
+            "better",
+        )
 
     @functools.cached_property
     def verdict(self) -> list[Part]:
@@ -115,15 +123,19 @@ class Page:
         weights = next((row for row in self.sizes if row.label == "weights in memory" and row.ratio), None)
         if weights and weights.ratio:
             parts.append(
-                [Part("its weights take "), Part(f"{weights.ratio:.3f} times", weights.ratio), Part(" the memory")]
+                [
+                    Part("its weights take "),
+                    Part(f"{weights.ratio * 100:.1f}\u00a0%", weights.ratio),
+                    Part(" of the memory"),
+                ]
             )
         elif self.memory:
             dense, this = (stack.total for stack in self.memory.stacks)
             parts.append(
                 [
                     Part("its tensors take "),
-                    Part(f"{this / dense:.3f} times", this / dense),
-                    Part(" the bytes of the dense ones"),
+                    Part(f"{this / dense * 100:.1f}\u00a0%", this / dense),
+                    Part(" of the bytes of the dense ones"),
                 ]
             )
         if self.perplexity and self.perplexity.ratio and self.perplexity.dense:
@@ -153,6 +165,11 @@ class Page:
         first = next(part for part in sentence if part.text)
         sentence[sentence.index(first)] = Part(first.text[:1].upper() + first.text[1:], first.value)
         return [*sentence, Part(end)]
+
+    @property
+    def called(self) -> str:
+        """The model in tables and pictures."""
+        return "sparse" if self.checkpoint.pruned else "this"
 
     @property
     def facts(self) -> list[str]:
@@ -214,7 +231,8 @@ class Page:
             for name, value in settings.items()
             if value not in (None, {}, [])
         ]
-        rows += [(f"{name}, when it was made", str(number)) for name, number in saved.get("versions", {}).items()]
+        made_with = ", ".join(f"{name} {number}" for name, number in saved.get("versions", {}).items())
+        rows.append(("made with", made_with))
         return [*rows, ("device", str(saved.get("device", "")))]
 
     @property
@@ -243,7 +261,11 @@ class Page:
         for level in self.levels:
             if level.number is not None:
                 families.setdefault(level.label.partition("=")[0], []).append(level)
-        return [Titled(title, picture) for own in families.values() for title, picture in charts.latency(own).items()]
+        return [
+            Titled(title, picture)
+            for own in families.values()
+            for title, picture in charts.latency(own, self.called).items()
+        ]
 
     @functools.cached_property
     def pareto(self) -> charts.Picture | None:
@@ -294,7 +316,8 @@ def _tile(title: str, row: Row | None, command: str) -> Tile:
         return Tile(title, command, row.value, quantity(row.value, row.unit), "", lines)
     number, text, unit = told
     assert row.dense is not None
-    lines = [f"{quantity(row.value, row.unit)} against {quantity(row.dense, row.unit)}", bounds(row), row.load]
+    load = "" if row.unit == "bytes" else row.load
+    lines = [f"{quantity(row.value, row.unit)} against {quantity(row.dense, row.unit)}", bounds(row), load]
     if row.verdict == "no difference":
         lines.insert(1, "no difference that was measured")
     tone = row.verdict if row.verdict in ("better", "worse") else ""

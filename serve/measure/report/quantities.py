@@ -12,7 +12,7 @@ def quantity(value: float, unit: Unit) -> str:
         case "seconds":
             return f"{value:.2f} s" if value >= 10 else f"{value * 1e3:,.{_decimals(value * 1e3)}f} ms"
         case "bytes":
-            return human_bytes(value)
+            return human_bytes(value).replace(" ", "\u00a0")
         case "rate":
             return f"{value:,.{_decimals(value)}f} / s"
         case "share":
@@ -28,8 +28,10 @@ def gain(row: Row) -> tuple[float, str, str] | None:
         return None if faster is None else (faster, f"{faster:.2f}", "times as fast")
     if row.ratio is None:
         return None
-    text = f"{row.ratio:.3f}" if row.ratio < 10 else f"{row.ratio:,.1f}"
-    return row.ratio, text, "of dense" if row.unit == "bytes" else "times dense"
+    if row.unit == "bytes":
+        return row.ratio, f"{row.ratio * 100:.1f}\u00a0%", "of dense"
+    text = f"{row.ratio:,.{3 if row.ratio < 2 else 2 if row.ratio < 100 else 0}f}"
+    return row.ratio, text, "times dense"
 
 
 def bounds(row: Row) -> str:

@@ -17,6 +17,7 @@ from serve.measure.statistics import Interval, interval
 
 Unit = Literal["seconds", "bytes", "rate", "number", "share"]
 SINGLE_STREAM = "concurrency=1"
+_UNDER_LOAD = {"bytes.kv_cache", "peak_process_bytes", "peak_gpu_bytes"}
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,10 @@ class Run:
     notes: tuple[str, ...] = ()
 
     @property
+    def label(self) -> str:
+        return self.method if self.method != "unknown" else self.name
+
+    @property
     def placed(self) -> bool:
         """Whether it has a place in the picture of accuracy against speed."""
         return bool(self.perplexity and self.perplexity.ratio and self.speed and self.speed.times_as_fast)
@@ -190,7 +195,8 @@ def sizes(results: Iterable[Result]) -> list[Row]:
     rows: dict[str, Row] = {}
     for result in results:
         for name, label in labels.items():
-            row = _row(result, name, label, "bytes", _bench_load(result))
+            load = _bench_load(result) if name in _UNDER_LOAD else ""
+            row = _row(result, name, label, "bytes", load)
             if row and row.value and (name not in rows or (rows[name].dense is None and row.dense is not None)):
                 rows[name] = row
     return [rows[name] for name in labels if name in rows]
@@ -210,7 +216,7 @@ def memory(checkpoint: Checkpoint, results: Iterable[Result]) -> Memory | None:
     before, after = checkpoint.pruned_bytes
     if not before:
         return None
-    for result in results:
+    for result in sorted(results, key=lambda result: "bytes.kv_cache" not in result.measured.figures):
         sides = [side for side in (result.dense, result.measured) if side]
         if sides and all("bytes.weights" in side.figures for side in sides):
             stacks = []
@@ -220,12 +226,12 @@ def memory(checkpoint: Checkpoint, results: Iterable[Result]) -> Memory | None:
                 listed = figures.get("bytes.pruned_layers")
                 pruned = listed.value if listed and listed.value else float(stored)
                 cache = figures.get("bytes.kv_cache")
-                name = "dense" if side is result.dense else "this"
+                name = "dense" if side is result.dense else "sparse"
                 rest = max(figures["bytes.weights"].value - pruned, 0.0)
                 stacks.append(Stack(name, pruned, rest, cache.value if cache else None))
             return Memory(stacks, True, str(result.path))
     rest = float(checkpoint.tensor_bytes - after)
-    stacks = [Stack("dense", float(before), rest), Stack("this", float(after), rest)]
+    stacks = [Stack("dense", float(before), rest), Stack("sparse", float(after), rest)]
     return Memory(stacks, False, "the headers of its files")
 
 
@@ -396,6 +402,9 @@ def _bench_load(result: Result) -> str:
     if result.kind != "bench":
         return ""
     load = result.document["load"]
-    parts = [f"{name} {load[name]}" for name in ("engine", "prompt", "output", "batch", "rounds") if name in load]
+    words = {"prompt": "prompt of {}", "output": "{} tokens out", "batch": "batch of {}", "rounds": "{} rounds"}
+    parts = [
+        how.format(load[name]) for name, how in words.items() if name in load and (name, load[name]) != ("batch", 1)
+    ]
     through = ["through the endpoint"] if result.document.get("through") == "endpoint" else []
-    return ", ".join([*parts, *through])
+    return ", ".join([*(str(load[name]) for name in ("engine",) if name in load), *parts, *through])
