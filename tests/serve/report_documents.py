@@ -61,7 +61,13 @@ def endpoint_bench(dense: Path, sparse: Path, labels: tuple[str, ...] = ("concur
             for index, label in enumerate(labels)
         }
         sizes = {"disk": int(2000 * factor), "weights": int(1_000_000 * factor), "kv_cache": 300_000}
-        return {"directory": str(directory), "dtype": "float32", "bytes": sizes, "peak_process_bytes": 5_000_000, "loads": loads}
+        return {
+            "directory": str(directory),
+            "dtype": "float32",
+            "bytes": sizes,
+            "peak_process_bytes": 5_000_000,
+            "loads": loads,
+        }
 
     return {
         "kind": "bench",

@@ -63,7 +63,9 @@ def test_the_numbers_are_those_of_the_documents(halve: Halve, own: Measured, tmp
     for key, label in (("ttft", "time to first token"), ("tpot", "time per output token")):
         dense, sparse = (np.array(bench["models"][m][f"{key}_seconds"]["samples"]) for m in ("dense", "sparse"))
         shown = speed[label]
-        assert shown[:3] == pytest.approx([np.median(dense), np.median(sparse), 1 / np.median(sparse / dense)], rel=1e-12)
+        assert shown[:3] == pytest.approx(
+            [np.median(dense), np.median(sparse), 1 / np.median(sparse / dense)], rel=1e-12
+        )
         assert shown[1] == pytest.approx(bench["models"]["sparse"][f"{key}_seconds"]["median"], rel=1e-12)
         low, high = against[f"{key}.p50"]["interval"]
         assert f"{1 / high:.2f} to {1 / low:.2f}" in section(page, "speed").text
@@ -249,15 +251,21 @@ def test_nothing_of_the_page_comes_from_elsewhere(halve: Halve, own: Measured, t
     assert page.all("svg")
     for picture in page.all("svg"):
         named = picture.attributes["aria-labelledby"].split()
-        assert [picture.children[0].attributes["id"], picture.children[1].attributes["id"]] == named  # type: ignore[union-attr]
-        assert all(element.text for element in picture.children[:2])  # type: ignore[union-attr]
+        title, description = [child for child in picture.children if isinstance(child, Element)][:2]
+        assert [(title.tag, title.attributes["id"]), (description.tag, description.attributes["id"])] == [
+            ("title", named[0]), ("desc", named[1]),
+        ]  # fmt: skip
+        assert title.text
+        assert description.text
         assert not re.search(r"#[0-9a-f]{6}", json.dumps([element.attributes for element in picture.all()]))
 
 
 def test_colours_can_be_read() -> None:
     """WCAG 2.2: letters at 4.5 to 1 on both grounds, shapes that carry meaning at 3 to 1, in light and dark."""
     css = (Path(summary.__file__).parent / "template" / "report.css").read_text()
-    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", part)) for part in css.split("@media (prefers-color", 1))
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", part)) for part in css.split("@media (prefers-color", 1)
+    )
     assert light.keys() == dark.keys()
 
     def luminance(colour: str) -> float:
@@ -319,7 +327,8 @@ def test_damaged_reports(change: Any, told: str, halve: Halve, own: Measured, tm
     write(own.sparse / "report.json", report)
     called = halve("report", own.sparse, "--out", tmp_path / "report.html")
     assert called.code == 1
-    assert told in called.message
+    assert told in called.stderr
+    assert "Traceback" not in called.stderr
     assert not (tmp_path / "report.html").exists()
 
 
@@ -380,7 +389,7 @@ def test_results_of_another_checkpoint_are_left_out(halve: Halve, own: Measured,
     foreign = write(tmp_path / "foreign.json", other)
     out = tmp_path / "report.html"
     called = halve("report", own.sparse, "--results", foreign, "--results", own.evaluation, "--out", out, "--json")
-    [note] = called.document["notes"]
+    [note] = [note for note in called.document["notes"] if "left out" in note]
     assert note.startswith(f"{foreign} is of ")
     assert "another checkpoint" in note
     page = read_page(out)
@@ -436,7 +445,10 @@ def test_the_card_gets_the_figures_once(halve: Halve, own: Measured, tmp_path: P
     assert first.startswith(before.rstrip())
     assert first.count(card.BEGIN) == first.count(card.END) == 1
     bench = json.loads(own.bench.read_text())
-    assert f"{bench['models']['sparse']['tpot_seconds']['median'] * 1e3:.2f}"[:4] in first
+    [row] = [line for line in first.splitlines() if line.startswith("| time per output token")]
+    written = [float(number) for number in re.findall(r"([\d.]+) ms", row)]
+    medians = [bench["models"][side]["tpot_seconds"]["median"] * 1e3 for side in ("dense", "sparse")]
+    assert written == pytest.approx(medians, abs=0.051)
     assert f"{json.loads(own.evaluation.read_text())['perplexity']:,.2f}" in first
     assert halve("verify", own.sparse).code == 0  # report.json accounts for the new card
     accounted = tree(own.sparse)
@@ -516,10 +528,11 @@ def test_the_front_is_what_nothing_beats(places: list[tuple[float, float]]) -> N
 
 
 def test_runs_beside_each_other(halve: Halve, own: Measured, tmp_path: Path) -> None:
+    """Three directories with the same weights, told apart by their names; the third was measured by another protocol."""
     second = Path(shutil.copytree(own.sparse, tmp_path / "second"))
     third = Path(shutil.copytree(own.sparse, tmp_path / "third"))
-    results = [own.evaluation, own.bench]
-    for directory, shift, factor, rounds in ((second, 0.5, 0.5, 8), (third, 0.1, 0.9, 9)):
+    results = []
+    for directory, shift, factor, rounds in ((own.sparse, 0, 1, 8), (second, 0.5, 0.5, 8), (third, 0.1, 0.9, 9)):
         for source in (own.evaluation, own.bench):
             document = json.loads(source.read_text())
             for model in document["models"] if document["kind"] == "eval" else document["models"].values():
@@ -536,7 +549,8 @@ def test_runs_beside_each_other(halve: Halve, own: Measured, tmp_path: Path) -> 
     out = tmp_path / "report.html"
     beside = ["--beside", second, "--beside", third]
     called = halve("report", own.sparse, *beside, *flags, "--out", out, "--no-card", "--json")
-    assert (called.code, called.document["notes"]) == (0, [])
+    assert called.code == 0
+    assert not [note for note in called.document["notes"] if "left out" in note]
     page = section(read_page(out), "accuracy")
     rows = {label: values for label, values in page.rows().items() if "perplexity" not in label}
     [own_row] = [values for label, values in rows.items() if label.endswith(str(own.sparse))]

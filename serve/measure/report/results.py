@@ -53,6 +53,8 @@ def assign(results: list[Result], checkpoints: list[Checkpoint]) -> tuple[dict[P
     left_out = []
     for result in results:
         owners = [checkpoint for checkpoint in checkpoints if belongs(result, checkpoint)]
+        if len(owners) > 1:  # the same weights in several places
+            owners = [owner for owner in owners if is_named(result, owner)] or owners
         if len(owners) == 1:
             by_directory[owners[0].directory].append(result)
         elif owners:
@@ -73,9 +75,12 @@ def belongs(result: Result, checkpoint: Checkpoint) -> bool:
     sealed = result.measured.entry.get("weights_sha256")
     if isinstance(sealed, str) and checkpoint.sealed is not None:
         return sealed == checkpoint.sealed
-    if result.directory is None:
-        return False
-    return _same_end(Path(result.directory), checkpoint.directory)
+    return is_named(result, checkpoint)
+
+
+def is_named(result: Result, checkpoint: Checkpoint) -> bool:
+    """Whether the directory in a result is that of the checkpoint."""
+    return result.directory is not None and _same_end(Path(result.directory), checkpoint.directory)
 
 
 def _same_end(a: Path, b: Path) -> bool:

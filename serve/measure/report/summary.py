@@ -27,7 +27,7 @@ class Row:
     Attributes:
         dense: None where no dense model was measured beside it.
         ratio: this / dense; ``interval``: the 95 % one of that, None with ``why``, which says why there is none.
-        own: the 95 % interval of the value itself, where it was sampled.
+        own: the 95 % interval of the value itself, where it was sampled and there is no dense model.
         load: what it was measured under, and ``source``: in which file.
     """
 
@@ -333,12 +333,12 @@ def _row(result: Result, name: str, label: str, unit: Unit, load: str) -> Row | 
     figure = result.measured.figures.get(name)
     if figure is None:
         return None
-    own = interval(figure.samples, figure.statistic) if figure.statistic else None
     key = name.removesuffix(f".{figure.statistic}").rpartition(".")[2]
-    shared: dict[str, Any] = {"own": own, "load": load, "source": str(result.path), "key": key}
+    shared: dict[str, Any] = {"load": load, "source": str(result.path), "key": key}
     other = result.dense.figures.get(name) if result.dense else None
     if other is None:
-        return Row(label, unit, figure.value, **shared)
+        own = interval(figure.samples, figure.statistic) if figure.statistic else None
+        return Row(label, unit, figure.value, own=own, **shared)
     found = compared(figure, other)
     return Row(
         label, unit, figure.value, other.value, found["ratio"], found["interval"] if figure.sampled else None,
