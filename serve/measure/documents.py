@@ -129,7 +129,7 @@ def load(path: Path, command: str) -> tuple[dict[str, Any], str]:
     except ValueError as error:
         raise DocumentError(f"{path} is not whole, or not JSON: {error}; measure again with --json") from None
     kind = document.get("kind") if isinstance(document, dict) else None
-    if not isinstance(kind, str) or kind not in ("eval", "bench"):
+    if not isinstance(document, dict) or not isinstance(kind, str) or kind not in ("eval", "bench"):
         what = f"a document of kind {kind!r}" if isinstance(kind, str) else "something else"
         raise DocumentError(f"{path} holds {what}; `halve {command}` reads what `halve eval|bench --json` print")
     return document, hashlib.sha256(content).hexdigest()

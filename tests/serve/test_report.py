@@ -27,12 +27,7 @@ from serve.measure.report.page import Page
 from serve.measure.report.results import Result, belongs
 from serve.measure.report.summary import Row, Run
 from tests.runs import Halve, tree
-from tests.serve.report_documents import Element, Measured, endpoint_bench, measured, read_page
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    return measured(tmp_path_factory.mktemp("report"))
+from tests.serve.report_documents import Element, Measured, endpoint_bench, read_page
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from serve.measure.report import report
 from tests.runs import chromium
-from tests.serve.report_documents import endpoint_bench, measured
+from tests.serve.report_documents import Measured, endpoint_bench
 
 pytestmark = [
     pytest.mark.browser,
@@ -20,10 +20,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(made: Measured, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One with every picture, and one of a checkpoint of which nothing was measured."""
     directory = tmp_path_factory.mktemp("browser")
-    made = measured(directory)
     load = directory / "load.json"
     load.write_text(json.dumps(endpoint_bench(made.dense, made.sparse)))
     pages = {"whole": directory / "whole.html", "bare": directory / "bare.html"}

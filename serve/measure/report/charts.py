@@ -199,7 +199,7 @@ def _heat_map(layers: Sequence[Layer], width: int, name: str, title: str, descri
             step = 0 if not mean or high == low else round((math.log(mean) - low) / (high - low) * (STEPS - 1))
             step = max(step, 0)
             colour = "none" if mean is None else _COLOURS[f"heat-{step}"]
-            edge = _COLOURS["muted"] if mean is None else "none"
+            edge = _COLOURS["rule"] if mean is None else "none"
             box = Rectangle(
                 (block + gap_x / 2, kind + gap_y / 2), 1 - gap_x, 1 - gap_y, facecolor=colour, edgecolor=edge
             )
@@ -352,7 +352,7 @@ def _drawn(width: int, height: int, name: str) -> Iterator[tuple[Any, Finish]]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "axes.unicode_minus": False,
         "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 12, "axes.labelsize": 11,
         "xtick.labelsize": 11, "ytick.labelsize": 11, "figure.dpi": 72, "savefig.dpi": 72, "path.simplify": False,
