@@ -129,20 +129,30 @@ def account(directory: Path, report: dict[str, Any]) -> str:
             )
             tensors[kind] += tensor.nbytes
     others = sum(entry["bytes"] for name, entry in files.items() if not name.endswith(".safetensors"))
+    return _with_own_size(
+        {**report, "bytes": {**tensors, "safetensors_headers": headers, "other_files": others}, "files": files}
+    )
+
+
+def account_anew(directory: Path, report: dict[str, Any], name: str) -> str | None:
+    """The report as JSON after one of its other files was rewritten; None where it is right already."""
+    path = directory / name
+    before = report["files"][name]
+    now = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    if now == before:
+        return None
+    counted = dict(report["bytes"])
+    counted["other_files"] += now["bytes"] - before["bytes"]
+    return _with_own_size({**report, "bytes": counted, "files": {**report["files"], name: now}})
+
+
+def _with_own_size(report: dict[str, Any]) -> str:
+    """The report as JSON, with its own size and the total of all bytes filled in."""
+    counted = {kind: count for kind, count in report["bytes"].items() if kind not in ("this_report", "total")}
     size = 0
     while True:  # the report contains its own size, whose digits change it at most twice
-        total = sum(tensors.values()) + headers + others + size
-        accounted = {
-            **report,
-            "bytes": {
-                **tensors,
-                "safetensors_headers": headers,
-                "other_files": others,
-                "this_report": size,
-                "total": total,
-            },
-            "files": files,
-        }
+        total = sum(counted.values()) + size
+        accounted = {**report, "bytes": {**counted, "this_report": size, "total": total}}
         text = json.dumps(accounted, indent=2) + "\n"
         if len(text.encode()) == size:
             return text

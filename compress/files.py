@@ -210,6 +210,24 @@ def check_digest(file: Path) -> bool:
     return True
 
 
+def seal(directory: Path) -> str | None:
+    """What a checkpoint's weights are known by, from the headers alone: the SHA-256 of its files' names and digests.
+
+    None where a file carries no digest, or there is none.
+    """
+    known = hashlib.sha256()
+    try:
+        files = TensorFiles(directory).files
+    except SourceError:
+        return None
+    for file in files:
+        digest = read_header(file)[1].get(DIGEST_KEY)
+        if digest is None:
+            return None
+        known.update(f"{file.name} {digest}\n".encode())
+    return known.hexdigest()
+
+
 def file_digest(file: Path) -> str:
     """The SHA-256 of a file as it is."""
     with file.open("rb") as handle:

@@ -18,6 +18,7 @@ from typing import Any
 
 from compress.errors import UsageError, one_line
 from compress.version import version
+from serve import support
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -45,8 +46,8 @@ def examine() -> dict[str, Any]:
     """Runs all checks.
 
     Returns:
-        A document with halve's and Python's version, a list of checks for each of `SECTIONS`, and ``ok``: all that is
-        in `REQUIRED` works.
+        A document with halve's and Python's version, a list of checks for each of `SECTIONS`, ``ok``: all that is in
+        `REQUIRED` works, and the ``matrix`` of what runs where.
     """
     sections = {
         section: [
@@ -61,7 +62,26 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "ok": all(check["works"] or not check["required"] for checks in sections.values() for check in checks),
         **sections,
+        "matrix": matrix(sections),
     }
+
+
+def matrix(sections: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of `support.matrix`, each with what of the checks (by section) stands against it here.
+
+    Returns:
+        The fields of `support.Row`, ``here`` (whether it works on this machine) and ``why_not``, the check that fails.
+    """
+    found = {(section, check["name"]): check["works"] for section, checks in sections.items() for check in checks}
+    rows = []
+    for row in support.matrix():
+        needed = [("engines", row.engine)]
+        if row.kernel in support.KERNELS:
+            needed.append(("kernels", row.kernel))
+        missing = [f"{section[:-1]} {name}" for section, name in needed if not found.get((section, name), False)]
+        why_not = None if not missing else row.status if row.status == "not built" else f"no {' and no '.join(missing)}"
+        rows.append({**dataclasses.asdict(row), "here": not missing, "why_not": why_not})
+    return rows
 
 
 def _run(name: str, check: Callable[[], Check]) -> Check:
@@ -184,7 +204,7 @@ def _vllm_engine() -> Check:
 
 
 def _not_in_this_version(name: str) -> Callable[[], Check]:
-    return lambda: Check(name, False, "not in this version")
+    return lambda: Check(name, False, "not in this version", facts={"status": support.ENGINES[name].status})
 
 
 def _plain_backend() -> Check:
@@ -244,8 +264,7 @@ SECTIONS: dict[str, dict[str, Callable[[], Check]]] = {
     "engines": {
         "transformers": _transformers_engine,
         "vllm": _vllm_engine,
-        "onnx": _not_in_this_version("onnx"),
-        "tensorrt": _not_in_this_version("tensorrt"),
+        **{name: _not_in_this_version(name) for name, engine in support.ENGINES.items() if engine.status != "works"},
     },
     "kernels": {"plain": _plain_backend, "cpu": _cpu_backend, "cuda": _cuda_backend},
 }

@@ -8,9 +8,7 @@ from __future__ import annotations
 import logging
 import re
 
-OLDEST = (0, 24)
-NEWEST = (0, 33)
-"""The versions whose plugin interface was read; `serve.doctor` and the README say which of them were run."""
+from serve import support
 
 _logger = logging.getLogger("vllm.halve")  # below vLLM's own logger, so its level and handlers hold
 
@@ -41,7 +39,7 @@ def register() -> None:
 
 def supported() -> str:
     """The versions of vLLM that the plugin is written for."""
-    return f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+    return support.versions("vllm")
 
 
 def version_problem(version: str) -> tuple[str | None, bool]:
@@ -50,12 +48,13 @@ def version_problem(version: str) -> tuple[str | None, bool]:
     if numbers is None:  # a build from a repository without tags
         return f"halve does not know vLLM {version!r} and takes it for one of {supported()}", False
     found = int(numbers[1]), int(numbers[2])
-    if found < OLDEST:
+    oldest, newest = support.ENGINES["vllm"].oldest, support.ENGINES["vllm"].newest
+    if oldest is not None and found < oldest:
         return (
             f"halve's plugin needs vLLM {supported()}, and this is {version}: 2:4 checkpoints cannot be loaded. Install a "
             "newer vLLM, or serve with `halve serve DIR --engine transformers`.",
             True,
         )
-    if found > NEWEST:
+    if newest is not None and found > newest:
         return f"halve's plugin was written for vLLM {supported()}, and this is {version}: it may not fit", False
     return None, False

@@ -10,15 +10,17 @@ from serve.engines import vllm
 from serve.kernels.cpu import library
 from serve.kernels.cuda import compiler
 from serve.kernels.cuda.compiler import CompilerError
-from tests.runs import Halve
+from tests.runs import Halve, chromium
 
 
 def pytest_configure() -> None:
-    """Where kernels, vLLM or NVRTC are required, their tests must not be skipped for want of them."""
+    """Where kernels, vLLM, NVRTC or a browser are required, their tests must not be skipped for want of them."""
     if os.environ.get("HALVE_REQUIRE_KERNELS", "") not in ("", "0") and library.load() is None:
         pytest.exit(f"HALVE_REQUIRE_KERNELS is set: {library.status()}", returncode=1)
     if os.environ.get("HALVE_REQUIRE_VLLM", "") not in ("", "0") and vllm.installed() is None:
         pytest.exit("HALVE_REQUIRE_VLLM is set, and vLLM is not installed", returncode=1)
+    if os.environ.get("HALVE_REQUIRE_BROWSER", "") not in ("", "0") and chromium() is None:
+        pytest.exit("HALVE_REQUIRE_BROWSER is set, and there is no Chromium", returncode=1)
     if os.environ.get("HALVE_REQUIRE_NVRTC", "") not in ("", "0"):
         try:
             compiler.version()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -94,6 +95,11 @@ class Halve:
             code = ended.code if isinstance(ended.code, int) else 0
         captured = self._capsys.readouterr()
         return Called(code, captured.out, captured.err)
+
+
+def chromium() -> str | None:
+    """The program of a Chromium that is installed on this machine."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def environment() -> dict[str, str]:

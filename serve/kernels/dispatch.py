@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.errors import UsageError, did_you_mean
 from compress.packed import PackedWeight
+from serve import support
 from serve.kernels import ops, plain
 from serve.kernels.cpu import backend as cpu
 from serve.kernels.cuda import backend as cuda
@@ -53,8 +54,8 @@ PLAIN = Backend(
 )
 CPU = Backend("cpu", cpu.why_not, cpu.reason, cpu.prepare, cpu.restore)
 CUDA = Backend("cuda", cuda.why_not, cuda.reason, cuda.prepare, cuda.restore)
-BACKENDS = (CPU, CUDA, PLAIN)
-"""The best first; the last one runs everywhere."""
+BACKENDS = tuple({backend.name: backend for backend in (CPU, CUDA, PLAIN)}[name] for name in support.KERNELS)
+"""In the order of the table of support: the best first; the last one runs everywhere."""
 
 
 def choose(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int) -> Choice:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.device import choose_device
+from compress.files import seal
 from compress.quiet import quiet_transformers
 from serve.kernels import choose
 from serve.linear import Sparse24Linear
@@ -60,6 +61,7 @@ def bench(
         document["models"][name] = {
             "directory": str(path),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "weights_sha256": seal(path),
             "ttft_seconds": {"median": statistics.median(speed.prefill), "samples": speed.prefill},
             "tpot_seconds": {"median": statistics.median(speed.decode), "samples": speed.decode},
             "bytes": {

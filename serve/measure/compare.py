@@ -52,7 +52,7 @@ def compare(a: Path, b: Path | None = None, *, gates: Sequence[str] = (), confid
             f"{candidate.name} and {baseline.name} have no figure in common: {_listed(candidate)} against {_listed(baseline)}"
         )
     _require_known(asked, candidate, baseline)
-    figures = {name: _compared(candidate.figures[name], baseline.figures[name]) for name in shared}
+    figures = {name: compared(candidate.figures[name], baseline.figures[name]) for name in shared}
     judged = [_judged(gate, candidate, figures, confident) for gate in asked]
     return {
         "kind": "compare",
@@ -93,7 +93,8 @@ def _require_known(gates: Sequence[Gate], a: Side, b: Side) -> None:
                 )
 
 
-def _compared(a: Figure, b: Figure) -> dict[str, Any]:
+def compared(a: Figure, b: Figure) -> dict[str, Any]:
+    """A figure beside the same one of a baseline: values, ratio a / b, 95 % interval, p value and verdict."""
     paired = a.pairing is not None and a.pairing == b.pairing and len(a.samples) == len(b.samples)
     ratio = a.value / b.value if b.value else None
     found: dict[str, Any] = {

@@ -53,6 +53,8 @@ class Side:
     figures: dict[str, Figure]
     protocol: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    entry: Mapping[str, Any] = field(default_factory=dict)
+    """The model's part of the document, as it stands there."""
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -104,6 +106,16 @@ def read(path: Path) -> tuple[Side, Side | None]:
     """
     if path.is_dir():
         return _checkpoint(path), None
+    document, digest = load(path, "compare")
+    return sides(path, document, digest)
+
+
+def load(path: Path, command: str) -> tuple[dict[str, Any], str]:
+    """A result as it stands in its file, and the file's SHA-256; ``command`` is what asks for it.
+
+    Raises:
+        DocumentError: the file is not there, not whole, or no result of `halve eval|bench`.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -117,13 +129,17 @@ def read(path: Path) -> tuple[Side, Side | None]:
     except ValueError as error:
         raise DocumentError(f"{path} is not whole, or not JSON: {error}; measure again with --json") from None
     kind = document.get("kind") if isinstance(document, dict) else None
-    if not isinstance(kind, str) or kind not in ("eval", "bench"):
+    if not isinstance(document, dict) or not isinstance(kind, str) or kind not in ("eval", "bench"):
         what = f"a document of kind {kind!r}" if isinstance(kind, str) else "something else"
-        raise DocumentError(f"{path} holds {what}; `halve compare` reads what `halve eval|bench --json` print")
-    digest = hashlib.sha256(content).hexdigest()
+        raise DocumentError(f"{path} holds {what}; `halve {command}` reads what `halve eval|bench --json` print")
+    return document, hashlib.sha256(content).hexdigest()
+
+
+def sides(path: Path, document: dict[str, Any], digest: str) -> tuple[Side, Side | None]:
+    """What `load` gave, as `read` gives it. Raises DocumentError: it is damaged."""
     try:
-        if kind == "eval":
-            return _evaluation(path, _Evaluation.model_validate(document))
+        if document["kind"] == "eval":
+            return _evaluation(path, document)
         return _bench(path, _Bench.model_validate(document), digest)
     except ValidationError as error:
         first = error.errors()[0]
@@ -131,8 +147,12 @@ def read(path: Path) -> tuple[Side, Side | None]:
         raise DocumentError(f"{path} is damaged: {place}: {first['msg']}; measure again") from None
 
 
-def _evaluation(path: Path, document: _Evaluation) -> tuple[Side, Side | None]:
-    sides = [_evaluated(path, document, model) for model in document.models]
+def _evaluation(path: Path, content: dict[str, Any]) -> tuple[Side, Side | None]:
+    document = _Evaluation.model_validate(content)
+    sides = [
+        _evaluated(path, document, model, entry)
+        for model, entry in zip(document.models, content["models"], strict=True)
+    ]
     if document.agreement:
         of = document.protocol.get("tokens_sha256")
         sides[-1].figures.update(
@@ -146,7 +166,7 @@ def _evaluation(path: Path, document: _Evaluation) -> tuple[Side, Side | None]:
     return sides[-1], sides[0] if len(sides) == 2 else None
 
 
-def _evaluated(path: Path, document: _Evaluation, model: _EvalModel) -> Side:
+def _evaluated(path: Path, document: _Evaluation, model: _EvalModel, entry: Mapping[str, Any]) -> Side:
     figures: dict[str, Figure] = {}
     protocol: dict[str, Any] = {}
     if model.losses:
@@ -168,7 +188,7 @@ def _evaluated(path: Path, document: _Evaluation, model: _EvalModel) -> Side:
                 True,
             )
     about = {"dtype": model.dtype, "through": document.through}
-    return Side(f"{model.directory} ({path})", "eval", figures, protocol, about)
+    return Side(f"{model.directory} ({path})", "eval", figures, protocol, about, entry)
 
 
 def _bench(path: Path, document: _Bench, digest: str) -> tuple[Side, Side | None]:
@@ -177,7 +197,8 @@ def _bench(path: Path, document: _Bench, digest: str) -> tuple[Side, Side | None
         figures = dict(_bench_figures(model, f"rounds of {digest}", path))
         if not figures:
             raise DocumentError(f"{path} has no figures of the model {name!r}; measure again")
-        return Side(f"{model.get('directory', name)} ({path})", "bench", figures, {"load": document.load}, about)
+        called = model.get("directory", name)
+        return Side(f"{called} ({path})", "bench", figures, {"load": document.load}, about, model)
 
     about = {"machine": document.environment.get("machine"), "threads": document.environment.get("threads")}
     names = list(document.models)

@@ -20,6 +20,7 @@ from compress import calibration
 from compress.architecture import load_config
 from compress.device import choose_device
 from compress.errors import SourceError, UsageError
+from compress.files import seal
 from compress.quiet import quiet_transformers
 from compress.sources import read_config
 from serve.loading import load_model, load_tokenizer, require_language_model
@@ -131,7 +132,8 @@ def evaluate(
 
 def _about(path: Path) -> dict[str, Any]:
     dtype = getattr(load_config(path), "dtype", None)
-    return {"directory": str(path), "dtype": str(dtype or "float32").removeprefix("torch.")}
+    name = str(dtype or "float32").removeprefix("torch.")
+    return {"directory": str(path), "dtype": name, "weights_sha256": seal(path)}
 
 
 def _same_windows(paths: list[Path], text: str, length: int, windows: int | None) -> Tensor:

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from compress.errors import SourceError
+from serve import support
 from serve.vllm import stored
 from serve.vllm.linear import Outcome, SparseLinearMethod
 from serve.vllm.shards import modules_of
@@ -46,7 +47,7 @@ class HalveQuantization(QuantizationConfig):
         return "halve"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
+        return [getattr(torch, dtype) for dtype in support.ENGINES["vllm"].dtypes]
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -69,7 +70,7 @@ class HalveQuantization(QuantizationConfig):
         """Claims 2:4 checkpoints of compressed-tensors."""
         if user_quant not in (None, "halve", "compressed-tensors"):
             return None
-        return "halve" if stored.is_stranded(hf_quant_cfg) else None
+        return "halve" if support.reads("vllm", "bitmask") and stored.is_stranded(hf_quant_cfg) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Checks the files of a local checkpoint; those of a hub are not there yet, and checked when they were read."""

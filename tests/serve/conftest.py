@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from serve.engines.transformers import TransformersEngine
 from serve.server import BackgroundServer
+from tests.serve.report_documents import Measured, measured
 
 CONTEXT = 256
 CHAT_TEMPLATE = (
@@ -102,3 +103,9 @@ def server(model_dir: Path) -> Iterator[BackgroundServer]:
 def client(server: BackgroundServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=30) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """A small pruned model and real results of it, for the tests of `halve report`."""
+    return measured(tmp_path_factory.mktemp("report"))

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from compress.errors import CorruptCheckpointError, UsageError, did_you_mean
 from compress.packed import PackedWeight, validate_shapes
+from serve import support
 from serve.kernels.cpu import library
 
 PATHS = ("portable", "avx2", "avx512", "avx512bf16")
@@ -91,13 +92,9 @@ def _wish(name: str | None) -> None:
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why weights of that kind cannot be multiplied here, or None."""
-    if device.type != "cpu":
-        return f"the weight is on {device.type}"
-    if dtype not in _CODES:
-        return f"values are {str(dtype).removeprefix('torch.')}"
-    if path() is None:
-        return library.status()
-    return None
+    if refusal := support.kernel_refusal("cpu", device.type, str(dtype).removeprefix("torch.")):
+        return refusal
+    return library.status() if path() is None else None
 
 
 def few_rows(dtype: torch.dtype) -> int:

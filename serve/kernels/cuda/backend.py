@@ -22,14 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.packed import PATTERN, PackedWeight, pack
+from serve import support
 from serve.kernels.cuda import cache as disk
 from serve.kernels.cuda import compiler, driver, layout, plan
 from serve.kernels.cuda.compiler import CompilerError
 from serve.kernels.cuda.driver import Config, Driver, DriverError
 from serve.kernels.cuda.plan import MOST_ROWS, Form
-
-FIRST_CAPABILITY = (8, 0)
-"""Sparse tensor cores came with Ampere."""
 
 _TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 _ALIGNMENT = 16
@@ -149,17 +147,11 @@ def load(device: Device, dtype: torch.dtype, with_driver: Driver, forms: Sequenc
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why weights of that kind cannot be multiplied here, or None. Compiles and loads the kernels if need be."""
-    if device.type != "cuda":
-        return f"the weight is on {device.type}"
-    if dtype not in _TYPES:
-        return f"values are {str(dtype).removeprefix('torch.')}"
-    if refusal := _why_no_device():
+    if refusal := support.kernel_refusal("cuda", device.type, str(dtype).removeprefix("torch.")) or _why_no_device():
         return refusal
     index = torch.cuda.current_device() if device.index is None else device.index
-    capability = torch.cuda.get_device_capability(index)
-    if capability < FIRST_CAPABILITY:
-        found, first = (".".join(map(str, c)) for c in (capability, FIRST_CAPABILITY))
-        return f"the GPU has compute capability {found}, and sparse tensor cores came with {first}"
+    if refusal := support.capability_refusal("cuda", torch.cuda.get_device_capability(index)):
+        return refusal
     found = _kernels(index, dtype)
     return found if isinstance(found, str) else None
 

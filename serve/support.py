@@ -1,0 +1,152 @@
+"""What runs where: the one table of kernels and engines by device, format and dtype.
+
+It is data. The dispatch (`serve.kernels`), the gate of the vLLM plugin and `halve doctor` take their facts from here, so
+what doctor shows is what the code does. Whether a row that works in general works on this machine is for doctor to find out.
+Nothing is imported, so that it can be shown where torch itself is broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Version = tuple[int, int]
+Status = Literal["works", "not built"]
+
+HALF = ("bfloat16", "float16")
+ALL = (*HALF, "float32")
+
+FORMATS = {
+    "packed": "2:4, packed by halve",
+    "bitmask": "2:4, packed by compressed-tensors before 0.15 (sparse-24-bitmask)",
+    "zeros": "a dense checkpoint whose linears are 2:4",
+    "dense": "any other checkpoint",
+}
+"""How a checkpoint may hold its linears."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A backend that multiplies packed weights.
+
+    Attributes:
+        device: torch's name of the kind of device, or None: on any.
+        dtypes: of the kept values.
+        architectures: of the device, for people.
+        first_capability: of a CUDA device.
+    """
+
+    device: str | None
+    dtypes: tuple[str, ...]
+    architectures: str
+    first_capability: Version | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What serves a model.
+
+    Attributes:
+        status: whether this version of halve has an adapter for it.
+        kernels: which of `KERNELS` it multiplies by, for each format that it reads; ``torch``: by torch's dense product.
+        oldest, newest: versions that the adapter is written for; None: what halve's own dependencies say.
+    """
+
+    status: Status
+    kernels: dict[str, tuple[str, ...]]
+    dtypes: tuple[str, ...] = ALL
+    oldest: Version | None = None
+    newest: Version | None = None
+
+
+KERNELS = {
+    "cpu": Kernel("cpu", ALL, "AVX-512 BF16, AVX-512, AVX2, portable C++"),
+    "cuda": Kernel("cuda", HALF, "sparse tensor cores", first_capability=(8, 0)),
+    "plain": Kernel(None, ALL, "any; expands, slower than dense"),
+}
+"""The best first; the last one runs everywhere."""
+
+_SPARSE = ("cpu", "cuda", "plain")
+ENGINES = {
+    "transformers": Engine("works", {"packed": _SPARSE, "zeros": ("torch",), "dense": ("torch",)}),
+    "vllm": Engine(
+        "works",
+        {"packed": _SPARSE, "bitmask": _SPARSE, "zeros": _SPARSE, "dense": ("torch",)},
+        oldest=(0, 24),
+        newest=(0, 33),
+    ),
+    "onnx": Engine("not built", {}),
+    "tensorrt": Engine("not built", {}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the matrix: an engine, a kind of device, the formats and dtypes, and what multiplies them."""
+
+    engine: str
+    device: str
+    architectures: str
+    formats: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    kernel: str | None
+    status: str
+    """``works``, ``not built``, or ``needs ...``, which is what the device or the library has to be."""
+
+
+def matrix() -> Iterator[Row]:
+    """Every engine by kind of device: one row for what is multiplied by one kernel."""
+    for name, engine in ENGINES.items():
+        if engine.status != "works":
+            yield Row(name, "any", "any", (), (), None, engine.status)
+            continue
+        used = dict.fromkeys(kernel for kernels in engine.kernels.values() for kernel in kernels)
+        for kernel in used:
+            formats = tuple(form for form, kernels in engine.kernels.items() if kernel in kernels)
+            if kernel == "torch":
+                yield Row(name, "any", "any", formats, engine.dtypes, kernel, _needs(engine, None))
+                continue
+            how = KERNELS[kernel]
+            dtypes = tuple(dtype for dtype in how.dtypes if dtype in engine.dtypes)
+            yield Row(name, how.device or "any", how.architectures, formats, dtypes, kernel, _needs(engine, how))
+
+
+def kernel_refusal(kernel: str, device: str, dtype: str) -> str | None:
+    """Why that kernel cannot multiply values of a dtype on a kind of device, or None."""
+    how = KERNELS[kernel]
+    if how.device is not None and device != how.device:
+        return f"the weight is on {device}"
+    return None if dtype in how.dtypes else f"values are {dtype}"
+
+
+def capability_refusal(kernel: str, capability: Version) -> str | None:
+    """Why that kernel cannot run on a CUDA device of that compute capability, or None."""
+    first = KERNELS[kernel].first_capability
+    if first is None or capability >= first:
+        return None
+    return f"the GPU has compute capability {_dotted(capability)}, and sparse tensor cores came with {_dotted(first)}"
+
+
+def reads(engine: str, form: str) -> bool:
+    """Whether an engine reads checkpoints of that format (of `FORMATS`)."""
+    return form in ENGINES[engine].kernels
+
+
+def versions(engine: str) -> str:
+    """The versions that an engine's adapter is written for: ``"0.24 to 0.33"``."""
+    found = ENGINES[engine]
+    return " to ".join(_dotted(version) for version in (found.oldest, found.newest) if version)
+
+
+def _needs(engine: Engine, kernel: Kernel | None) -> str:
+    needs = []
+    if kernel is not None and kernel.first_capability is not None:
+        needs.append(f"compute capability {_dotted(kernel.first_capability)}")
+    if engine.oldest is not None and engine.newest is not None:
+        needs.append(f"version {_dotted(engine.oldest)} to {_dotted(engine.newest)}")
+    return f"needs {', '.join(needs)}" if needs else "works"
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))
