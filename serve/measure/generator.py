@@ -73,12 +73,13 @@ class Load:
 class Outcome:
     """One request, in seconds from the load's beginning. ``error`` None: it was answered, whole.
 
-    ``intended``: when it was due; in a closed load, when a place became free. ``sent``: when it really went out.
-    ``tokens``: when each event with tokens came; ``count``: how many tokens there were.
+    ``intended``: what its latency counts from: when it was due, or, in a closed load, which has no due times, when it was
+    sent. ``late``: what the generator itself took from when it could have been sent until it was. ``tokens``: when each event with tokens came; ``count``: how many tokens there were.
     """
 
     intended: float
     sent: float
+    late: float
     ended: float
     tokens: list[float]
     count: int
@@ -99,7 +100,7 @@ class _Request:
     """A request on its way; times are those of the event loop."""
 
     ask: Ask
-    intended: float
+    due: float
     sent: float = 0.0
     ended: float = 0.0
     pieces: list[Piece] = field(default_factory=list)
@@ -223,7 +224,7 @@ class _Run:
             for ask in self._load.asks:
                 request = _Request(ask, self.begin + (ask.due or 0.0))
                 self.requests.append(request)
-                self._loop.call_at(request.intended, self.start, request)
+                self._loop.call_at(request.due, self.start, request)
         else:
             for _ in range(min(self._load.concurrency, len(self._load.asks))):
                 self._next(self.begin)
@@ -261,7 +262,7 @@ class _Run:
         request.connection = connection
         connection.send(request)
         if request.timer is None:
-            request.timer = self._loop.call_at(request.intended + self._load.timeout, self._too_late, request)
+            request.timer = self._loop.call_at(request.due + self._load.timeout, self._too_late, request)
 
     def _too_late(self, request: _Request) -> None:
         assert request.connection is not None
@@ -303,8 +304,9 @@ class _Run:
             answer = read_answer(request.pieces, request.ask.output)
             error = error or answer.error
         return Outcome(
-            intended=request.intended - self.begin,
-            sent=request.sent - self.begin,
+            intended=(request.due if self._load.concurrency is None or not request.sent else request.sent) - self.begin,
+            sent=(request.sent or request.due) - self.begin,
+            late=request.sent - request.due if request.sent else 0.0,
             ended=request.ended - self.begin,
             tokens=[when - self.begin for when in answer.tokens],
             count=answer.count,

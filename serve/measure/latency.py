@@ -1,9 +1,9 @@
 """From the times of requests to figures, in the words of the field.
 
-    TTFT    time to first token: from when the request was due to its first token
+    TTFT    time to first token: from when the request was due (in a closed load: sent) to its first token
     TPOT    time per output token: from the first token to the last, by the tokens after the first
     ITL     inter-token latency: between an event with tokens and the next
-    E2E     from when the request was due to its last token
+    E2E     end to end: from there to its last token
 
 Requests that failed have no latencies; they are counted. Percentiles are numpy's. Rates are of a round: what was answered
 whole, by the time from its first request to the end of its last one.
@@ -68,7 +68,7 @@ def round_of(outcomes: Outcomes, goodput: Mapping[str, float]) -> dict[str, Any]
     return {
         "seconds": outcomes.seconds,
         "generator_cpu_seconds": outcomes.cpu_seconds,
-        "latest_start_seconds": max(outcome.sent - outcome.intended for outcome in outcomes.requests),
+        "generator_late_seconds": max(outcome.late for outcome in outcomes.requests),
         "figures": figures,
         "samples": samples,
         "errors": errors,
