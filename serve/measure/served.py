@@ -298,8 +298,9 @@ def _model(side: _Side) -> dict[str, Any]:
 def _speedup(dense: Sequence[Mapping[str, Any]], sparse: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many times better the sparse side was within each round: the median, and the quartiles as its spread."""
     found = {}
-    for name in ("ttft", "tpot", "e2e"):  # events that arrive together are 0 s apart, and 0 has no ratio
-        if all(name in one["figures"] for one in (*dense, *sparse)):
+    for name in ("ttft", "tpot", "e2e"):
+        # Tokens that arrive together are 0 s apart, and 0 has no ratio.
+        if all(one["figures"].get(name, {}).get("p50") for one in (*dense, *sparse)):
             found[name] = ratio(*([one["figures"][name]["p50"] for one in side] for side in (sparse, dense)))
     for name in ("requests_per_second", "output_tokens_per_second"):
         found[name] = ratio(*([one["figures"][name] for one in side] for side in (dense, sparse)))

@@ -142,7 +142,8 @@ def test_bench_through_a_server_that_runs(server: VllmServer, packed: Path, halv
     for one in called.document["models"]["model"]["loads"].values():
         assert (one["requests"], one["errors"]) == (8, 0)
         assert [request["tokens"] for done in one["rounds"] for request in done["requests"]] == [6] * 8
-        assert 0 < one["tpot_seconds"]["p50"] < one["ttft_seconds"]["p50"] < one["e2e_seconds"]["p50"]
+        # So small a model is faster than its server, which then sends several tokens at once.
+        assert 0 <= one["tpot_seconds"]["p50"] < one["ttft_seconds"]["p50"] <= one["e2e_seconds"]["p50"]
     told = told_by(server.base_url, server.log)
     assert told["kv_cache"] > 0
 
