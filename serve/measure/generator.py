@@ -1,13 +1,14 @@
 """The load generator: sends requests when they are due, and keeps when each piece of each answer arrived.
 
-Why not a library. Both that came into question were read and measured against the same mock endpoint
-(`benchmarks.generator_overhead`, which has the numbers):
+Why not a library. Two came into question, and neither does all that is asked of it:
 
-- guidellm 0.8 keeps the first and the last token of a request, not those between, so there is no distribution of
-  inter-token latencies; each event costs it an update of a pydantic model that travels between processes.
-- `vllm bench serve` counts from when it got round to sending, so a stall of the client or of its queue shortens the
-  latencies of an open load (coordinated omission); an answer that ends early counts as a success, one that stalls holds it
-  for six hours; and it comes only with vLLM, which the other engines do not need.
+- guidellm 0.8 keeps the first and the last token of a request and how many there were, not the times between (its
+  ``RequestTimings``), so there is no distribution of inter-token latencies and none can be made of its results. It brings
+  twenty packages, among them a web framework.
+- `vllm bench serve` measures right where it can be used (`benchmarks.generator_overhead` runs it beside this one). But it
+  comes only with vLLM, which the other engines do not need; it takes half a minute of processor time to start, for every
+  round and side; it counts from when it got round to sending, not from when a request was due (coordinated omission); it has
+  no limit on an answer that stalls but six hours; and an answer with fewer tokens than were asked for is a success.
 
 So this is its own: HTTP by httptools (the parser that uvicorn uses) under asyncio's protocols, one callback a piece of an
 answer, nothing parsed until the load is over, and timers that are exact (`clock`). It runs in a process of its own
