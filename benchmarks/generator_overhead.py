@@ -1,6 +1,6 @@
-"""What the load generator costs, and what it adds to the latencies that it measures, beside two others.
+"""What the load generator costs, and what it adds to the latencies that it measures, beside vLLM's.
 
-    python -m benchmarks.generator_overhead [--seconds 20] [--guidellm PROGRAM] [--tokenizer DIRECTORY]
+    python -m benchmarks.generator_overhead [--seconds 20] [--tokenizer DIRECTORY]
 
 The endpoint is `benchmarks.mock_endpoint`: it knows when it sent each token, by the clock that all processes share. Each
 generator sends 50 requests a second of 128 tokens each, evenly; the answers have 1, 8, 16 or 32 tokens.
@@ -11,7 +11,7 @@ generator sends 50 requests a second of 128 tokens each, evenly; the answers hav
                 less the time that the mock took. Token: from its sending to its arrival.
     told        the medians that a generator reports; the mock was told 50 ms to the first token and 20 between tokens.
 
-``vllm bench serve`` is measured where vLLM and ``--tokenizer`` are there, guidellm where ``--guidellm`` names its program.
+``vllm bench serve`` is measured beside it where vLLM is installed and ``--tokenizer`` names a model directory.
 """
 
 from __future__ import annotations
@@ -136,26 +136,6 @@ def of_vllm(url: str, count: int, tokenizer: Path, directory: Path) -> tuple[lis
     return command, read
 
 
-def of_guidellm(url: str, count: int, program: str, tokenizer: Path, directory: Path) -> tuple[list[str], Any]:
-    command = [
-        *(program, "run", "--backend", f"kind=openai_http,target={url.removesuffix('/v1')},model=mock,request_format=/v1/completions"),
-        *("--profile", f"kind=constant,rate={RATE}", "--constraint", f"kind=max_requests,count={count}"),
-        *("--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={COMPARED_OUTPUT}"),
-        *("--tokenizer", f"kind=huggingface_auto,model={tokenizer}", "--disable-console"),
-        *("--output", f"kind=json,path={directory / 'guidellm.json'}"),
-    ]  # fmt: skip
-
-    def read() -> dict[str, Any]:
-        found = json.loads((directory / "guidellm.json").read_text())["benchmarks"][0]["metrics"]
-        return {
-            "answered": found["request_totals"]["successful"],
-            "told_ttft_ms": found["time_to_first_token_ms"]["successful"]["median"],
-            "told_tpot_ms": found["inter_token_latency_ms"]["successful"]["median"],
-        }
-
-    return command, read
-
-
 def other(name: str, make: Any, seconds: float) -> dict[str, Any]:
     """Another generator: a long and a short run, and one in which every second answer has half of its tokens."""
     with tempfile.TemporaryDirectory() as folder:
@@ -215,8 +195,7 @@ def render(document: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--guidellm", help="its program")
-    parser.add_argument("--tokenizer", type=Path, help="a model directory, for the other generators' prompts")
+    parser.add_argument("--tokenizer", type=Path, help="a model directory, for vLLM's prompts")
     parser.add_argument("--smoke", action="store_true", help="a second each, and nothing is written: does it run?")
     arguments = parser.parse_args()
     seconds = 1.0 if arguments.smoke else arguments.seconds
@@ -229,15 +208,6 @@ def main() -> None:
         name = f"vllm bench serve {vllm[1]}"
         document["others"].append(
             other(name, lambda url, count, folder: of_vllm(url, count, tokenizer, folder), seconds)
-        )
-    if arguments.guidellm and tokenizer:
-        version = subprocess.run([arguments.guidellm, "--version"], capture_output=True, text=True, check=True).stdout
-        document["others"].append(
-            other(
-                f"guidellm {version.split()[-1]}",
-                lambda url, count, folder: of_guidellm(url, count, arguments.guidellm, tokenizer, folder),
-                seconds,
-            )
         )
     document["httptools"] = importlib.metadata.version("httptools")
     text = render(document)

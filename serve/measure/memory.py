@@ -13,11 +13,11 @@ from typing import Any, Self
 import psutil
 
 _EVERY_SECONDS = 0.2
-_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-# vLLM says it in its log, halve's own engines in /metrics.
+# vLLM says it in its log, in GiB (the second form of the cache is that of its build for processors); halve's own engine in
+# /metrics.
 _IN_LOG = {
-    "weights": re.compile(r"Model loading took ([0-9.]+) (KiB|MiB|GiB)"),
-    "kv_cache": re.compile(r"(?:Available KV cache memory|KV cache (?:space|memory)[^:\n]*): ([0-9.]+) (KiB|MiB|GiB)"),
+    "weights": re.compile(r"Model loading took ([0-9.]+) GiB"),
+    "kv_cache": re.compile(r"(?:Available KV cache memory: |\b[Ss]et \()([0-9.]+)(?:/[0-9.]+\))? GiB"),
 }
 _IN_METRICS = {"weights": "halve:weight_bytes", "kv_cache": "halve:kv_cache_bytes"}
 
@@ -88,7 +88,7 @@ def told_by(base_url: str, log: str = "") -> dict[str, int]:
     found: dict[str, Any] = {}
     for name, form in _IN_LOG.items():
         if matches := form.findall(log):
-            found[name] = round(float(matches[-1][0]) * _UNITS[matches[-1][1]])
+            found[name] = round(float(matches[-1]) * 2**30)
     with contextlib.suppress(OSError, ValueError):
         with urllib.request.urlopen(base_url.removesuffix("/v1") + "/metrics", timeout=5) as answer:
             metrics = answer.read().decode("utf-8", "replace")

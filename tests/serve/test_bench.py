@@ -305,7 +305,9 @@ def test_what_servers_say_of_their_memory(server: BackgroundServer, model_dir: P
     assert told["kv_cache"] > 0
     log = (
         "INFO [gpu_model_runner.py] Model loading took 1.50 GiB memory and 2.1 seconds\n"
-        "INFO [gpu_worker.py] Available KV cache memory: 512.00 MiB\n"
+        "INFO [gpu_worker.py] Available KV cache memory: 0.5 GiB\n"
     )
     assert told_by("http://127.0.0.1:9/v1", log) == {"weights": 3 * 2**29, "kv_cache": 2**29}
+    log = "INFO [cpu_worker.py:260] Explicitly set (1.25/7.81) GiB for KV cache on node 0.\n"
+    assert told_by("http://127.0.0.1:9/v1", log) == {"kv_cache": 5 * 2**28}
     assert told_by("http://127.0.0.1:9/v1") == {}
