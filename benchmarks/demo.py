@@ -49,7 +49,7 @@ def demo(directory: Path, *, keep: bool) -> None:
     verified = halve("verify", sparse)
     answer = ask(sparse)
     accuracy = halve("eval", sparse, "--against", dense, "--windows", EVALUATION_WINDOWS)
-    speed = halve("bench", sparse, "--against", dense, "--prompt", 128, "--output", 16, "--rounds", 5)
+    speed = halve("bench", sparse, "--in-process", "--against", dense, "--prompt", 128, "--output", 16, "--rounds", 5)
 
     report = {
         "kind": "demo",

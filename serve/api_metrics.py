@@ -1,4 +1,7 @@
-"""What /metrics tells, under vLLM's names, so that dashboards and load tests made for vLLM work unchanged."""
+"""What /metrics tells, under vLLM's names, so that dashboards and load tests made for vLLM work unchanged.
+
+What vLLM has no name for begins with ``halve:``.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,17 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
         for name, text, value in (
-            ("num_requests_running", "Sequences that are prefilled or decoded now.", stats.running),
-            ("num_requests_waiting", "Sequences that wait for a place in the batch.", stats.waiting),
-            ("kv_cache_usage_perc", "Used part of the key/value budget; 1 is all.", stats.kv_cache_usage),
+            ("vllm:num_requests_running", "Sequences that are prefilled or decoded now.", stats.running),
+            ("vllm:num_requests_waiting", "Sequences that wait for a place in the batch.", stats.waiting),
+            ("vllm:kv_cache_usage_perc", "Used part of the key/value budget; 1 is all.", stats.kv_cache_usage),
+            (
+                "halve:kv_cache_bytes",
+                "The key/value budget: the most that keys and values may take.",
+                stats.kv_cache_bytes,
+            ),
+            ("halve:weight_bytes", "Weights as they are held in memory.", stats.weight_bytes),
         ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._model], value)
             yield gauge
         for name, text, value in (

@@ -8,18 +8,16 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
-from types import TracebackType
 
 import uvicorn
 
 from compress.errors import HalveError, UsageError
 from serve.api import create_app
 from serve.engines.directory import require_checkpoint
+from serve.engines.process import Address, ServerProcess
 
 READY = "halve is ready: "
 KEY_VARIABLE = "HALVE_API_KEY"  # a key on the command line would be seen by everyone on the machine
@@ -109,8 +107,8 @@ def _url(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
-class BackgroundServer:
-    """Runs the server as a process of its own, for as long as a ``with`` block lasts.
+class BackgroundServer(ServerProcess):
+    """Runs this server as a process of its own, for as long as a ``with`` block lasts.
 
     ``options`` are those of `run`. It is ready when the block begins; `base_url` is what the openai client
     takes. A server that does not start raises `HalveError` with what it said. It also stops when this process
@@ -118,81 +116,24 @@ class BackgroundServer:
     """
 
     def __init__(self, model_dir: str, *, timeout: float = 120.0, **options: str | int | None) -> None:
-        self._timeout = timeout
         flags = {"port": 0, **options}
-        self._key = flags.pop("api_key", None)
-        self._command = [sys.executable, "-m", "serve.server", str(model_dir), "--stop-on-eof"]
+        key = flags.pop("api_key", None)
+        command = [sys.executable, "-m", "serve.server", str(model_dir), "--stop-on-eof"]
         for name, value in flags.items():
             if value is not None:
-                self._command += [f"--{name.replace('_', '-')}", str(value)]
-        self.base_url = ""
-        self.model = ""
-
-    def __enter__(self) -> BackgroundServer:
-        self._log = tempfile.TemporaryFile("w+")
+                command += [f"--{name.replace('_', '-')}", str(value)]
         paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        if self._key is not None:
-            environment[KEY_VARIABLE] = str(self._key)
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=environment,
-        )
-        self._ready = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        in_time = self._ready.wait(self._timeout)
-        if not self.base_url:
-            # Without an address, the reader has come to the end of the output: the process is ending.
-            late = f"was not ready after {self._timeout:g} s"
-            what = f"ended with code {self._process.wait()}" if in_time else late
-            self.stop()
-            raise HalveError(f"The server {what}. It said:\n{self._said}")
-        return self
+        if key is not None:
+            environment[KEY_VARIABLE] = str(key)
+        super().__init__(command, environment, name="The server", timeout=timeout)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> int:
-        """Asks the server to stop, waits until it has, and returns its exit code."""
-        if self._process.poll() is None:
-            self._process.terminate()
-        try:
-            self._process.wait(GRACE_SECONDS + 10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._reader.join()
-        if not self._log.closed:
-            self._log.seek(0)
-            self._said = self._log.read()[-4000:]
-            for stream in (self._process.stdin, self._process.stdout, self._log):
-                if stream is not None:
-                    stream.close()
-        return self._process.returncode
-
-    def wait(self, timeout: float = GRACE_SECONDS + 10) -> int:
-        """Waits until the server ends by itself, and returns its exit code."""
-        return self._process.wait(timeout)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(READY):
+    def _find(self) -> Address | None:
+        for line in self.log.splitlines(keepends=True):
+            if line.startswith(READY) and line.endswith("\n"):
                 url, _, model = line.removeprefix(READY).strip().partition("  model ")
-                self.model, self.base_url = model, url
-                self._ready.set()
-        self._ready.set()  # the process has ended, ready or not
+                return Address(url, model)
+        return None
 
 
 def _stop_on_eof() -> None:

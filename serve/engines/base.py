@@ -99,6 +99,10 @@ class EngineStats:
     """Reserved part of the key/value budget, 0 to 1."""
     prompt_tokens: int
     generation_tokens: int
+    weight_bytes: int
+    """Parameters and buffers as they are held in memory."""
+    kv_cache_bytes: int
+    """The budget of keys and values: the most that they may take."""
 
 
 class Engine(Protocol):

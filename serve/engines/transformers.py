@@ -32,6 +32,7 @@ from serve.engines.base import EngineDeadError, EngineStats, SamplingParams, Sin
 from serve.engines.kv_cache import BatchCache, keys_and_values
 from serve.engines.sampling import next_tokens, top_logprobs
 from serve.engines.sequence import Sequence
+from serve.loading import weight_bytes
 
 log = logging.getLogger("halve.serve")
 
@@ -90,6 +91,7 @@ class TransformersEngine:
 
         self.max_model_len, why = loading.choose_context(config, self.tokenizer, self._wished_len)
         self._budget = self._size_budget()
+        self._weight_bytes = weight_bytes(self.model)
         notes.append(f"max_model_len {self.max_model_len}: {why}")
         notes.append(f"key/value cache up to {self._budget * self._bytes_per_token / 2**20:,.0f} MiB")
         for note in notes:
@@ -144,6 +146,8 @@ class TransformersEngine:
             kv_cache_usage=min(1.0, slots / self._budget),
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            weight_bytes=self._weight_bytes,
+            kv_cache_bytes=self._budget * self._bytes_per_token,
         )
 
     def close(self) -> None:

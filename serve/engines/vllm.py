@@ -9,27 +9,23 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
 
 from compress.convert import can_pack
-from compress.errors import HalveError, SourceError, UsageError
+from compress.errors import SourceError, UsageError
 from compress.files import TensorFiles
 from compress.layout import Layout
 from compress.packed import DENSE_SUFFIX
 from compress.sources import read_config
 from serve.engines.directory import require_checkpoint
+from serve.engines.process import Address, ServerProcess
 from serve.vllm import stored
 from serve.vllm.sound import CHECKED_VARIABLE, require_sound
 from serve.vllm_plugin import version_problem
@@ -155,7 +151,7 @@ def _free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-class VllmServer:
+class VllmServer(ServerProcess):
     """Runs vLLM's server as a process of its own, for as long as a ``with`` block lasts.
 
     ``options`` are those of `launch`. It is ready when the block begins; ``base_url`` is what the openai client takes, and
@@ -163,72 +159,16 @@ class VllmServer:
     """
 
     def __init__(self, model_dir: str, *, timeout: float = 600.0, **options: Any) -> None:
-        self._timeout = timeout
         host = options.get("host", "127.0.0.1")
-        self._port = options.pop("port", 0) or _free_port(host)
-        self._command, self._environment = launch(model_dir, port=self._port, **options)
-        self.root = f"http://{host}:{self._port}"
-        self.base_url = f"{self.root}/v1"
-        self.model = self._command[self._command.index("--served-model-name") + 1]
-        self._log: Path | None = None
-        self._said = ""
+        port = options.pop("port", 0) or _free_port(host)
+        command, environment = launch(model_dir, port=port, **options)
+        super().__init__(command, environment, name="vLLM", timeout=timeout)
+        self.root = f"http://{host}:{port}"
+        self._address = Address(f"{self.root}/v1", command[command.index("--served-model-name") + 1])
 
-    @property
-    def log(self) -> str:
-        """What it said so far, or up to its end."""
-        return self._log.read_text(errors="replace") if self._log is not None else self._said
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def __enter__(self) -> VllmServer:
-        descriptor, name = tempfile.mkstemp(prefix="halve-vllm-", suffix=".log")
-        self._log = Path(name)
-        with os.fdopen(descriptor, "w") as log:  # the process keeps its own
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # its workers end with it
-            )
+    def _find(self) -> Address | None:
         try:
-            self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def _wait_until_ready(self) -> None:
-        end = time.monotonic() + self._timeout
-        while True:
-            if self._process.poll() is not None:
-                raise HalveError(f"vLLM ended with code {self._process.returncode}. It said:\n{self.log[-4000:]}")
-            with (
-                contextlib.suppress(urllib.error.URLError, OSError),
-                urllib.request.urlopen(f"{self.root}/health", timeout=5),
-            ):
-                return
-            if time.monotonic() > end:
-                raise HalveError(f"vLLM was not ready after {self._timeout:g} s. It said:\n{self.log[-4000:]}")
-            time.sleep(0.2)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Asks the server to stop, and makes sure that it and its workers have."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        if self._log is not None:
-            self._said, log, self._log = self.log, self._log, None
-            log.unlink(missing_ok=True)
+            with urllib.request.urlopen(f"{self.root}/health", timeout=5):
+                return self._address
+        except (urllib.error.URLError, OSError):
+            return None

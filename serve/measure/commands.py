@@ -1,4 +1,4 @@
-"""`halve bench`: dense beside sparse, in one process, with every sample kept."""
+"""`halve bench --in-process`: dense beside sparse, in one process without an endpoint, with every sample kept."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def bench(
     sparse_layers = {name: module for name, module in last.named_modules() if isinstance(module, Sparse24Linear)}
     document: dict[str, Any] = {
         "kind": "bench",
+        "through": "process",
         "load": {"prompt": prompt, "output": output, "batch": batch, "rounds": rounds},
         "environment": environment(place),
         "models": {},

@@ -93,9 +93,20 @@ class _Evaluation(BaseModel):
 
 class _Bench(BaseModel):
     kind: Literal["bench"]
+    through: str = "process"
     load: dict[str, Any]
     models: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     environment: dict[str, Any] = {}
+    complete: bool = True
+    rounds_done: int | None = None
+
+
+class _Round(BaseModel):
+    figures: dict[str, Number | dict[str, Number]]
+
+
+class _Rounds(BaseModel):
+    rounds: Annotated[list[_Round], Field(min_length=1)]
 
 
 def read(path: Path) -> tuple[Side, Side | None]:
@@ -194,13 +205,19 @@ def _evaluated(path: Path, document: _Evaluation, model: _EvalModel, entry: Mapp
 def _bench(path: Path, document: _Bench, digest: str) -> tuple[Side, Side | None]:
     def side(name: str) -> Side:
         model = document.models[name]
-        figures = dict(_bench_figures(model, f"rounds of {digest}", path))
+        pairing = f"rounds of {digest}"
+        figures = dict(_bench_figures({key: value for key, value in model.items() if key != "loads"}, pairing, path))
+        figures |= _load_figures(model.get("loads", {}), pairing, path)
         if not figures:
             raise DocumentError(f"{path} has no figures of the model {name!r}; measure again")
         called = model.get("directory", name)
-        return Side(f"{called} ({path})", "bench", figures, {"load": document.load}, about, model)
+        return Side(f"{called} ({path})", "bench", figures, {"load": load}, about, model)
 
+    # How many rounds there were is no part of what was measured, only of how well.
+    load = {key: value for key, value in document.load.items() if key != "rounds"} | {"through": document.through}
     about = {"machine": document.environment.get("machine"), "threads": document.environment.get("threads")}
+    asked = document.load.get("rounds")
+    about["rounds"] = asked if document.complete else f"{document.rounds_done} of {asked} (interrupted)"
     names = list(document.models)
     candidate = "sparse" if "sparse" in names else names[-1]
     return side(candidate), side("dense") if "dense" in names and candidate != "dense" else None
@@ -223,6 +240,34 @@ def _bench_figures(
             yield from _bench_figures(value, pairing, path, f"{name}.")
         elif _is_number(value):
             yield name, Figure(float(value), _better(name))
+
+
+def _load_figures(loads: Mapping[str, Any], pairing: str, path: Path) -> dict[str, Figure]:
+    """Figures of the loads of an endpoint, by name; with the load before it where there is more than one.
+
+    The rounds are what is sampled. Requests of one round shared the machine's mood and waited for one another, so they are
+    not independent, and to count them as samples would find differences that are none. So ``ttft.p99`` is the median over
+    the rounds of what was the 99th percentile of a round, and its samples are those percentiles.
+    """
+    figures: dict[str, Figure] = {}
+    for label, load in loads.items():
+        prefix = f"{label}." if len(loads) > 1 else ""
+        rounds = [_flat(one) for one in _Rounds.model_validate(load).rounds]
+        for name in rounds[0]:
+            samples = tuple(one[name] for one in rounds if name in one)
+            if len(samples) < len(rounds) or min(samples) < 0:
+                raise DocumentError(f"{path} is damaged: {label}: {name} is not in every round; measure again")
+            figures[prefix + name] = Figure(value_of(samples, "p50"), _better(name), "p50", samples, pairing, True)
+        figures[f"{prefix}errors"] = Figure(load.get("errors", 0), "lower")
+    return figures
+
+
+def _flat(one: _Round) -> dict[str, float]:
+    """``{"ttft": {"p50": 1.0}, "requests_per_second": 2.0}`` as ``{"ttft.p50": 1.0, "requests_per_second": 2.0}``."""
+    flat: dict[str, float] = {}
+    for name, value in one.figures.items():
+        flat |= {f"{name}.{part}": of for part, of in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _better(name: str) -> Better:

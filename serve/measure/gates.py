@@ -15,7 +15,9 @@ from typing import Any, Literal
 from compress.errors import UsageError
 from serve.measure.statistics import Interval
 
-_FORM = re.compile(r"\s*(?P<figure>[^<>=\s]+)\s*(?P<sign><=|>=)\s*(?P<limit>[^\sx]+?)\s*(?P<ratio>x?)\s*", re.ASCII)
+_FORM = re.compile(
+    r"\s*(?P<figure>[^<>\s]*[^<>=\s])\s*(?P<sign><=|>=)\s*(?P<limit>[^\sx]+?)\s*(?P<ratio>x?)\s*", re.ASCII
+)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.errors import UsageError, did_you_mean
-from serve.kernels.cuda.backend import FIRST_CAPABILITY
 from serve.kernels.cuda.plan import MOST_ROWS
 from serve.measure.kernel_table import Shape
+from serve.support import capability_refusal
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Gpu:
     @property
     def sparse(self) -> bool:
         """Whether it has sparse tensor cores; they do twice the dense operations a second on 2:4 weights."""
-        return self.capability >= FIRST_CAPABILITY
+        return capability_refusal("cuda", self.capability) is None
 
 
 GPUS = {

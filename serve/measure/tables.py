@@ -1,4 +1,4 @@
-"""How `halve eval` and `halve compare` show their documents to people."""
+"""How `halve eval`, `halve compare` and `halve bench` show their documents to people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from compress.console import out, table
+from compress.console import human_bytes, out, table
 
 
 def print_evaluation(document: dict[str, Any]) -> None:
@@ -69,6 +69,104 @@ def print_comparison(document: dict[str, Any]) -> None:
     for gate in document["gates"]:
         mark = Text("holds", "green") if gate["holds"] else Text("fails", "bold red")
         out.print(Text.assemble("gate ", gate["gate"], ": ", mark, f" ({gate['why']})"))
+
+
+def print_bench(document: dict[str, Any]) -> None:
+    """Through endpoints: a table for each load, and one for memory."""
+    load, models = document["load"], document["models"]
+    if not document["complete"]:
+        out.print(
+            f"[bold yellow]interrupted[/] after {document['rounds_done']} of {load['rounds']} rounds", highlight=False
+        )
+    compared = "speedup" in document
+    for label in load["levels"]:
+        beside = [model["loads"][label] for model in models.values()]
+        speedup = document.get("speedup", {}).get(label, {})
+        about = load["shapes"][label]
+        longest = "up to " if label == "trace" else ""
+        title = (
+            f"{label}: {about['requests']} requests a round, prompt {longest}{load['prompt']}, output {longest}{load['output']}, "
+            f"{document['rounds_done']} rounds"
+        )
+        rows = [_times(text, name, beside, speedup) for name, text in _TIMES.items() if f"{name}_seconds" in beside[0]]
+        rows += [_rates(text, name, beside, speedup) for name, text in _RATES.items() if name in beside[0]]
+        if any(one["errors"] for one in beside):
+            rows.append(["[red]requests that failed[/]", *(f"{one['errors']} of {one['requests']}" for one in beside)])
+        out.print(table(title, "p50 / p90 / p99", *models, *(["times as fast"] if compared else []), rows=rows))
+        for name, one in zip(models, beside, strict=True):
+            if "first_error" in one:
+                out.print(f"{name}, the first failure: {one['first_error']}", highlight=False, markup=False)
+    sizes = {key: [model["bytes"].get(key) for model in models.values()] for key in _SIZES}
+    sizes["peak"] = [model.get("peak_process_bytes") for model in models.values()]
+    sizes["gpu"] = [model.get("peak_gpu_bytes") for model in models.values()]
+    rows = [
+        [text, *("" if size is None else human_bytes(size) for size in sizes[key]), *_of_dense(sizes[key])]
+        for key, text in {**_SIZES, "peak": "the server's processes, at most", "gpu": "on the GPU, at most"}.items()
+        if any(size is not None for size in sizes[key])
+    ]
+    if rows:
+        out.print(table("memory", "", *models, *(["of dense"] if compared else []), rows=rows))
+
+
+_TIMES = {
+    "ttft": "TTFT, ms",
+    "tpot": "TPOT, ms",
+    "itl": "ITL, ms",
+    "e2e": "end to end, ms",
+}
+_RATES = {
+    "requests_per_second": "requests/s",
+    "output_tokens_per_second": "output tokens/s",
+    "goodput_per_second": "good requests/s",
+}
+_SIZES = {"disk": "bytes on disk", "weights": "weights, resident", "kv_cache": "keys and values, at most"}
+
+
+def _times(text: str, name: str, beside: list[dict[str, Any]], speedup: dict[str, Any]) -> list[str]:
+    cells = [" / ".join(f"{one[f'{name}_seconds'][p] * 1e3:.1f}" for p in ("p50", "p90", "p99")) for one in beside]
+    return [text, *cells, *_spread(speedup.get(name))]
+
+
+def _rates(text: str, name: str, beside: list[dict[str, Any]], speedup: dict[str, Any]) -> list[str]:
+    return [text, *(f"{one[name]['median']:.2f}" for one in beside), *_spread(speedup.get(name))]
+
+
+def _spread(ratio: dict[str, float] | None) -> list[str]:
+    return [] if ratio is None else [f"{ratio['median']:.2f} ({ratio['p25']:.2f}-{ratio['p75']:.2f})"]
+
+
+def _of_dense(sizes: Sequence[int | None]) -> list[str]:
+    return [f"{sizes[1] / sizes[0]:.4f}"] if len(sizes) == 2 and sizes[0] and sizes[1] is not None else []
+
+
+def print_bench_in_process(document: dict[str, Any]) -> None:
+    models = document["models"]
+    speedup = document.get("speedup", {})
+    ratios = document.get("bytes_ratio", {})
+
+    def times(label: str, key: str, name: str) -> list[str]:
+        cells = [f"{model[key]['median'] * 1e3:.1f} ms" for model in models.values()]
+        if name in speedup:
+            spread = speedup[name]
+            cells.append(f"{spread['median']:.2f} times as fast ({spread['p25']:.2f} to {spread['p75']:.2f})")
+        return [label, *cells]
+
+    def sizes(label: str, key: str) -> list[str]:
+        cells = [human_bytes(model["bytes"][key]) for model in models.values()]
+        return [label, *cells, *([f"{ratios[key]:.4f} of dense"] if key in ratios else [])]
+
+    rows = [
+        times("time to first token", "ttft_seconds", "ttft"),
+        times("time per output token", "tpot_seconds", "tpot"),
+        sizes("bytes on disk", "disk"),
+        sizes("weights in memory", "weights"),
+        sizes("of the pruned layers", "pruned_layers"),
+    ]
+    load = document["load"]
+    title = f"prompt {load['prompt']}, output {load['output']}, batch {load['batch']}, {load['rounds']} rounds"
+    out.print(table(title, "", *models, *(["ratio"] if speedup else []), rows=rows))
+    for used in document["backends"]:
+        out.print(f"{used['phase']}: {used['layers']} layers by {used['backend']}: {used['reason']}", highlight=False)
 
 
 def _range(interval: Sequence[float] | None, form: str) -> str:

@@ -41,7 +41,7 @@ def test_eval_and_bench(artefacts: tuple[Path, Path]) -> None:
     assert document["ratio"] == document["models"][1]["perplexity"] / document["models"][0]["perplexity"]
     assert "transformers" not in called.stderr
     called = call(
-        "bench", packed, "--against", source, "--prompt", "8", "--output", "3", "--rounds", "1", "--json"
+        "bench", packed, "--in-process", "--against", source, "--prompt", "8", "--output", "3", "--rounds", "1", "--json"
     )  # fmt: skip
     assert called.code == 0, called.stderr
     # 9/16, and what padding to whole tiles and a header cost layers as small as these.

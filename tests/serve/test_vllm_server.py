@@ -16,6 +16,8 @@ import torch
 from compress.errors import HalveError
 from serve.engines.vllm import VllmServer
 from serve.loading import load_model, load_tokenizer
+from serve.measure.memory import told_by
+from tests.runs import Halve
 from tests.serve import vllm_checkpoints as checkpoints
 from tests.serve.helpers import metrics
 from tests.serve.vllm_session import ENVIRONMENT
@@ -131,6 +133,22 @@ def test_bad_requests_are_refused_and_the_server_goes_on(client: openai.OpenAI) 
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="tiny", prompt="x", temperature=-1)
     assert complete(client, TEXT)
+
+
+def test_bench_through_a_server_that_runs(server: VllmServer, packed: Path, halve: Halve) -> None:
+    """vLLM's stream is understood, and its memory told."""
+    called = halve(
+        "bench", packed, "--url", server.base_url, "--api-key", "secret", "--prompt", "24", "--output", "6",
+        "--concurrency", "1,4", "--requests", "4", "--rounds", "2", "--json",
+    )  # fmt: skip
+    assert called.code == 0, called.stderr
+    for one in called.document["models"]["model"]["loads"].values():
+        assert (one["requests"], one["errors"]) == (8, 0)
+        assert [request["tokens"] for done in one["rounds"] for request in done["requests"]] == [6] * 8
+        # So small a model is faster than its server, which then sends several tokens at once.
+        assert 0 <= one["tpot_seconds"]["p50"] < one["ttft_seconds"]["p50"] <= one["e2e_seconds"]["p50"]
+    told = told_by(server.base_url, server.log)
+    assert told["kv_cache"] > 0
 
 
 def test_a_server_that_does_not_start_says_why(packed: Path) -> None:

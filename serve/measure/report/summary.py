@@ -141,7 +141,7 @@ class Commands:
         self.verify = f"halve verify {directory}"
         self.evaluate = f"halve eval {directory} --against {dense} --json > eval.json"
         self.tasks = f"halve eval {directory} --against {dense} --tasks arc_easy,lambada_openai --json > tasks.json"
-        self.bench = f"halve bench {directory} --against {dense} --json > bench.json"
+        self.bench = f"halve bench {directory} --against {dense} --concurrency 1,4,16 --json > bench.json"
         self.report = f"halve report {directory} --results eval.json --results bench.json --out report.html"
 
 

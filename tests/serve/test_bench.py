@@ -1,0 +1,313 @@
+"""`halve bench` through endpoints: mock ones whose speed is known, and the real one on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from serve.loading import load_model, load_tokenizer, weight_bytes
+from serve.measure import documents, memory
+from serve.measure.memory import PeakMemory, told_by
+from serve.measure.served import ordinary_tokens
+from serve.server import BackgroundServer
+from tests import tiny_models
+from tests.runs import ROOT, Halve, command, compress, environment
+from tests.serve.mocks import MockEndpoint, mock_endpoint
+
+FAST = ("--prompt", "12", "--output", "4", "--requests", "3", "--rounds", "2", "--json")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(packed, dense)."""
+    directory = tmp_path_factory.mktemp("bench")
+    dense = tiny_models.build("llama", directory / "dense", layers=2)
+    return compress(dense, directory / "packed").directory, dense
+
+
+@pytest.fixture
+def mocks() -> Iterator[tuple[MockEndpoint, MockEndpoint]]:
+    """(sparse, dense): the first token takes 60 and 120 ms, the others 10 and 30."""
+    with (
+        mock_endpoint("--ttft", 0.06, "--itl", 0.01) as sparse,
+        mock_endpoint("--ttft", 0.12, "--itl", 0.03) as dense,
+    ):
+        yield sparse, dense
+
+
+def test_both_sides_do_the_same_work_in_turn(
+    pair: tuple[Path, Path], mocks: tuple[MockEndpoint, MockEndpoint], halve: Halve, tmp_path: Path
+) -> None:
+    sparse, dense = mocks
+    file = tmp_path / "a.json"
+    called = halve(
+        "bench", pair[0], "--against", pair[1], "--url", sparse.url, "--against-url", dense.url, "--out", file,
+        "--concurrency", "1,3", "--rate", "20", "--goodput", "ttft:100", *FAST,
+    )  # fmt: skip
+    assert called.code == 0, called.stderr
+    document = called.document
+    assert json.loads(file.read_text()) == document
+    assert (document["kind"], document["through"], document["complete"]) == ("bench", "endpoint", True)
+    load = document["load"]
+    assert load["levels"] == ["concurrency=1", "concurrency=3", "rate=20"]
+    assert (load["prompt"], load["output"], load["rounds"], load["seed"]) == (12, 4, 2, 0)
+    for name, ttft, tpot in (("sparse", 0.06, 0.01), ("dense", 0.12, 0.03)):
+        model = document["models"][name]
+        assert model["dtype"] == "bfloat16"
+        assert "peak_process_bytes" not in model  # whose processes those are is not known
+        assert set(model["loads"]) == set(load["levels"])
+        for label, one in model["loads"].items():
+            assert one["ttft_seconds"]["p50"] == pytest.approx(ttft, abs=0.025), label
+            assert one["tpot_seconds"]["p50"] == pytest.approx(tpot, rel=0.15), label
+            assert len(one["ttft_seconds"]["samples"]) == one["requests"] == 6
+            assert one["errors"] == 0
+            assert len(one["itl_seconds"]["samples"]) == 6 * 3
+            assert len(one["requests_per_second"]["samples"]) == 2
+            assert one["output_tokens_per_second"]["mean"] == pytest.approx(4 * one["requests_per_second"]["mean"])
+            assert len(one["rounds"]) == 2
+        assert one["goodput_per_second"]["mean"] == (0 if name == "dense" else one["requests_per_second"]["mean"])
+    assert document["speedup"]["concurrency=1"]["tpot"]["median"] == pytest.approx(3, rel=0.15)
+    assert document["speedup"]["concurrency=1"]["ttft"]["median"] == pytest.approx(2, rel=0.3)
+
+    # 3 requests for each load and round; before them, a shorter warm-up: 2 + 3 + 2.
+    truths = [mock.truth for mock in mocks]
+    assert [len(truth) for truth in truths] == [7 + 2 * 9] * 2
+    prompts = [[tuple(request["prompt"]) for request in truth] for truth in truths]
+    assert prompts[0] == prompts[1]
+    assert len(set(prompts[0])) == 25
+    blocks = [[(request["arrived"], side) for request in truth[7:]] for side, truth in enumerate(truths)]
+    order = [side for _, side in sorted(blocks[0] + blocks[1])][::3]
+    assert order in ([1, 0] * 3 + [0, 1] * 3, [0, 1] * 3 + [1, 0] * 3)  # in turn, and the next round the other way
+
+    compared = halve("compare", file, "--gate", "concurrency=1.tpot.p50<=0.5x", "--gate", "rate=20.ttft.p99<=1")
+    assert compared.code == 0, compared.stderr
+    assert "gate concurrency=1.tpot.p50<=0.5x: holds" in compared.stdout
+
+
+def test_the_real_endpoint(pair: tuple[Path, Path], halve: Halve) -> None:
+    packed, dense = pair
+    called = halve("bench", packed, "--against", dense, "--concurrency", "2", "--device", "cpu", *FAST)
+    assert called.code == 0, called.stderr
+    document = called.document
+    for name, path in (("sparse", packed), ("dense", dense)):
+        model = document["models"][name]
+        assert model["directory"] == str(path)
+        assert model["bytes"]["weights"] == weight_bytes(load_model(path))
+        assert model["bytes"]["disk"] == sum(file.stat().st_size for file in path.rglob("*"))
+        assert model["bytes"]["kv_cache"] > 0
+        assert model["peak_process_bytes"] > 100e6  # torch alone is that large
+        one = model["loads"]["concurrency=2"]
+        assert (one["requests"], one["errors"]) == (6, 0)
+        assert [request["tokens"] for done in one["rounds"] for request in done["requests"]] == [4] * 6
+        assert 0 < one["ttft_seconds"]["p50"] < one["e2e_seconds"]["p50"]
+    assert document["bytes_ratio"]["weights"] < 1
+    assert set(document["speedup"]["concurrency=2"]) >= {"ttft", "tpot", "output_tokens_per_second"}
+
+
+def test_one_model_and_its_table(
+    pair: tuple[Path, Path], mocks: tuple[MockEndpoint, MockEndpoint], halve: Halve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.console.out._width", 100)
+    called = halve("bench", pair[0], "--url", mocks[0].url, *FAST[:-1], "--output", "1", "--goodput", "e2e:1000")
+    assert called.code == 0, called.stderr
+    title = "concurrency=1: 3 requests a round, prompt 12, output 1, 2 rounds"
+    assert title in " ".join(called.stdout.split())
+    for row in ("TTFT, ms", "end to end, ms", "requests/s", "good requests/s", "bytes on disk"):
+        assert row in called.stdout
+    assert "TPOT" not in called.stdout  # it takes two tokens
+    assert "times as fast" not in called.stdout
+
+
+def bench(pair: tuple[Path, Path], halve: Halve, url: str, *arguments: str) -> Any:
+    return halve("bench", pair[0], "--url", url, *FAST, *arguments)
+
+
+def test_failures_are_shown(pair: tuple[Path, Path], halve: Halve) -> None:
+    with mock_endpoint("--ttft", 0.01, "--itl", 0.005, "--fault", "early", "--every", 2) as mock:
+        called = halve("bench", pair[0], "--url", mock.url, *FAST[:-1], "--requests", "4")
+    assert called.code == 0, called.stderr
+    assert "4 of 8" in called.stdout
+    assert "model, the first failure: it hung up after" in called.stdout
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("garbage", "the first: it sent something that is no event of a completion"),
+        ("early", "the first: it hung up after"),
+        ("hang", "the first: it did not end its answer within 1 s"),
+        ("status", "the first: it refused (500): the mock fails as it was told"),
+        ("short", "the first: it gave 2 tokens where 4 were asked for"),
+    ],
+)
+def test_an_endpoint_that_fails_all(fault: str, told: str, pair: tuple[Path, Path], halve: Halve) -> None:
+    with mock_endpoint("--ttft", 0.01, "--itl", 0.005, "--fault", fault) as mock:
+        called = bench(pair, halve, mock.url, "--timeout", "1")
+    assert called.code == 1
+    assert f"failed all 2 requests of concurrency=1; {told}" in called.message
+
+
+def test_endpoints_that_cannot_be_used(
+    pair: tuple[Path, Path], server: BackgroundServer, halve: Halve, chatless_dir: Path
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        called = bench(pair, halve, dead)
+    assert called.code == 2
+    assert "/v1/models cannot be reached" in called.message
+    called = bench(pair, halve, server.base_url, "--model", "tinny")
+    assert called.code == 2
+    assert "has no model 'tinny'; did you mean 'tiny'?" in called.message
+    called = bench(pair, halve, server.base_url, "--prompt", "300")
+    assert called.code == 2
+    assert "reads at most 256 tokens, and the longest request has 304" in called.message
+    called = bench(pair, halve, "localhost:8000")
+    assert called.code == 2
+    assert "is not the address of an endpoint" in called.message
+    with BackgroundServer(str(chatless_dir), api_key="sesame", device="cpu") as locked:
+        called = bench(pair, halve, locked.base_url, "--api-key", "wrong")
+        assert called.code == 2
+        assert "/v1/models refused (401)" in called.message
+        own = (chatless_dir, chatless_dir)  # the prompts are of its tokens
+        assert bench(own, halve, locked.base_url, "--api-key", "sesame").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--in-process", "--url", "http://localhost/v1"], "--url is for measuring through an endpoint"),
+        (["--in-process", "--concurrency", "2"], "--concurrency is for measuring through an endpoint"),
+        (["--in-process", "--engine", "vllm"], "--engine vllm is for measuring through an endpoint"),
+        (["--in-process", "--", "--enforce-eager"], "'--enforce-eager' is not known"),
+        (["--batch", "2"], "--batch is for --in-process"),
+        (["--model", "x"], "--model names a model at --url"),
+        (["--against-model", "x"], "--against-model names a model at --against-url"),
+        (["--", "--enforce-eager"], "'--enforce-eager' is not known"),
+        (["--concurrency", "none"], "is no list of numbers"),
+        (["--rate", "0"], "--rate 0 is not a number of requests a second"),
+        (["--trace", "no.csv"], "--trace no.csv cannot be read"),
+        (["--goodput", "speed:3"], "no limit is set on 'speed'"),
+        (["--out", "no/such/place.json"], "there is no directory"),
+    ],
+)
+def test_calls_that_are_wrong(arguments: list[str], told: str, pair: tuple[Path, Path], halve: Halve) -> None:
+    called = halve("bench", pair[0], *arguments)
+    assert called.code == 2
+    assert told in called.message
+
+
+def test_an_interrupted_bench_keeps_whole_rounds(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    with mock_endpoint("--ttft", 0.05, "--itl", 0.01) as mock:
+        arguments = (
+            "bench", pair[0], "--url", mock.url, "--prompt", "12", "--output", "4", "--requests", "3",
+            "--rounds", "1000", "--json", "--out", file,
+        )  # fmt: skip
+        process = subprocess.Popen(
+            command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 60
+        while (
+            not file.exists()
+            or len(json.loads(file.read_text())["models"]["model"]["loads"]["concurrency=1"]["rounds"]) < 2
+        ):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    document = json.loads(stdout)
+    for found in (document, json.loads(file.read_text())):
+        assert found["complete"] is False
+        rounds = found["models"]["model"]["loads"]["concurrency=1"]["rounds"]
+        assert len(rounds) == found["rounds_done"] >= 2
+        assert all(len(one["requests"]) == 3 for one in rounds)
+    side, _ = documents.read(file)
+    assert side.about["rounds"] == f"{found['rounds_done']} of 1000 (interrupted)"
+
+
+def test_prompts_are_made_of_ordinary_tokens(pair: tuple[Path, Path], model_dir: Path) -> None:
+    tokens = ordinary_tokens([model_dir])
+    special = load_tokenizer(model_dir).all_special_ids
+    assert special
+    assert not set(special) & set(tokens.tolist())
+    assert len(tokens) > 250
+    assert set(ordinary_tokens([pair[0], model_dir]).tolist()) <= set(tokens.tolist())
+
+
+def test_peak_memory_is_that_of_all_processes() -> None:
+    """A process whose child holds 150 MB for a while."""
+    child = (
+        "import time; held = b'x' * 150_000_000; time.sleep(1.0); del held; print('small', flush=True); time.sleep(30)"
+    )
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        of = psutil.Process(process.pid)
+        with PeakMemory(lambda: [of, *of.children(recursive=True)]) as peak:
+            assert process.stdout.readline() == "small\n"
+            time.sleep(0.5)
+            now = sum(p.memory_info().rss for p in (of, *of.children()))
+        assert 150e6 < peak.resident < 260e6
+        assert now < peak.resident - 100e6
+        assert peak.gpu is None
+    finally:
+        for one in of.children(recursive=True):
+            one.kill()
+        process.wait(10)
+        process.stdout.close()
+
+
+def test_memory_on_gpus_is_that_of_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML as its binding gives it: processes by device, of which some are other people's."""
+    mine = psutil.Process()
+    running = {
+        0: [SimpleNamespace(pid=mine.pid, usedGpuMemory=3_000), SimpleNamespace(pid=1, usedGpuMemory=50_000)],
+        1: [SimpleNamespace(pid=mine.pid, usedGpuMemory=None)],
+    }
+    binding = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetComputeRunningProcesses=running.__getitem__,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", binding)
+    with PeakMemory(lambda: [mine]) as peak:
+        pass
+    assert peak.gpu == 3_000
+
+    def broken() -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(binding, "nvmlInit", broken)
+    assert memory._gpu_reader() is None
+
+
+def test_what_servers_say_of_their_memory(server: BackgroundServer, model_dir: Path) -> None:
+    told = told_by(server.base_url)
+    assert told["weights"] == weight_bytes(load_model(model_dir))
+    assert told["kv_cache"] > 0
+    log = (
+        "INFO [gpu_model_runner.py] Model loading took 1.50 GiB memory and 2.1 seconds\n"
+        "INFO [gpu_worker.py] Available KV cache memory: 0.5 GiB\n"
+    )
+    assert told_by("http://127.0.0.1:9/v1", log) == {"weights": 3 * 2**29, "kv_cache": 2**29}
+    log = "INFO [cpu_worker.py:260] Explicitly set (1.25/7.81) GiB for KV cache on node 0.\n"
+    assert told_by("http://127.0.0.1:9/v1", log) == {"kv_cache": 5 * 2**28}
+    assert told_by("http://127.0.0.1:9/v1") == {}
