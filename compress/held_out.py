@@ -33,6 +33,8 @@ FIRST_GRID = (-2, -3, -4)
 """Dampings that are tried first, in half decades: 0.1, 0.032, 0.01."""
 STRONGEST, WEAKEST = 2, -10
 """How far the grid goes where its edge wins: 10 and 0.00001."""
+ENOUGH = 1e-3
+"""Share of the error that a step beyond the edge must gain for another step."""
 ROWS = 128
 """Rows of a layer that the choice is made on, spread evenly: a damping fits all rows, and these tell which."""
 LEAST_HELD_OUT = 32
@@ -70,9 +72,9 @@ def layer_problem(statistics: LayerStatistics) -> LayerProblem:
     key = ("layer problem", has_bias)
     if key not in statistics.factors:
         fit, held_out = statistics.split_gram
-        both = Part(statistics.gram, fit.sum + held_out.sum, fit.count + held_out.count)
+        both = Part(statistics.gram, fit.sum + held_out.sum, fit.tokens + held_out.tokens)
         if has_bias:
-            about = fit.mean if fit.count else both.mean
+            about = fit.mean if fit.tokens else both.mean
             made = LayerProblem(fit.about(about), held_out.about(about), both.about(both.mean), both.mean, True)
         else:
             made = LayerProblem(fit.gram, held_out.gram, both.gram, both.mean, False)
@@ -126,12 +128,13 @@ def choose_damping(dense: Tensor, mask: Tensor, problem: LayerProblem, *, steps:
         measure(half_decade)
     while True:
         best = min(errors, key=lambda tried: errors[tried][0])
-        if best == min(errors) and best > WEAKEST:
-            measure(best - 1)
-        elif best == max(errors) and best < STRONGEST:
-            measure(best + 1)
-        else:
+        beyond = best - 1 if best == min(errors) else best + 1
+        if beyond in errors or not WEAKEST <= beyond <= STRONGEST:
             break
+        measure(beyond)
+        if errors[beyond][0] > errors[best][0] * (1 - ENOUGH):
+            break
+    best = min(errors, key=lambda tried: errors[tried][0])
     return Choice(10 ** (best / 2), *errors[best], {10 ** (tried / 2): errors[tried][0] for tried in sorted(errors)})
 
 
@@ -185,7 +188,7 @@ def _damping(
 ) -> tuple[float, dict[str, Any]]:
     """The damping, and what the report says of it."""
     default, notes = chosen_damping(options.damping, statistics)
-    held_out = statistics.split_gram.held_out.count
+    held_out = statistics.split_gram.held_out.tokens
     if options.damping is not None or held_out < LEAST_HELD_OUT:
         return default, {**notes, "damping": default}
     choice = choose_damping(dense, mask, problem, steps=options.refit_steps, tolerance=options.refit_tolerance)

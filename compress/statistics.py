@@ -147,16 +147,16 @@ class Gram:
 
 
 class Part(NamedTuple):
-    """Of some of the tokens: ``gram`` XᵀX [K, K] float32, ``sum`` Σ_t x_t [K] float64, and their ``count``."""
+    """Of some of the tokens: ``gram`` XᵀX [K, K] float32, ``sum`` Σ_t x_t [K] float64, and how many ``tokens``."""
 
     gram: Tensor
     sum: Tensor
-    count: int
+    tokens: int
 
     @property
     def mean(self) -> Tensor:
         """[K] float64; zero where there is no token."""
-        return self.sum / max(self.count, 1)
+        return self.sum / max(self.tokens, 1)
 
     def about(self, mean: Tensor) -> Tensor:
         """Σ_t (x_t − mean)(x_t − mean)ᵀ for any ``mean`` [K], [K, K] float32.
@@ -165,7 +165,7 @@ class Part(NamedTuple):
         diagonal is raised by as much as that may be, so that the matrix stays positive semidefinite.
         """
         mean, total = mean.double(), self.sum
-        half = torch.outer(total - self.count / 2 * mean, mean)
+        half = torch.outer(total - self.tokens / 2 * mean, mean)
         centred = (self.gram.double() - half - half.T).to(self.gram.dtype)
         centred.diagonal().add_(_LOST * self.gram.diagonal())
         return centred

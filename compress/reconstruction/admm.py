@@ -74,22 +74,22 @@ def alternate(
     dense: Tensor, hessian: Tensor, inverse: Tensor, pruning: Pruning, options: ADMMOptions
 ) -> tuple[Tensor, Tensor]:
     """The iteration in scaled weights: ``dense`` [N, K] -> Z and its mask, [N, K] each."""
-    pattern, mask = pruning.pattern, pruning.mask
     selections = min(options.selections, options.iterations)
+    # Without any selection the pattern's best of the dense weights stands.
+    mask = pruning.pattern.mask(dense.abs(), pruning.group) if pruning.mask is None else pruning.mask
     target = dense @ hessian @ inverse
     multipliers = torch.zeros_like(dense)
     current = dense.clone()
     for iteration in range(options.iterations):
         current += multipliers  # V + U
-        if mask is None or iteration < selections:
+        if iteration < selections:
             if pruning.mask is None:
-                mask = _gradual(current.abs(), pruning, iteration + 1, max(selections, 1))
+                mask = _gradual(current.abs(), pruning, iteration + 1, selections)
             elif iteration > 0:
-                mask = pattern.mask(current.abs(), pruning.group)
+                mask = pruning.pattern.mask(current.abs(), pruning.group)
         kept = current * mask
         multipliers = current - kept  # U + V - Z
         torch.addmm(target, kept - multipliers, inverse, alpha=options.rho, out=current)
-    assert mask is not None, "there is at least one iteration"
     return (current + multipliers) * mask, mask
 
 

@@ -23,9 +23,11 @@ def layer(n: int, k: int, t: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return weight, x
 
 
-def gathered(x: Tensor, needs: Iterable[str] = ("gram", "sum_of_squares", "sample"), **more: Any) -> LayerStatistics:
+def gathered(
+    x: Tensor, needs: Iterable[str] = ("gram", "sum_of_squares", "sample"), windows: int = 1, **more: Any
+) -> LayerStatistics:
     """The statistics of inputs [t, k], with what else is known of the layer."""
-    statistics = InputStatistics(needs, x.shape[1], tokens=len(x))
+    statistics = InputStatistics(needs, x.shape[1], tokens=len(x), windows=windows)
     statistics.update(x)
     return LayerStatistics(statistics, **more)
 
