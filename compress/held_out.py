@@ -50,7 +50,9 @@ class RefitOptions(Options):
         "out: chosen for each layer on the windows that were held out",
     )
     refit_steps: int = Field(30, ge=0, le=1000, description="conjugate gradient steps of a refit at most; 0: no refit")
-    refit_tolerance: float = Field(1e-3, gt=0, lt=1, description="relative residual at which a refit stops")
+    refit_tolerance: float = Field(
+        1e-3, gt=0, lt=1, description="a refit stops after a step that lowers the error by less than this share"
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,12 @@ def layer_problem(statistics: LayerStatistics) -> LayerProblem:
     key = ("layer problem", has_bias)
     if key not in statistics.factors:
         fit, held_out = statistics.split_gram
-        both = Part(statistics.gram, fit.sum + held_out.sum, fit.tokens + held_out.tokens)
+        both = Part(
+            statistics.gram,
+            fit.sum + held_out.sum,
+            fit.weight + held_out.weight,
+            fit.tokens + held_out.tokens,
+        )
         if has_bias:
             about = fit.mean if fit.tokens else both.mean
             made = LayerProblem(fit.about(about), held_out.about(about), both.about(both.mean), both.mean, True)
@@ -172,7 +179,7 @@ def refitted(
             tolerance=options.refit_tolerance,
         )
         result = refit.weight
-        notes |= {"refit_steps": refit.steps, "refit_residual": refit.residual}
+        notes |= {"refit_steps": refit.steps, "refit_last_gain": refit.last_gain}
     if statistics.bias is None:
         return Reconstructed(result, mask, notes=notes)
     bias = statistics.bias.float() + mean_correction(dense, result, problem.mean)

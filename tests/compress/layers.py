@@ -32,6 +32,20 @@ def gathered(
     return LayerStatistics(statistics, **more)
 
 
+def token_weights(x: Tensor) -> Tensor:
+    """By how much `SplitGram` counts each of inputs [t, k] that come in one call, [t] float64: less than 1 where it has more
+    than 16 times the median energy."""
+    energy = x.double().square().sum(dim=1)
+    some = energy[energy > 0].sort().values
+    limit = 16 * some[(len(some) - 1) // 2] if len(some) else torch.tensor(1.0)
+    return (limit / energy.clamp_min(1e-300)).clamp(max=1)
+
+
+def counted(x: Tensor) -> Tensor:
+    """Inputs [t, k] float64 whose plain Gram matrix is that of the weighted tokens."""
+    return x.double() * token_weights(x).sqrt()[:, None]
+
+
 def damped(x: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """H + λI in float64, with 1 on the diagonal of dead inputs; and which are dead."""
     hessian = x.double().T @ x.double()

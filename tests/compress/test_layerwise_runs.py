@@ -25,8 +25,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("name", "family"), [*((name, "qwen2") for name in RUNS), ("admm, folded", "llama"), ("alps, folded", "gpt2")]
+)
 def test_python_the_command_and_a_resumed_run_agree_to_the_bit(
     name: str, family: str, tmp_path: Path, halve: Halve
 ) -> None:
