@@ -32,18 +32,13 @@ def gathered(
     return LayerStatistics(statistics, **more)
 
 
-def token_weights(x: Tensor) -> Tensor:
-    """By how much `SplitGram` counts each of inputs [t, k] that come in one call, [t] float64: less than 1 where it has more
-    than 16 times the median energy."""
+def counted(x: Tensor) -> Tensor:
+    """Inputs [t, k] as `SplitGram` counts them when they come in one call, float64: those of more than 16 times the median
+    energy scaled to that."""
     energy = x.double().square().sum(dim=1)
     some = energy[energy > 0].sort().values
     limit = 16 * some[(len(some) - 1) // 2] if len(some) else torch.tensor(1.0)
-    return (limit / energy.clamp_min(1e-300)).clamp(max=1)
-
-
-def counted(x: Tensor) -> Tensor:
-    """Inputs [t, k] float64 whose plain Gram matrix is that of the weighted tokens."""
-    return x.double() * token_weights(x).sqrt()[:, None]
+    return x.double() * (limit / energy.clamp_min(1e-300)).clamp(max=1).sqrt()[:, None]
 
 
 def damped(x: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from compress.patterns import NMPattern, UnstructuredPattern
 from compress.reconstruction.refit import REFIT, refit
 from compress.refit import Refit
 from compress.refit import joint_refit as whole_joint_refit
-from tests.compress.layers import counted, gathered, layer, token_weights
+from tests.compress.layers import counted, gathered, layer
 from tests.compress.test_refit import by_kept_set, loss
 
 P24 = NMPattern(2, 4)
@@ -157,12 +157,10 @@ def test_never_worse_than_the_mask_alone_on_the_damped_objective(
     bias = torch.randn(n, generator=torch.Generator().manual_seed(seed)) if has_bias else None
     statistics = statistics_of(x, windows, bias=bias)
     done = run(weight, statistics)
-    count = token_weights(x)[:, None]
-    mean = (count * x).sum(dim=0) / count.sum() if has_bias else 0.0
-    hessian = ((x.double() - mean) * count).T @ (x.double() - mean)
-    # (what the Gram matrices about a mean are raised by against rounding is allowed for)
-    ridge = done.notes["damping"] * hessian.diagonal().mean() + 1e-5 * (statistics.gram.diagonal().double().max())
-    hessian += ridge * torch.eye(len(hessian), dtype=torch.float64)
+    hessian = layer_problem(statistics).whole.double()
+    mean = hessian.diagonal().mean()
+    ridge = done.notes["damping"] * (mean if mean > 0 else 1.0)
+    hessian = hessian + ridge * torch.eye(len(hessian), dtype=torch.float64)
     before = loss(weight, weight * done.mask, hessian)
     after = loss(weight, done.weight, hessian)
     assert float(after.sum()) <= float(before.sum()) * (1 + 1e-3) + 1e-6 * float(
