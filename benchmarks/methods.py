@@ -85,6 +85,8 @@ def cells() -> list[Cell]:
         *none,
         *(Cell("wanda", reconstruction) for reconstruction in ("sparsegpt", "apt", "bias")),
         Cell(None, "apt", permutation="fold"),
+        *(Cell(None, name, permutation=order) for order in ("fold", "none") for name in ("admm", "alps")),
+        Cell("wanda", "refit"),
         *(Cell(None, "apt", options={"variant": variant}) for variant in ("SM", "MS")),
     ]
     others = [

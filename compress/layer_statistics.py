@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.statistics import ACCUMULATORS, InputStatistics, MeanAndVariance, SumOfSquares
+from compress.statistics import ACCUMULATORS, InputStatistics, MeanAndVariance, Split, SumOfSquares
 
 OUTPUT_NEEDS = frozenset({"output_sum_of_squares"})
 GRADIENT_NEEDS = frozenset({"gradient_l1", "gradient_l2"})
@@ -70,6 +70,11 @@ class LayerStatistics:
     def gram(self) -> Tensor:
         """XᵀX, [K, K] float32."""
         return self.inputs.gram
+
+    @property
+    def split_gram(self) -> Split:
+        """The same in two parts, with sums and counts: to fit to, and held out."""
+        return self.inputs.split_gram
 
     @property
     def sample(self) -> Tensor:

@@ -113,3 +113,15 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
                 "more calibration samples or a larger damping may help"
             )
         tried = min(max(tried, 1e-6) * 10, MAX_DAMPING)
+
+
+def normalised(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale n [K], n_j = sqrt(H_jj), and H / nnᵀ [K, K] with a unit diagonal; a dead input has n_j = 0 and stands alone.
+
+    ``gram`` H [K, K] symmetric.
+    """
+    scale = gram.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    unit = gram * inverse * inverse[:, None]
+    unit.diagonal().fill_(1)
+    return scale, unit

@@ -29,10 +29,11 @@ class InputObserver:
         needs: names of statistics; those that are not of inputs, outputs or the place in the graph are ignored.
         tokens: how many tokens will come in all.
         block: the module that holds the linears.
+        windows: in how many windows, or images, the tokens come.
     """
 
     def __init__(
-        self, linears: Mapping[str, LinearModule], needs: Iterable[str], tokens: int, block: nn.Module
+        self, linears: Mapping[str, LinearModule], needs: Iterable[str], tokens: int, block: nn.Module, windows: int = 1
     ) -> None:
         self.linears = linears
         self.outputs: dict[str, SumOfSquares] = {}
@@ -44,6 +45,7 @@ class InputObserver:
         self._wants_outputs = bool(needs & OUTPUT_NEEDS)
         self._norms = NormOutputs(block) if needs & PLACE_NEEDS else None
         self._tokens = tokens
+        self._windows = windows
         self._leader: dict[str, str] = {}
         self._statistics: dict[str, InputStatistics] = {}
         self._calls_of_first_batch: int | None = None
@@ -128,6 +130,7 @@ class InputObserver:
                     features=shape_of(self.linears[name])[1],
                     device=x.device,
                     tokens=self._tokens,
+                    windows=self._windows,
                 )
             self._statistics[name].update(x)
         elif self._leader[name] != leader:

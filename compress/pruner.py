@@ -68,7 +68,7 @@ class BlockPruner:
         linears = self.model.linears(index)
         observed = {name: module for name, module in linears.items() if self.decisions[name] is None}
         tokens = sum(states.shape[:-1].numel() for states in hidden)
-        observer = InputObserver(observed, self.recipe.needs | {"sample"}, tokens, block)
+        observer = InputObserver(observed, self.recipe.needs | {"sample"}, tokens, block, self._samples)
         if observed:
             observer.run(self.model, index, hidden)
             memory.give_back()

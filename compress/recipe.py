@@ -137,14 +137,15 @@ class Recipe(BaseModel):
         if self.add_bias and not self.chosen_reconstruction.corrects_bias and not (metric and metric.corrects_bias):
             raise RecipeError(
                 "add_bias gives layers a bias of zeros, and neither the metric nor the reconstruction would change it; use "
-                "it with metric 'stade' or 'stade-w' or reconstruction 'bias', or leave --add-bias out"
+                "it with metric 'stade' or 'stade-w' or reconstruction 'bias', 'refit', 'admm' or 'alps', or leave --add-bias out"
             )
         if self.permutation != "none" and not isinstance(pattern, NMPattern):
             raise RecipeError(
                 f"permutation={self.permutation!r} moves columns between the groups of an N:M pattern, and the pattern is "
                 f"{self.pattern!r}; leave --permutation out"
             )
-        if metric is None and self.group == "layer" and not isinstance(pattern, NMPattern):
+        own_group = self.chosen_reconstruction.group
+        if metric is None and self.group == "layer" != own_group and not isinstance(pattern, NMPattern):
             raise RecipeError(
                 f"{self.reconstruction} goes through a layer by blocks of columns, so its own metric cannot compare a whole "
                 "layer; use group 'block' or 'row', or choose a metric"

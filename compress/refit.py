@@ -22,12 +22,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Refit:
-    """``weight`` [N, K], zero where pruned; ``steps`` taken; ``residual`` at the end, of the whole layer, relative to
-    the right-hand side."""
+    """``weight`` [N, K], zero where pruned; ``steps`` taken; ``last_gain`` the share of the damped error that the last step
+    took away, 0 where none was taken."""
 
     weight: Tensor
     steps: int
-    residual: float
+    last_gain: float
 
 
 def joint_refit(
@@ -48,9 +48,10 @@ def joint_refit(
         gram: H [K, K], symmetric.
         damping: λ as a share of the mean of H's diagonal.
         start: weights [N, K] to start from (what is not kept of them is ignored); left out: the dense ones.
-        steps: at most so many; 10 to 50 suffice, as the residual tells.
-        tolerance: the norm of the residual, relative to that of the right-hand side ``[w H]_kept``, at which to stop;
-            over the whole layer.
+        steps: at most so many; 10 to 50 suffice.
+        tolerance: stop after a step that lowers the damped error of the whole layer by less than this share of it. (The
+            residual would be no measure: where few inputs or tokens are far louder than the rest, it is small
+            long before the rest is fitted.)
 
     An input that never was anything but zero (H_jj = 0) keeps its dense weight where the mask keeps it: only the ridge
     sees it.
@@ -63,22 +64,24 @@ def joint_refit(
     kept = mask.to(dense.dtype)
     target = dense * scale
     solution = (dense if start is None else start) * kept * scale
-    reference = float((target @ hessian).mul_(kept).norm())
-    if reference == 0:
-        return Refit(solution / scale, 0, 0.0)
-    residual = ((target - solution) @ hessian).mul_(kept)
+    missing = target - solution
+    residual = missing @ hessian
+    error = float((missing * residual).sum(dtype=torch.float64))
+    residual.mul_(kept)
     direction = residual.clone()
     energy = residual.square().sum(dim=1, keepdim=True)  # [N, 1]
-    norm = float(energy.sum().sqrt()) / reference
-    taken = 0
-    while taken < steps and norm > tolerance:
+    taken, gain = 0, 0.0
+    while taken < steps and bool(energy.any()):
         image = (direction @ hessian).mul_(kept)
         curvature = (direction * image).sum(dim=1, keepdim=True)
         step = torch.where(curvature > 0, energy / curvature, 0)  # rows that are solved stay as they are
         solution.addcmul_(direction, step)
         residual.addcmul_(image, step, value=-1)
+        taken += 1
+        lowered = float((step * energy).sum(dtype=torch.float64))
+        gain, error = lowered / error if error > 0 else 0.0, error - lowered
+        if gain < tolerance:
+            break
         before, energy = energy, residual.square().sum(dim=1, keepdim=True)
         direction.mul_(torch.where(before > 0, energy / before, 0)).add_(residual)
-        norm = float(energy.sum().sqrt()) / reference
-        taken += 1
-    return Refit(solution / scale, taken, norm)
+    return Refit(solution / scale, taken, gain)

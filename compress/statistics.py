@@ -21,6 +21,12 @@ from compress.errors import NumericalError, did_you_mean
 
 SAMPLE_TOKENS = 512
 """How many tokens, spread evenly over the calibration set, are kept as they are to measure a layer's output error."""
+HELD_OUT_WINDOWS = 16
+"""Least windows that are held out to choose by, where that is not more than half of them."""
+MASSIVE = 16
+"""Times the usual energy of a token that a token counts at most."""
+_LOST = 1e-6
+"""Share of a diagonal entry of a Gram matrix that rounding may have lost; see `tests.compress.test_statistics`."""
 
 
 class TokenCount:
@@ -133,8 +139,131 @@ class Gram:
         lower = self._lower.tril_()
         return lower + lower.tril(-1).T
 
+    @property
+    def diagonal(self) -> Tensor:
+        """Σ_t x_t², [K] float32."""
+        return self._lower.diagonal()
+
     def permute(self, order: Tensor) -> None:
         self._lower = self.value[order][:, order]
+
+
+class Part(NamedTuple):
+    """Of some of the ``tokens``: ``gram`` Σ_t w_t x_t x_tᵀ [K, K] float32, ``sum`` Σ_t w_t x_t [K] float64, and ``weight``
+    Σ_t w_t."""
+
+    gram: Tensor
+    sum: Tensor
+    weight: float
+    tokens: int
+
+    @property
+    def mean(self) -> Tensor:
+        """[K] float64; zero where there is no token."""
+        return self.sum / self.weight if self.weight else self.sum
+
+    def about(self, mean: Tensor) -> Tensor:
+        """Σ_t w_t (x_t − mean)(x_t − mean)ᵀ for any ``mean`` [K], [K, K] float32.
+
+        What float32 sums have lost by rounding stands out once a mean far larger than the spread is taken away; the
+        diagonal is raised by as much as that may be, so that the matrix stays positive semidefinite.
+        """
+        mean, total = mean.double(), self.sum
+        half = torch.outer(total - self.weight / 2 * mean, mean)
+        centred = (self.gram.double() - half - half.T).to(self.gram.dtype)
+        centred.diagonal().add_(_LOST * self.gram.diagonal())
+        return centred
+
+
+class Split(NamedTuple):
+    """The calibration in two: what is fitted to, and what tells how well that holds elsewhere."""
+
+    fit: Part
+    held_out: Part
+
+
+class SplitGram:
+    """The Gram matrix in two parts: of the windows that are held out, and of all the others. Every token is in one.
+
+    A window is a stretch of ``tokens / windows`` tokens of the stream, as the calibration made them; calls bring some
+    windows at a time, one after the other. (Of what an expert of a mixture is sent, a stretch holds tokens of several
+    neighbouring windows, which is as good.)
+
+    A token counts w_t = 1, unless its energy ‖x_t‖² is more than ``MASSIVE`` times the usual one, the median of the
+    first call: then it counts as if it had just that. In the down projections of some blocks of most language models, one
+    token of a hundred has hundreds of times the energy of the others (massive activations, Sun et al. 2024, arXiv
+    2402.17762). Left as it is, it would decide the weights for all.
+    """
+
+    def __init__(self, features: int, device: torch.device, tokens: int, windows: int = 1) -> None:
+        self._parts = Gram(features, device, tokens), Gram(features, device, tokens)
+        self._sums = Sum(features, device, tokens), Sum(features, device, tokens)
+        self._weights = [0.0, 0.0]
+        self._counts = [0, 0]
+        self._window = max(tokens // windows, 1)
+        self._period = held_out_period(windows)
+        self._limit: float | None = None
+
+    def update(self, x: Tensor) -> None:
+        weights = self._weigh(x)
+        while len(x):
+            seen = sum(self._counts)
+            window = seen // self._window
+            part = self._part_of(window)
+            end = window + 1
+            while self._part_of(end) == part and end * self._window < seen + len(x):
+                end += 1  # neighbours of one part go together
+            cut = end * self._window - seen
+            self._add(part, x[:cut], weights[:cut])
+            x, weights = x[cut:], weights[cut:]
+
+    def _add(self, part: int, x: Tensor, weights: Tensor) -> None:
+        self._counts[part] += len(x)
+        self._weights[part] += float(weights.sum(dtype=torch.float64))
+        massive = weights < 1
+        if bool(massive.any()):
+            some, root = x[massive].float(), weights[massive].sqrt()[:, None]
+            self._parts[part].update(some * root)
+            self._sums[part].update(some * root.square())
+            x = x[~massive]
+        self._parts[part].update(x)
+        self._sums[part].update(x)
+
+    def _weigh(self, x: Tensor) -> Tensor:
+        """w_t, [T] float32."""
+        energy = x.float().square().sum(dim=1)
+        if self._limit is None and bool((energy > 0).any()):
+            self._limit = MASSIVE * float(energy[energy > 0].median())
+        if self._limit is None:
+            return torch.ones_like(energy)
+        return torch.where(energy > self._limit, self._limit / energy, 1)
+
+    def _part_of(self, window: int) -> int:
+        """1 for a window that is held out."""
+        return int(self._period > 0 and window % self._period == self._period // 2)
+
+    @property
+    def value(self) -> Split:
+        return Split(
+            *(
+                Part(gram.value, total.value, weight, count)
+                for gram, total, weight, count in zip(self._parts, self._sums, self._weights, self._counts, strict=True)
+            )
+        )
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Of both parts together, [K]."""
+        return self._parts[0].diagonal + self._parts[1].diagonal
+
+    def permute(self, order: Tensor) -> None:
+        for accumulator in (*self._parts, *self._sums):
+            accumulator.permute(order)
+
+
+def held_out_period(windows: int) -> int:
+    """Every how many windows one is held out: 8 where that makes ``HELD_OUT_WINDOWS``, else fewer; 0 of a single one."""
+    return 0 if windows < 2 else min(max(windows // HELD_OUT_WINDOWS, 2), 8)
 
 
 class Sample:
@@ -164,6 +293,7 @@ ACCUMULATORS = {
     "sum_of_squares": SumOfSquares,
     "moments": Moments,
     "gram": Gram,
+    "split_gram": SplitGram,
     "sample": Sample,
 }
 
@@ -176,29 +306,48 @@ class InputStatistics:
         features: K.
         device: where the sums live.
         tokens: how many tokens will come in all (the sample is spread over them).
+        windows: in how many windows, or images, of equal length.
     """
 
-    def __init__(self, needs: Iterable[str], features: int, *, device: torch.device | str = "cpu", tokens: int) -> None:
+    def __init__(
+        self,
+        needs: Iterable[str],
+        features: int,
+        *,
+        device: torch.device | str = "cpu",
+        tokens: int,
+        windows: int = 1,
+    ) -> None:
         self.features = features
         self._accumulators = {}
-        for name in sorted({"count", *needs}):
+        needs = {"count", *needs}
+        if "split_gram" in needs:
+            needs.discard("gram")  # it is the sum of the two
+        for name in sorted(needs):
             if name not in ACCUMULATORS:
                 raise KeyError(f"no statistic {name!r}{did_you_mean(name, ACCUMULATORS)}")
-            self._accumulators[name] = ACCUMULATORS[name](features, torch.device(device), tokens)
+            more = {"windows": windows} if name == "split_gram" else {}
+            self._accumulators[name] = ACCUMULATORS[name](features, torch.device(device), tokens, **more)
 
     def update(self, x: Tensor) -> None:
         """Adds the inputs ``x`` [..., K] of one call."""
         x = x.detach().reshape(-1, self.features)  # [T, K]
         for name, accumulator in self._accumulators.items():
             accumulator.update(x)
-            self.__dict__.pop(name, None)  # what was read before is out of date
+            self._forget(name)
 
     def permute(self, order: Tensor) -> None:
         """Reorders the input features [K]: feature ``i`` is from now on what feature ``order[i]`` was."""
         for name, accumulator in self._accumulators.items():
             accumulator.permute(order)
-            self.__dict__.pop(name, None)
+            self._forget(name)
         self.__dict__.pop("factors", None)
+
+    def _forget(self, name: str) -> None:
+        """What was read before is out of date."""
+        self.__dict__.pop(name, None)
+        if name == "split_gram":
+            self.__dict__.pop("gram", None)
 
     def _get(self, name: str) -> Any:
         try:
@@ -227,7 +376,13 @@ class InputStatistics:
 
     @cached_property
     def gram(self) -> Tensor:
+        if "split_gram" in self._accumulators:
+            return self.split_gram.fit.gram + self.split_gram.held_out.gram
         return self._get("gram")
+
+    @cached_property
+    def split_gram(self) -> Split:
+        return self._get("split_gram")
 
     @cached_property
     def sample(self) -> Tensor:
@@ -242,7 +397,8 @@ class InputStatistics:
     def require_finite(self, layer: str) -> None:
         """Raises NumericalError, naming the layer, if an input had a NaN or an infinity (or its sums overflowed)."""
         for name, accumulator in self._accumulators.items():
-            value = accumulator.value if name != "gram" else accumulator._lower.diagonal()
+            # (of a Gram matrix, the diagonal tells)
+            value = accumulator.diagonal if isinstance(accumulator, Gram | SplitGram) else accumulator.value
             parts = value if isinstance(value, tuple) else (value,)
             for part in parts:
                 if isinstance(part, Tensor) and not bool(torch.isfinite(part).all()):

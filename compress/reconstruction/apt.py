@@ -60,7 +60,9 @@ class APTOptions(Options):
     refit_steps: int = Field(
         30, ge=0, le=1000, description="conjugate gradient steps of the joint refit at most; 0: none"
     )
-    refit_tolerance: float = Field(1e-3, gt=0, lt=1, description="relative residual at which the refit stops")
+    refit_tolerance: float = Field(
+        1e-3, gt=0, lt=1, description="the refit stops after a step that lowers the error by less than this share"
+    )
 
     def check(self, pattern: Pattern) -> None:
         if self.variant in ("MS", "MM") and not can_enumerate(pattern):
@@ -114,7 +116,7 @@ def apt(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: 
             tolerance=options.refit_tolerance,
         )
         result = refit.weight
-        notes |= {"refit_steps": refit.steps, "refit_residual": refit.residual}
+        notes |= {"refit_steps": refit.steps, "refit_last_gain": refit.last_gain}
     return Reconstructed(result, mask, notes=notes)
 
 

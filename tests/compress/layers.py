@@ -23,11 +23,22 @@ def layer(n: int, k: int, t: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return weight, x
 
 
-def gathered(x: Tensor, needs: Iterable[str] = ("gram", "sum_of_squares", "sample"), **more: Any) -> LayerStatistics:
+def gathered(
+    x: Tensor, needs: Iterable[str] = ("gram", "sum_of_squares", "sample"), windows: int = 1, **more: Any
+) -> LayerStatistics:
     """The statistics of inputs [t, k], with what else is known of the layer."""
-    statistics = InputStatistics(needs, x.shape[1], tokens=len(x))
+    statistics = InputStatistics(needs, x.shape[1], tokens=len(x), windows=windows)
     statistics.update(x)
     return LayerStatistics(statistics, **more)
+
+
+def counted(x: Tensor) -> Tensor:
+    """Inputs [t, k] as `SplitGram` counts them when they come in one call, float64: those of more than 16 times the median
+    energy scaled to that."""
+    energy = x.double().square().sum(dim=1)
+    some = energy[energy > 0].sort().values
+    limit = 16 * some[(len(some) - 1) // 2] if len(some) else torch.tensor(1.0)
+    return x.double() * (limit / energy.clamp_min(1e-300)).clamp(max=1).sqrt()[:, None]
 
 
 def damped(x: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,9 @@ class Case:
     def statistics(self, needs: Iterable[str] = ALL_NEEDS) -> LayerStatistics:
         """The statistics of those names and no others."""
         needs = frozenset(needs)
-        inputs = InputStatistics(needs & ACCUMULATORS.keys(), self.x.shape[1], tokens=len(self.x))
+        inputs = InputStatistics(
+            needs & ACCUMULATORS.keys(), self.x.shape[1], tokens=len(self.x), windows=len(self.gradients)
+        )
         inputs.update(self.x)
         outputs = None
         if "output_sum_of_squares" in needs:

@@ -20,7 +20,7 @@ from tests import tiny_models
 from tests.compress.metric_cases import case
 from tests.runs import block_linears, calibration, kept_in_groups, load, stored
 
-MOVES_WEIGHTS = {"sparsegpt", "apt"}
+MOVES_WEIGHTS = {"sparsegpt", "apt", "refit", "admm", "alps"}
 PATTERNS: dict[str, dict[str, Any]] = {
     "2:4": {"pattern": "2:4"},
     "4:8": {"pattern": "4:8"},
@@ -56,7 +56,7 @@ def test_any_metric_with_any_reconstruction(metric: str, reconstruction: str, pa
     assert torch.equal(done.weight[kept], weight[kept]) is (reconstruction not in MOVES_WEIGHTS)
 
     # The report's error, computed again in float64 with the bias.
-    corrected = reconstruction == "bias" or METRICS[metric].corrects_bias
+    corrected = RECONSTRUCTIONS[reconstruction].corrects_bias or METRICS[metric].corrects_bias
     assert (done.bias is not None) is corrected
     shift = 0.0 if done.bias is None else (done.bias - statistics.bias).double()
     sample = statistics.sample.double()
@@ -74,6 +74,7 @@ def test_repairs_help(metric: str, pattern: str) -> None:
     """On the layer's own inputs: what changes weights or swaps by the Gram matrix lowers the error of any mask."""
     errors = {name: pruned(metric, name, pattern)[3].record["relative_output_error"] for name in RECONSTRUCTIONS}
     assert errors["apt"] < errors["sparsegpt"] < errors["none"]
+    assert errors["alps"] < errors["admm"] < errors["refit"] < errors["sparsegpt"]
     if metric != "stade":  # which corrects the bias by itself, so that swaps pursue another error than is left
         assert errors["swaps"] < errors["none"]
         assert errors["bias"] < errors["none"]
@@ -125,7 +126,7 @@ def test_every_method_on_every_family(
         assert float(kept.float().mean()) > 0.4, name
         if reconstruction not in MOVES_WEIGHTS:
             assert torch.equal(now[name][kept], original[name][kept]), name
-    corrects = reconstruction == "bias" or (metric is not None and METRICS[metric].corrects_bias)
+    corrects = RECONSTRUCTIONS[reconstruction].corrects_bias or (metric is not None and METRICS[metric].corrects_bias)
     before, after = stored(source), stored(done.directory)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -85,7 +85,7 @@ class Loaded:
         self.observer = self.observed()
 
     def observed(self) -> InputObserver:
-        observer = InputObserver(self.linears, self.needs, SAMPLES * LENGTH, self.model.blocks[self.index])
+        observer = InputObserver(self.linears, self.needs, SAMPLES * LENGTH, self.model.blocks[self.index], SAMPLES)
         observer.run(self.model, self.index, self.hidden)
         return observer
 
@@ -329,9 +329,13 @@ def test_statistics_and_gradients_move_along(family: str, tmp_path: Path) -> Non
         ours, expected = loaded.observer.statistics(name), again.statistics(name)
         assert ours is not None
         assert expected is not None
-        for kind in ACCUMULATORS.keys() - {"count", "moments"}:
+        for kind in ACCUMULATORS.keys() - {"count", "moments", "split_gram"}:
             close = {"rtol": 1e-4, "atol": 1e-4 * float(getattr(expected, kind).abs().max())}
             torch.testing.assert_close(getattr(ours, kind), getattr(expected, kind), **close)
+        for part, other in zip(ours.split_gram, expected.split_gram, strict=True):
+            assert part.tokens == other.tokens > 0
+            torch.testing.assert_close(part.gram, other.gram, rtol=1e-4, atol=1e-4 * float(other.gram.abs().max()))
+            torch.testing.assert_close(part.sum, other.sum, rtol=1e-4, atol=1e-4 * float(other.sum.abs().max()))
         torch.testing.assert_close(ours.moments, expected.moments, rtol=1e-4, atol=1e-4)
         assert ours.count == expected.count
         torch.testing.assert_close(loaded.observer.outputs[name].value, again.outputs[name].value, rtol=1e-4, atol=1e-4)

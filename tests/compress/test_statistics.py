@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.statistics import ACCUMULATORS, SAMPLE_TOKENS, Gram, InputStatistics, exact_products
+from compress.statistics import SAMPLE_TOKENS, Gram, InputStatistics, exact_products
 
 EVERYTHING = ("sum", "sum_of_squares", "moments", "gram", "sample")
+"""But "split_gram", which stands for "gram" where it is gathered: see `test_split_gram`."""
 
 
 def inputs(t: int, k: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -142,7 +143,7 @@ def test_moments_of_few_tokens() -> None:
 
 def assert_statistics_of(statistics: InputStatistics, x: Tensor) -> None:
     """Within what float32 sums of columns in another place in memory may differ by."""
-    other = gathered([x], tuple(ACCUMULATORS))
+    other = gathered([x], EVERYTHING)
     size = x.double().square().mean(dim=0).sqrt()  # [K]
     assert statistics.count == other.count
     assert float(((statistics.sum - other.sum) / size).abs().max()) < 1e-6 * len(x)
@@ -164,10 +165,10 @@ def test_permuted_statistics_are_those_of_permuted_inputs(k: int, seed: int, cut
     """Of every statistic, whether it was read before or not; what comes afterwards is in the new order."""
     x = inputs(120, k, dtype=dtype, seed=seed)
     order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
-    everything = tuple(ACCUMULATORS)
+    everything = EVERYTHING
 
     at_the_end = gathered([x[:cut], x[cut:]], everything)
-    for name in ACCUMULATORS if seed % 2 else ():
+    for name in EVERYTHING if seed % 2 else ():
         getattr(at_the_end, name)
     at_the_end.factors["inverse"] = "of the old order"
     at_the_end.permute(order)
@@ -184,8 +185,8 @@ def test_permuted_statistics_are_those_of_permuted_inputs(k: int, seed: int, cut
 def test_permutation_over_several_panels_and_back() -> None:
     x = inputs(60, Gram.panel + 40)
     order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))
-    statistics = gathered([x], tuple(ACCUMULATORS))
-    before = gathered([x], tuple(ACCUMULATORS))
+    statistics = gathered([x], EVERYTHING)
+    before = gathered([x], EVERYTHING)
     statistics.permute(order)
     assert gram_error(statistics.gram, x[:, order]) < 1e-5
     assert not torch.equal(statistics.gram, before.gram)
