@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from serve.measure import statistics
-from serve.measure.compare import _compared
+from serve.measure.compare import compared
 from serve.measure.documents import Figure
 from serve.measure.statistics import STATISTICS, interval, ratio_interval, significance, value_of
 
@@ -28,7 +28,7 @@ def verdict(a: np.ndarray, b: np.ndarray, statistic: str, *, paired: bool) -> st
         pairing = "the same rounds" if paired else None
         return Figure(value_of(samples.tolist(), statistic), "lower", statistic, tuple(samples.tolist()), pairing, True)
 
-    return _compared(figure(a), figure(b))["verdict"]
+    return compared(figure(a), figure(b))["verdict"]
 
 
 def verdicts(
