@@ -29,7 +29,7 @@ def gathered(
     """The statistics of inputs [t, k], with what else is known of the layer."""
     statistics = InputStatistics(needs, x.shape[1], tokens=len(x), windows=windows)
     statistics.update(x)
-    return LayerStatistics(statistics, **more)
+    return LayerStatistics(statistics, windows=windows, **more)
 
 
 def counted(x: Tensor) -> Tensor:

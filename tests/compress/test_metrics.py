@@ -97,8 +97,9 @@ def test_metrics_leave_everything_alone_and_give_the_same_twice(name: str, optio
 
 def _copy(statistic: Any) -> list[Tensor]:
     """A statistic as tensors of their own."""
-    parts = statistic if isinstance(statistic, tuple) else (statistic,)
-    return [torch.as_tensor(part).clone() for part in parts]
+    if isinstance(statistic, tuple):
+        return [tensor for part in statistic for tensor in _copy(part)]
+    return [torch.as_tensor(statistic).clone()]
 
 
 @every_variant
