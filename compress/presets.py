@@ -1,7 +1,7 @@
 """Named recipes for people who do not want to choose: how much accuracy for how much time.
 
 Each is a plain set of `Recipe` fields that `halve methods` prints in full; what is given beside a preset wins, option by
-option. Their measured accuracy and time are in ``benchmarks/results/accuracy.md``.
+option. ``benchmarks/accuracy.py`` measures what each stage of them buys.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PRESETS = {
         {"metric": "wanda", "reconstruction": "none", "samples": 128, "length": 512},
     ),
     "balanced": Preset(
-        "the best that each layer alone can do, in about three times the time of `fast`",
+        "the best that each layer alone can do: minutes for a small model",
         _LAYERS,
     ),
     "best": Preset(
-        "each block trained to give the dense block's output again: the most accurate without training of the model as a "
-        "whole, in about ten times the time of `balanced`",
+        "each block trained to give the dense block's output again, a block in memory at a time: about an hour of two cores "
+        "for a 135M model (by the time of its steps)",
         {**_LAYERS, "repair": "block", "repair_options": {"windows": 768, "passes": 2}},
     ),
 }
