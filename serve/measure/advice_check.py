@@ -189,6 +189,10 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _samples(entry: Any, name: str, path: Path) -> list[float]:
     samples = _mapping(_mapping(entry).get(name)).get("samples")
-    if not isinstance(samples, list) or not samples or not all(isinstance(s, int | float) and s > 0 for s in samples):
+    if (
+        not isinstance(samples, list)
+        or not all(isinstance(s, int | float) and s >= 0 for s in samples)
+        or not any(samples)
+    ):
         raise DocumentError(f"{path} has no samples of {name}; measure again")
-    return [float(sample) for sample in samples]
+    return [float(sample) for sample in samples if sample]  # (tokens that arrive together have no time between them)

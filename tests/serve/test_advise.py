@@ -504,7 +504,7 @@ def test_predicts_what_bench_then_finds(tmp_path: Path, halve: Halve) -> None:
     advice = json.loads((tmp_path / "advice.json").read_text())
     assert advice["basis"] == "measured"
     assert len(advice["times"]["dense"]["tpot_seconds"]["samples"]) >= shallow.ROUNDS[0]
-    benched = halve("bench", str(tmp_path / "sparse"), "--against", str(dense), *flags, "--rounds", "5", "--json")
+    benched = halve("bench", str(tmp_path / "sparse"), "--against", str(dense), *flags, "--in-process", "--rounds", "5", "--json")  # fmt: skip
     assert benched.code == 0, benched.stderr
     (tmp_path / "bench.json").write_text(benched.stdout.splitlines()[-1])
     document = check(tmp_path / "advice.json", tmp_path / "bench.json")
