@@ -123,7 +123,7 @@ def test_a_client_that_hangs_up_frees_its_place(server: VllmServer, client: open
     while seen[-1] != seen[-2]:  # until nothing is generated any more
         time.sleep(1)
         seen.append(generated())
-    assert before + 16 < seen[-1] < before + answers * tokens / 2
+    assert before < seen[-1] < before + answers * tokens / 2
     assert complete(client, TEXT) == expected
 
 
