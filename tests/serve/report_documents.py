@@ -46,6 +46,16 @@ def sampled(middle: float, count: int, seed: int) -> dict[str, Any]:
     return {"samples": samples.tolist(), "mean": float(samples.mean()), **percentiles}
 
 
+def _round(load: dict[str, Any], number: int) -> dict[str, Any]:
+    """The figures of one round of a load, a little off those of all."""
+    off = 1 + 0.01 * (number - 3.5)
+    latencies = {
+        name: {part: load[f"{name}_seconds"][part] * off for part in ("mean", "p50", "p90", "p99")}
+        for name in ("ttft", "tpot")
+    }
+    return {"figures": {**latencies, "output_tokens_per_second": load["output_tokens_per_second"]["mean"] / off}}
+
+
 def endpoint_bench(dense: Path, sparse: Path, labels: tuple[str, ...] = ("concurrency=1", "concurrency=4")) -> Any:
     """What `halve bench` writes when it measured through the endpoint, as far as it is read."""
 
@@ -60,6 +70,8 @@ def endpoint_bench(dense: Path, sparse: Path, labels: tuple[str, ...] = ("concur
             }
             for index, label in enumerate(labels)
         }
+        for load in loads.values():
+            load["rounds"] = [_round(load, number) for number in range(8)]
         sizes = {"disk": int(2000 * factor), "weights": int(1_000_000 * factor), "kv_cache": 300_000}
         return {
             "directory": str(directory),

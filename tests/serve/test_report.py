@@ -138,7 +138,10 @@ def test_what_was_not_measured_is_said_with_its_command(halve: Halve, own: Measu
     assert len(page.all("span", **{"class": "big missing"})) == 3
     assert document["not_measured"]["perplexity"] == f"halve eval {own.sparse} --against {own.dense} --json > eval.json"
     assert document["not_measured"]["perplexity"] in section(page, "accuracy").text
-    assert f"halve bench {own.sparse} --against {own.dense} --concurrency 1,4,16 --json > bench.json" in section(page, "speed").text
+    assert (
+        f"halve bench {own.sparse} --against {own.dense} --concurrency 1,4,16 --json > bench.json"
+        in section(page, "speed").text
+    )
     assert "were not measured" in page.all("p", **{"class": "verdict"})[0].text
     report = read_report(own.sparse)
     assert report is not None
@@ -529,7 +532,7 @@ def test_runs_beside_each_other(halve: Halve, own: Measured, tmp_path: Path) -> 
     second = Path(shutil.copytree(own.sparse, tmp_path / "second"))
     third = Path(shutil.copytree(own.sparse, tmp_path / "third"))
     results = []
-    for directory, shift, factor, rounds in ((own.sparse, 0, 1, 8), (second, 0.5, 0.5, 8), (third, 0.1, 0.9, 9)):
+    for directory, shift, factor, prompt in ((own.sparse, 0, 1, 8), (second, 0.5, 0.5, 8), (third, 0.1, 0.9, 9)):
         for source in (own.evaluation, own.bench):
             document = json.loads(source.read_text())
             for model in document["models"] if document["kind"] == "eval" else document["models"].values():
@@ -540,7 +543,7 @@ def test_runs_beside_each_other(halve: Halve, own: Measured, tmp_path: Path) -> 
                 model["losses"] = [loss + shift for loss in model["losses"]]
             else:
                 model["tpot_seconds"]["samples"] = [factor * sample for sample in model["tpot_seconds"]["samples"]]
-                document["load"]["prompt"] = rounds
+                document["load"]["prompt"] = prompt
             results.append(write(tmp_path / f"{directory.name}-{source.name}", document))
     flags = [part for path in results for part in ("--results", path)]
     out = tmp_path / "report.html"

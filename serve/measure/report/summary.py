@@ -353,7 +353,12 @@ def _latency(result: Result, name: str, label: str) -> Row | None:
     if not labels:
         return _row(result, f"{name}.p50", label, "seconds", _bench_load(result))
     level = SINGLE_STREAM if SINGLE_STREAM in labels else labels[0]
-    return _row(result, f"loads.{level}.{name}.p50", label, "seconds", f"{_bench_load(result)}, {level}")
+    return _row(result, f"{_prefix(labels, level)}{name}.p50", label, "seconds", f"{_bench_load(result)}, {level}")
+
+
+def _prefix(labels: Iterable[str], label: str) -> str:
+    """What comes before the names of a load's figures (`documents`): nothing where there is only one load."""
+    return f"{label}." if len(list(labels)) > 1 else ""
 
 
 def _level(result: Result, label: str) -> Level:
@@ -361,14 +366,16 @@ def _level(result: Result, label: str) -> Level:
     times: dict[str, dict[str, dict[str, float]]] = {}
     for name in ("ttft", "tpot", "output_tokens_per_second"):
         for key, side in sides.items():
-            times.setdefault(name, {})[key] = dict(_statistics(side, f"loads.{label}.{name}"))
+            prefix = _prefix(side.entry.get("loads") or {}, label)
+            times.setdefault(name, {})[key] = dict(_statistics(side, prefix + name))
     entries = {key: (side.entry.get("loads") or {}).get(label) or {} for key, side in sides.items()}
     shown: tuple[tuple[str, str, Unit], ...] = (
         ("ttft.p50", "time to first token", "seconds"),
         ("tpot.p50", "time per output token", "seconds"),
-        ("output_tokens_per_second.mean", "output tokens a second", "rate"),
+        ("output_tokens_per_second", "output tokens a second", "rate"),
     )
-    rows = [_row(result, f"loads.{label}.{name}", said, unit, label) for name, said, unit in shown]
+    prefix = _prefix(result.measured.entry.get("loads") or {}, label)
+    rows = [_row(result, prefix + name, said, unit, label) for name, said, unit in shown]
     try:
         number = float(label.partition("=")[2])
     except ValueError:
@@ -381,6 +388,9 @@ def _level(result: Result, label: str) -> Level:
 
 
 def _statistics(side: Side, prefix: str) -> Iterator[tuple[str, float]]:
+    rate = side.figures.get(prefix)
+    if rate is not None:  # a rate is one figure, the median over the rounds
+        yield "mean", rate.value
     for statistic in ("mean", "p50", "p90", "p99"):
         figure: Figure | None = side.figures.get(f"{prefix}.{statistic}")
         if figure is not None:
