@@ -51,7 +51,7 @@ class RefitOptions(Options):
     )
     refit_steps: int = Field(30, ge=0, le=1000, description="conjugate gradient steps of a refit at most; 0: no refit")
     refit_tolerance: float = Field(
-        1e-3, gt=0, lt=1, description="a refit stops after a step that lowers the error by less than this share"
+        3e-4, gt=0, lt=1, description="a refit stops after a step that lowers the error by less than this share"
     )
 
 
