@@ -28,7 +28,7 @@ UNSEEN = 48
 """Windows of the calibration text, the last ones of the draw, that measure."""
 
 _LAYERS: dict[str, Any] = dict(PRESETS["balanced"].fields)
-_SHORT: dict[str, Any] = {**_LAYERS, "repair": "block", "repair_options": {"windows": 144, "passes": 2}}
+_SHORT: dict[str, Any] = {**_LAYERS, "repair": "block", "repair_options": {"passes": 2}, "training_samples": 144}
 _LONG: dict[str, Any] = dict(PRESETS["best"].fields)
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -40,10 +40,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "best, short": _SHORT,
     "best, short, after wanda": {**_SHORT, "metric": "wanda", "reconstruction": "none"},
     "best, short, after sparsegpt": {**_SHORT, "reconstruction": "sparsegpt"},
-    "best, short, fewer windows more often": {**_SHORT, "repair_options": {"windows": 80, "passes": 4}},
+    "best, short, fewer windows more often": {
+        **_SHORT,
+        "repair_options": {"passes": 4},
+        "samples": 80,
+        "training_samples": 80,
+    },
     "best, short, channels as they were": {**_SHORT, "permutation": "none"},
     "best": _LONG,
-    "best, short, distilled": {**_SHORT, "distill": 800_000, "distill_options": {"windows": 768}},
+    "best, short, distilled": {**_SHORT, "distill": 800_000},
 }
 """Ablations at equal compute are those of one prefix: the passes over windows come to the same number."""
 

@@ -51,8 +51,8 @@ _USAGE_DENSE = """An ordinary Hugging Face checkpoint with zeros in it; it loads
 def _samples(settings: dict[str, Any], images: bool) -> str:
     """How much of the calibration each stage saw."""
     what = "images" if images else f"windows of {settings['length']} tokens"
-    more = settings.get("repair_options", {}).get("windows")
-    return f"{settings['samples']} {what}" + (f" ({more} for the repair)" if more else "")
+    more = settings.get("training_samples")
+    return f"{settings['samples']} {what}" + (f" ({more} to train on)" if more else "")
 
 
 def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:

@@ -16,7 +16,6 @@ float32 with its gradients and the optimizer's two moments.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -37,6 +36,7 @@ from compress.files import TensorFiles
 from compress.methods import Options
 from compress.norms import norms_of
 from compress.repair import Repair, held_out_batches
+from compress.seeds import named_seed
 from compress.training import MaskedAdam, Trainable, autocast, precision
 
 CHECKS = 4
@@ -48,9 +48,6 @@ Telling = Callable[[int, int, str], None]
 
 
 class DistillOptions(Options):
-    windows: int | None = Field(
-        None, ge=2, description="calibration windows to train on; left out: those of the other stages"
-    )
     rate: float = Field(
         0.003,
         gt=0,
@@ -138,9 +135,7 @@ def distill(
 
 def _order(windows: int, seed: int) -> Iterator[int]:
     """Windows in a new random order each time all have been seen."""
-    generator = torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(f"{seed}:distill".encode()).digest()[:7], "little")
-    )
+    generator = torch.Generator().manual_seed(named_seed(seed, "distill"))
     while True:
         yield from torch.randperm(windows, generator=generator).tolist()
 

@@ -283,8 +283,10 @@ class _Run:
     def _prune_blocks(self) -> None:
         count = len(self.model.blocks)
         self.progress(self.journal.next_block, count, "reading the calibration samples")
-        activations = {"hidden": self.model.record_calls(self.samples.batches(self._batch_size()))}
-        if self.recipe.chosen_repair is not None:
+        repairing = self.recipe.chosen_repair is not None
+        passing = self.samples if repairing else self.samples.first(self._observed)
+        activations = {"hidden": self.model.record_calls(passing.batches(self._batch_size()))}
+        if repairing:
             activations["dense"] = [states.clone() for states in activations["hidden"]]
         activations = {
             kind: self._kept(kind, batches)
@@ -336,8 +338,8 @@ class _Run:
 
     @property
     def _observed(self) -> int:
-        """Calibration samples, the first ones, that the statistics see: nothing that the repair holds out."""
-        if self.recipe.chosen_repair is None:
+        """Calibration samples, the first ones, that the statistics see: nothing that a stage that trains holds out."""
+        if self.recipe.repair == "none" and not self.recipe.distill:
             return len(self.samples)
         size = self._batch_size()
         batches = -(-len(self.samples) // size)

@@ -33,9 +33,8 @@ PRESETS = {
         _LAYERS,
     ),
     "best": Preset(
-        "each block trained to give the dense block's output again, a block in memory at a time: about an hour of two cores "
-        "for a 135M model (by the time of its steps)",
-        {**_LAYERS, "repair": "block", "repair_options": {"windows": 768, "passes": 2}},
+        "each block trained to give the dense block's output again, a block in memory at a time",
+        {**_LAYERS, "repair": "block", "repair_options": {"passes": 2}, "training_samples": 768},
     ),
 }
 

@@ -5,7 +5,6 @@ The pipeline loads the block, saves what comes out and passes the activations on
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from compress.layers import importance, prune_layer
 from compress.observe import InputObserver
 from compress.patterns import NMPattern
 from compress.recipe import Recipe
+from compress.seeds import named_seed
 
 
 @dataclass
@@ -143,7 +143,7 @@ class BlockPruner:
             return None
         return LayerStatistics(
             inputs,
-            seed=layer_seed(self.recipe.seed, name),
+            seed=named_seed(self.recipe.seed, name),
             windows=self._samples,
             bias=module.bias,
             outputs=observer.outputs.get(name),
@@ -172,8 +172,3 @@ class BlockPruner:
             module.bias.data = result.bias.to(module.bias.dtype)
             done.changed.add(f"{name}.bias")
         return {**record, "status": "pruned", **result.record}
-
-
-def layer_seed(seed: int, name: str) -> int:
-    """The seed of what is drawn for one layer, from the recipe's seed and the layer's name."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")

@@ -80,6 +80,12 @@ class Recipe(BaseModel):
         "for an image classifier a directory of images",
     )
     samples: int = Field(128, ge=1, description="calibration windows, or images")
+    training_samples: int | None = Field(
+        None,
+        ge=1,
+        description="calibration windows that repair and distill train on; the first --samples of them give the statistics, "
+        "too; left out: --samples",
+    )
     length: int = Field(2048, ge=1, description="tokens in a calibration window")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     ignore: tuple[str, ...] = Field((), description="linear layers to leave dense: names or globs such as '*.k_proj'")
@@ -128,12 +134,15 @@ class Recipe(BaseModel):
         if not self.distill and self.distill_options:
             raise RecipeError("distill_options were given, but distill is 0; say on how many tokens (flag --distill)")
         _ = self.chosen_distillation
-        repair = self.chosen_repair
-        if repair is not None and repair.windows is not None and repair.windows < self.samples:
-            raise RecipeError(
-                f"the repair's option 'windows' counts all calibration windows, and {repair.windows} are fewer than "
-                f"samples={self.samples}, which give the statistics; raise it, or lower --samples"
-            )
+        _ = self.chosen_repair
+        if self.training_samples is not None:
+            if self.repair == "none" and not self.distill:
+                raise RecipeError("training_samples were given, but nothing trains; add repair='block' or distill")
+            if self.training_samples < self.samples:
+                raise RecipeError(
+                    f"training_samples={self.training_samples} count all calibration windows, and are fewer than "
+                    f"samples={self.samples}, which give the statistics; raise them, or lower --samples"
+                )
         if self.add_bias and not self.chosen_reconstruction.corrects_bias and not (metric and metric.corrects_bias):
             raise RecipeError(
                 "add_bias gives layers a bias of zeros, and neither the metric nor the reconstruction would change it; use "
@@ -210,8 +219,7 @@ class Recipe(BaseModel):
     @property
     def windows(self) -> int:
         """Calibration windows (or images) that are read: ``samples`` for the statistics, and more where a stage trains."""
-        stages = (self.chosen_repair, self.chosen_distillation)
-        return max(self.samples, *((stage.windows or 0) if stage else 0 for stage in stages))
+        return self.training_samples or self.samples
 
     @property
     def needs(self) -> frozenset[str]:

@@ -19,7 +19,6 @@ on it is kept, and training ends when it stops to fall.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from compress.blocks import BlockModel
 from compress.errors import NumericalError
 from compress.methods import Options
 from compress.norms import norms_of
+from compress.seeds import named_seed
 from compress.training import MaskedAdam, Trainable, autocast, precision
 
 HELD_OUT = 0.1
@@ -47,12 +47,6 @@ Telling = Callable[[str], None]
 
 
 class RepairOptions(Options):
-    windows: int | None = Field(
-        None,
-        ge=1,
-        description="calibration windows that blocks are trained on; the first --samples of them give the layer-wise "
-        "statistics, too; left out: --samples",
-    )
     passes: int = Field(4, ge=1, le=1000, description="how often a block sees the calibration windows")
     rate: float = Field(
         0.012,
@@ -123,7 +117,7 @@ def repair_block(
     fitted = range(len(inputs) - held_out)
     passes, notes = _passes(options.passes, course.tokens, course.widest)
     adam = MaskedAdam(course.parameters, rate=options.rate, steps=passes * len(fitted), clip=options.clip)
-    generator = torch.Generator().manual_seed(_seed(seed, name))
+    generator = torch.Generator().manual_seed(named_seed(seed, f"{name}:repair"))
     before = best = course.held_out_error()
     kept, since, taken, trained = adam.snapshot(), 0, 0, math.nan
     try:
@@ -253,7 +247,3 @@ def _passes(asked: int, tokens: int, widest: int) -> tuple[int, dict[str, Any]]:
         "warning": f"{tokens / widest:.2g} training tokens per input channel are few (at least {FEW_TOKENS}): {passes} passes "
         f"instead of {asked}; raise --samples or --length"
     }
-
-
-def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}:repair".encode()).digest()[:7], "little")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ class Address(NamedTuple):
     model: str
 
 
-class ServerProcess:
+class ServerProcess(ABC):
     """Runs a server for as long as a ``with`` block lasts; it is ready when the block begins.
 
     Its output goes to a file that ends with it; `log` has the text, also afterwards. It leads a process group, so that
@@ -46,9 +47,9 @@ class ServerProcess:
         self.base_url = ""
         self.model = ""
 
+    @abstractmethod
     def _find(self) -> Address | None:
         """The address, once the server is ready."""
-        raise NotImplementedError
 
     @property
     def log(self) -> str:

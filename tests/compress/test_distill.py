@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from compress import distill, pipeline
+from compress import distill, pipeline, pruner
 from compress.errors import HalveError, RecipeError
 from compress.recipe import Recipe
 from compress.repair import held_out_batches
@@ -147,6 +147,10 @@ def test_a_state_that_is_worse_is_not_kept(tmp_path: Path) -> None:
 def test_held_out_windows_are_never_learned_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows: list[torch.Tensor]
 ) -> None:
+    counts: set[int] = set()
+    prune_layer = pruner.prune_layer
+    monkeypatch.setattr(pruner, "prune_layer", lambda *a: counts.add(a[2].count) or prune_layer(*a))
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", LENGTH)
     learned: set[int] = set()
     learn = distill._Course.learn
 
@@ -155,8 +159,12 @@ def test_held_out_windows_are_never_learned_from(
         return learn(self, numbers)
 
     monkeypatch.setattr(distill._Course, "learn", watched)
-    compress(build("llama", tmp_path), tmp_path / "out", **SETTINGS)
+    compress(build("llama", tmp_path), tmp_path / "a", **SETTINGS)
     assert learned == set(range(SAMPLES - held_out_batches(SAMPLES)))
+    assert counts == {(SAMPLES - held_out_batches(SAMPLES)) * LENGTH}
+    counts.clear()
+    compress(tmp_path / "source", tmp_path / "b", **SETTINGS | {"samples": 8, "training_samples": SAMPLES})
+    assert counts == {8 * LENGTH}
 
 
 def test_blocks_run_again_give_the_same_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

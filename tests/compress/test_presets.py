@@ -50,4 +50,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert both.code == 2
     assert "not both" in both.message
     assert halve("methods", "--json").document["presets"]["fast"]["fields"]["metric"] == "wanda"
-    assert "windows: 768" in halve("methods").stdout
+    assert "training_samples: 768" in halve("methods").stdout

@@ -170,6 +170,21 @@ def test_held_out_windows_are_never_fitted(tmp_path: Path, monkeypatch: pytest.M
     assert report(a)["repairs"][0]["held_out_error"] != report(b)["repairs"][0]["held_out_error"]
 
 
+def test_more_windows_train_than_give_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: set[int] = set()
+    prune_layer = pruner.prune_layer
+
+    def watched(name: str, weight: torch.Tensor, statistics: Any, recipe: Recipe) -> Any:
+        counts.add(statistics.count)
+        return prune_layer(name, weight, statistics, recipe)
+
+    monkeypatch.setattr(pruner, "prune_layer", watched)
+    given = SETTINGS | {"samples": 10, "training_samples": SAMPLES}
+    out = compress(build("llama", tmp_path), tmp_path / "out", **given).directory
+    assert counts == {10 * LENGTH}
+    assert report(out)["repairs"][0]["tokens"] == (SAMPLES - held_out_batches(SAMPLES)) * LENGTH
+
+
 def test_a_state_that_is_worse_is_not_kept(tmp_path: Path) -> None:
     """Steps far too long ruin a block: it stays as the reconstruction made it."""
     source = build("llama", tmp_path)
@@ -307,6 +322,8 @@ def test_relative_error_of_a_token_that_is_zero() -> None:
         ({"repair": "block", "repair_options": {"pases": 2}}, "passes"),
         ({"repair": "block", "repair_options": {"rate": 0}}, "rate"),
         ({"repair": "blok"}, "repair"),
+        ({"training_samples": 500}, "nothing trains"),
+        ({"repair": "block", "samples": 64, "training_samples": 32}, "fewer"),
     ],
 )
 def test_wrong_options(fields: dict[str, Any], said: str) -> None:
