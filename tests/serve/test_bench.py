@@ -216,18 +216,29 @@ def test_an_interrupted_bench_keeps_whole_rounds(pair: tuple[Path, Path], tmp_pa
             "--rounds", "1000", "--json", "--out", file,
         )  # fmt: skip
         process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command(*arguments),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Where the tests themselves run in the background of a shell, they and their children ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        deadline = time.monotonic() + 60
-        while (
-            not file.exists()
-            or len(json.loads(file.read_text())["models"]["model"]["loads"]["concurrency=1"]["rounds"]) < 2
-        ):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
+        with process:
+            try:
+                deadline = time.monotonic() + 60
+                while (
+                    not file.exists()
+                    or len(json.loads(file.read_text())["models"]["model"]["loads"]["concurrency=1"]["rounds"]) < 2
+                ):
+                    assert time.monotonic() < deadline
+                    assert process.poll() is None
+                    time.sleep(0.05)
+                process.send_signal(signal.SIGINT)
+                stdout, stderr = process.communicate(timeout=30)
+            finally:
+                process.kill()
     assert process.returncode == 130
     assert "Traceback" not in stderr
     document = json.loads(stdout)
