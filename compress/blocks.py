@@ -224,10 +224,11 @@ class BlockModel:
         output = block(*args, **kwargs)
         return output[0] if self._returns_tuple else output
 
-    def observe_block(self, index: int, batch: int, hidden: Tensor) -> None:
-        """Runs a block for its hooks only; a hook that has seen enough ends it by `stop_forward`."""
+    def observe_block(self, index: int, batch: int, hidden: Tensor) -> Tensor | None:
+        """Runs a block for its hooks; one that has seen enough ends it by `stop_forward`, and nothing comes out."""
         with contextlib.suppress(_Stop):
-            self.run_block(index, batch, hidden)
+            return self.run_block(index, batch, hidden)
+        return None
 
     def _recorder(self, index: int, hidden: list[Tensor]) -> Callable[..., Any]:
         block = self.blocks[index]

@@ -30,8 +30,13 @@ class PrunedLayer:
     record: dict[str, Any]
 
 
-def prune_layer(name: str, weight: Tensor, statistics: LayerStatistics, recipe: Recipe) -> PrunedLayer:
+def prune_layer(
+    name: str, weight: Tensor, statistics: LayerStatistics, recipe: Recipe, target: Tensor | None = None
+) -> PrunedLayer:
     """Prunes a ``weight`` [N, K] by the recipe; computes in float32 and rounds once, at the end.
+
+    Args:
+        target: weights [N, K] float32 that are pruned instead, if there are better ones than the layer's own.
 
     Raises:
         NumericalError: the weight, the statistics or the result are not finite, or the Gram matrix is singular;
@@ -44,7 +49,7 @@ def prune_layer(name: str, weight: Tensor, statistics: LayerStatistics, recipe: 
         recipe.chosen_reconstruction,
         recipe.parsed_pattern,
     )
-    dense = weight.float()
+    dense = weight.float() if target is None else target
     mask = scores = None
     if metric is not None:
         scores = metric.score(dense, statistics, parse_options(metric, recipe.metric_options))
@@ -67,7 +72,7 @@ def prune_layer(name: str, weight: Tensor, statistics: LayerStatistics, recipe: 
         "metric": metric.name if metric else reconstruction.name,
         "reconstruction": reconstruction.name,
         "sparsity": 1 - float(result.mask.float().mean()),
-        "relative_output_error": relative_output_error(weight, pruned, statistics.sample, _shift(bias, statistics)),
+        "relative_output_error": relative_output_error(dense, pruned, statistics.sample, _shift(bias, statistics)),
         **notes,
     }
     return PrunedLayer(pruned, result.mask, bias, record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from compress.blocks import BlockModel, stop_forward
 from compress.layer_statistics import OUTPUT_NEEDS, PLACE_NEEDS
 from compress.norms import NormOutputs
 from compress.products import Products
+from compress.stages import BLOCK_OUTPUT, Tap, Taps
 from compress.statistics import ACCUMULATORS, InputStatistics, SumOfSquares
 
 
@@ -21,8 +22,8 @@ class InputObserver:
 
     Which layers share an input is seen in the first batch, from the tensors themselves (q, k and v; gate and
     up), and must stay so. From the second batch on, the forward pass ends as soon as every linear has been
-    called as often as in the first: what comes after the last input is not needed. A linear whose module is never
-    called, because the model multiplies by its weight itself, is watched in that product (`compress.products`).
+    called as often as in the first and every tap was seen: what comes after that is not needed. A linear whose module is
+    never called, because the model multiplies by its weight itself, is watched in that product (`compress.products`).
 
     Args:
         linears: by full name.
@@ -36,6 +37,8 @@ class InputObserver:
         self, linears: Mapping[str, LinearModule], needs: Iterable[str], tokens: int, block: nn.Module, windows: int = 1
     ) -> None:
         self.linears = linears
+        self._block = block
+        self._whole = False
         self.outputs: dict[str, SumOfSquares] = {}
         """Of the linears' outputs, where that is needed."""
         self.place: dict[str, dict[str, bool]] = {}
@@ -63,8 +66,24 @@ class InputObserver:
         """The linears that read the same input as this one, itself included."""
         return [other for other, leader in self._leader.items() if leader == self._leader.get(name)]
 
-    def run(self, model: BlockModel, index: int, hidden: list[Tensor]) -> None:
-        """Passes all batches through a loaded block."""
+    def run(
+        self,
+        model: BlockModel,
+        index: int,
+        hidden: list[Tensor],
+        taps: Iterable[Tap] = (),
+        after: Callable[[int, Mapping[Tap, Tensor]], None] = lambda batch, tensors: None,
+    ) -> None:
+        """Passes all batches through a loaded block.
+
+        Args:
+            hidden: its inputs, [batch, length, hidden] each.
+            taps: tensors of the pass that are wanted, too.
+            after: called after each batch with its number and the tensors at the taps.
+        """
+        wanted = list(taps)
+        self._whole = BLOCK_OUTPUT in wanted
+        tapped = Taps(self._block, wanted, self._count_call)
         handles = [
             module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             for name, module in self.linears.items()
@@ -79,13 +98,18 @@ class InputObserver:
                 self._seen = {}
                 self._called.clear()
                 with self._products():
-                    model.observe_block(index, batch, states)
+                    output = model.observe_block(index, batch, states)
+                if output is not None:
+                    tapped.tensors[BLOCK_OUTPUT] = output
+                after(batch, tapped.tensors)
+                tapped.tensors.clear()
                 if self._calls_of_first_batch is None:
                     self._calls_of_first_batch = self._calls
                     if self._norms is not None:
                         self._norms.forget()
         finally:
             self._seen = {}
+            tapped.remove()
             for handle in handles:
                 handle.remove()
 
@@ -149,5 +173,5 @@ class InputObserver:
 
     def _count_call(self) -> None:
         self._calls += 1
-        if self._calls == self._calls_of_first_batch:
+        if self._calls == self._calls_of_first_batch and not self._whole:
             stop_forward()

@@ -165,7 +165,9 @@ class _Run:
             except HalveError:
                 self.journal.abandon_if_new()
                 raise
-            self.pruner = BlockPruner(self.model, self.recipe, self.decisions, self._observed, self.store)
+            self.pruner = BlockPruner(
+                self.model, self.recipe, self.decisions, self._observed, self.store, self.journal.directory
+            )
             try:
                 self._prune_blocks()
             except (SourceError, NumericalError):
@@ -263,7 +265,7 @@ class _Run:
             size -= sum(self.source.tensors.info[key].nbytes for key in pruned) * 7 // 16
         tokens = len(self.samples) * self._tokens_of_a_sample()
         # Saved for a resume, and a second time where they are too large for the memory.
-        kinds = 1 if self.recipe.chosen_repair is None else 2
+        kinds = 2 if self._dense_wanted else 1
         activations = 2 * kinds * tokens * self._hidden_size() * self.model.dtype.itemsize
         free = shutil.disk_usage(self.journal.directory).free
         if free < size + activations:
@@ -283,10 +285,9 @@ class _Run:
     def _prune_blocks(self) -> None:
         count = len(self.model.blocks)
         self.progress(self.journal.next_block, count, "reading the calibration samples")
-        repairing = self.recipe.chosen_repair is not None
-        passing = self.samples if repairing else self.samples.first(self._observed)
+        passing = self.samples.first(self._observed) if self.recipe.chosen_repair is None else self.samples
         activations = {"hidden": self.model.record_calls(passing.batches(self._batch_size()))}
-        if repairing:
+        if self._dense_wanted:
             activations["dense"] = [states.clone() for states in activations["hidden"]]
         activations = {
             kind: self._kept(kind, batches)
@@ -345,6 +346,11 @@ class _Run:
         batches = -(-len(self.samples) // size)
         return min(-(-self.recipe.samples // size), batches - held_out_batches(batches)) * size  # whole batches
 
+    @property
+    def _dense_wanted(self) -> bool:
+        """Whether the activations of the dense model go through the blocks beside those of the pruned one."""
+        return self.recipe.chosen_repair is not None or self.recipe.chosen_targets is not None
+
     def _batch_size(self) -> int:
         """Calibration samples in one forward pass."""
         if self.recipe.needs & REGIONAL_NEEDS:
@@ -362,9 +368,8 @@ class _Run:
         count = len(self.model.blocks)
         repair = self.recipe.chosen_repair
         block = self.model.load_block(index)
-        if dense is not None:
-            self._pass_on(index, dense)
-        done = self.pruner.prune(index, block, hidden[: -(-self._observed // self._batch_size())])
+        observed = hidden[: -(-self._observed // self._batch_size())]
+        done = self.pruner.prune(index, block, observed, dense, lambda batch: self._advance(index, dense or [], batch))
         errors = [record["relative_output_error"] for record in done.records if "relative_output_error" in record]
         said = f"{self.model.block_name(index)}, relative output error "
         said += f"{sum(errors) / len(errors):.4f}" if errors else "none pruned"
@@ -415,17 +420,22 @@ class _Run:
 
     def _pass_on(self, index: int, activations: list[Tensor]) -> None:
         """Overwrites the inputs of a loaded block with its outputs."""
-        for batch, states in enumerate(activations):
-            output = self.model.run_block(index, batch, states)
-            if not packed.is_finite(output):
-                raise NumericalError(
-                    f"{self.model.block_name(index)}: its output contains NaN or infinity (in {self.model.dtype}); "
-                    "check the model in this dtype, or try --dtype float32"
-                )
-            if output.dtype == states.dtype:
-                states.copy_(output)
-            else:  # the residuals of some families are wider than their embeddings
-                activations[batch] = output.to(states.device)
+        for batch in range(len(activations)):
+            self._advance(index, activations, batch)
+
+    def _advance(self, index: int, activations: list[Tensor], batch: int) -> None:
+        """The same for one batch."""
+        states = activations[batch]
+        output = self.model.run_block(index, batch, states)
+        if not packed.is_finite(output):
+            raise NumericalError(
+                f"{self.model.block_name(index)}: its output contains NaN or infinity (in {self.model.dtype}); "
+                "check the model in this dtype, or try --dtype float32"
+            )
+        if output.dtype == states.dtype:
+            states.copy_(output)
+        else:  # the residuals of some families are wider than their embeddings
+            activations[batch] = output.to(states.device)
 
 
 def _generic(names: dict[str, Any]) -> list[str]:

@@ -1,19 +1,23 @@
 """One decoder block from its inputs to its pruned self: observe, gradients, channels, every linear.
 
-The pipeline loads the block, saves what comes out and passes the activations on; here is what happens in between.
+The pipeline loads the block, saves what comes out and passes the activations on; here is what happens in between. All
+linears are observed in one pass and pruned; or, where they are fitted to the dense model (`compress.targets`), stage after
+stage, each observed with what was pruned before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from compress import artefact, memory, packed
-from compress.architecture import LinearModule, oriented
+from compress.architecture import LinearModule, join_names, oriented
 from compress.blocks import BlockModel
+from compress.errors import NumericalError
 from compress.folding import fold_block
 from compress.gradients import GradientStore, regional_gradients
 from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS, LayerStatistics
@@ -22,6 +26,11 @@ from compress.observe import InputObserver
 from compress.patterns import NMPattern
 from compress.recipe import Recipe
 from compress.seeds import named_seed
+from compress.stages import Stage, plan_stages
+from compress.targets import TARGET_NEEDS, Aligned, DenseTensors, StageTargets, TargetOptions, aligned
+
+PERMUTATION_TOKENS = 16_384
+"""Tokens on which channels are scored for their reordering, where it comes before the observation."""
 
 
 @dataclass
@@ -43,6 +52,7 @@ class BlockPruner:
         decisions: for every linear the reason why it stays dense, or None.
         samples: how many calibration samples there are.
         gradients: of the dense model's loss, where the recipe needs them.
+        directory: for tensors of the dense model that are too large for the memory.
     """
 
     def __init__(
@@ -52,38 +62,120 @@ class BlockPruner:
         decisions: Mapping[str, str | None],
         samples: int,
         gradients: GradientStore | None,
+        directory: Path | None = None,
     ) -> None:
         self.model = model
         self.recipe = recipe
         self.decisions = decisions
         self._samples = samples
         self._gradients = gradients
+        self._directory = directory or Path()
+        self._plans: dict[object, list[Stage]] = {}
 
-    def prune(self, index: int, block: nn.Module, hidden: list[Tensor]) -> PrunedBlock:
+    def prune(
+        self,
+        index: int,
+        block: nn.Module,
+        hidden: list[Tensor],
+        dense: list[Tensor] | None = None,
+        advance: Callable[[int], None] = lambda batch: None,
+    ) -> PrunedBlock:
         """Prunes a loaded block in place.
 
         Args:
-            hidden: the block's inputs, [batch, length, hidden] each.
+            hidden: the block's inputs, [batch, length, hidden] each, that it is observed on.
+            dense: the inputs of the dense block in the same batches, and maybe more; needed for dense targets.
+            advance: turns one batch of ``dense`` from the block's inputs to its outputs. Called for each of them before
+                anything is pruned.
         """
         linears = self.model.linears(index)
-        observed = {name: module for name, module in linears.items() if self.decisions[name] is None}
-        tokens = sum(states.shape[:-1].numel() for states in hidden)
-        observer = InputObserver(observed, self.recipe.needs | {"sample"}, tokens, block, self._samples)
-        if observed:
-            observer.run(self.model, index, hidden)
-            memory.give_back()
-        gradients = self._gradients_of(index, observed, hidden)
-        permuted = self._permute(index, hidden[0], observer, gradients)
+        wanted = {name: module for name, module in linears.items() if self.decisions[name] is None}
+        gradients = self._gradients_of(index, wanted, hidden)
         done = PrunedBlock([], {})
         # Biases that the source does not have; methods may change them.
         done.changed |= {f"{name}.bias" for name in linears if f"{name}.bias" in self.model.added}
-        for name in {producer: None for record in permuted.values() for producer in record["folded_into"]}:
-            done.changed |= {f"{name}.{parameter}" for parameter, _ in linears[name].named_parameters()}
-        for name, module in linears.items():
-            statistics = self._statistics(name, module, observer, gradients.get(name, {}))
-            record = self._prune_linear(name, module, statistics, done)
-            done.records.append({**record, "permutation": permuted[name]} if name in permuted else record)
+        options = self.recipe.chosen_targets
+        if options is None:
+            observer = self._observe(index, block, wanted, hidden)
+            permuted = self._permute(index, hidden[0], observer, gradients, done)
+            for batch in range(len(dense or ())):
+                advance(batch)
+            for name in linears:
+                self._prune_linear(name, linears[name], observer, gradients.get(name, {}), permuted, done)
+            return done
+        assert dense is not None, "the pipeline passes them on for the targets"
+        permuted = self._permute_early(index, block, wanted, hidden, gradients, done)
+        stages = self._stages(index, block, wanted, hidden[0])
+        tensors = DenseTensors(block, stages, len(hidden), self._directory)
+        tensors.gather(dense, advance)
+        prefix = self.model.block_name(index)
+        for number, stage in enumerate(stages):
+            targets = StageTargets(stage, tensors)
+            some = {name: linears[name] for name in (join_names(prefix, layer) for layer in stage.layers)}
+            observer = self._observe(index, block, some, hidden, targets)
+            for layer in stage.layers:
+                name = join_names(prefix, layer)
+                aim = _Aim(targets, layer, options)
+                self._prune_linear(name, linears[name], observer, gradients.get(name, {}), permuted, done, aim)
+            later = {tap for other in stages[number + 1 :] for tap in other.shows.values()}
+            tensors.forget(set(stage.shows.values()) - later)
+        for name in linears.keys() - wanted.keys():
+            self._prune_linear(name, linears[name], None, {}, permuted, done)
+        order = {name: number for number, name in enumerate(linears)}
+        done.records.sort(key=lambda record: order[record["name"]])
         return done
+
+    def _observe(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: dict[str, LinearModule],
+        hidden: list[Tensor],
+        targets: StageTargets | None = None,
+    ) -> InputObserver:
+        """The statistics of some linears of a loaded block, and with targets what these are missing."""
+        tokens = sum(states.shape[:-1].numel() for states in hidden)
+        needs = self.recipe.needs | {"sample"} | (TARGET_NEEDS if targets is not None else frozenset())
+        observer = InputObserver(linears, needs, tokens, block, sum(len(states) for states in hidden))
+        if not linears:
+            return observer
+        if targets is None:
+            observer.run(self.model, index, hidden)
+        else:
+            observer.run(self.model, index, hidden, targets.taps, targets.update)
+        memory.give_back()
+        return observer
+
+    def _permute_early(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: dict[str, LinearModule],
+        hidden: list[Tensor],
+        gradients: dict[str, dict[str, Tensor]],
+        done: PrunedBlock,
+    ) -> dict[str, dict[str, Any]]:
+        """Reorders the channels before the stages begin, as all of them have to see the same order; by scores on a part of the
+        calibration, which tells as much."""
+        if self.recipe.permutation == "none" or not linears:
+            return {}
+        some, tokens = 0, 0
+        while some < len(hidden) and tokens < PERMUTATION_TOKENS:
+            tokens += hidden[some].shape[:-1].numel()
+            some += 1
+        observer = self._observe(index, block, linears, hidden[:some])
+        return self._permute(index, hidden[0], observer, gradients, done)
+
+    def _stages(self, index: int, block: nn.Module, linears: dict[str, LinearModule], hidden: Tensor) -> list[Stage]:
+        """Once for all blocks that are made alike."""
+        prefix = f"{self.model.block_name(index)}."
+        names = tuple(name.removeprefix(prefix) for name in linears)
+        made = tuple((name, type(module)) for name, module in block.named_modules())
+        shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+        key = (names, made, shapes)
+        if key not in self._plans:
+            self._plans[key] = plan_stages(self.model, index, hidden, names)
+        return self._plans[key]
 
     def save(self, index: int, done: PrunedBlock) -> dict[str, Tensor]:
         """What has to be saved of a block, under the checkpoint's names; the records get the bytes that it takes."""
@@ -120,7 +212,12 @@ class BlockPruner:
         return found
 
     def _permute(
-        self, index: int, hidden: Tensor, observer: InputObserver, gradients: dict[str, dict[str, Tensor]]
+        self,
+        index: int,
+        hidden: Tensor,
+        observer: InputObserver,
+        gradients: dict[str, dict[str, Tensor]],
+        done: PrunedBlock,
     ) -> dict[str, dict[str, Any]]:
         """Reorders the channels of a loaded block where the recipe asks for it and it is free; what was done by consumer."""
         pattern = self.recipe.parsed_pattern
@@ -132,7 +229,11 @@ class BlockPruner:
             assert statistics is not None, "only observed layers are scored"
             return importance(name, oriented(module.weight, module), statistics, self.recipe)
 
-        return fold_block(self.model, index, hidden, observer, gradients, pattern, score)
+        permuted = fold_block(self.model, index, hidden, observer, gradients, pattern, score)
+        linears = self.model.linears(index)
+        for name in {producer: None for record in permuted.values() for producer in record["folded_into"]}:
+            done.changed |= {f"{name}.{parameter}" for parameter, _ in linears[name].named_parameters()}
+        return permuted
 
     def _statistics(
         self, name: str, module: LinearModule, observer: InputObserver, gradients: dict[str, Tensor]
@@ -152,23 +253,65 @@ class BlockPruner:
         )
 
     def _prune_linear(
-        self, name: str, module: LinearModule, statistics: LayerStatistics | None, done: PrunedBlock
-    ) -> dict[str, Any]:
-        """Prunes one linear in place, notes what it changed in ``done``, and returns its record."""
+        self,
+        name: str,
+        module: LinearModule,
+        observer: InputObserver | None,
+        gradients: dict[str, Tensor],
+        permuted: dict[str, dict[str, Any]],
+        done: PrunedBlock,
+        aim: _Aim | None = None,
+    ) -> None:
+        """Prunes one linear in place, and notes its record and what it changed in ``done``."""
+        statistics = None if observer is None else self._statistics(name, module, observer, gradients)
         weight = oriented(module.weight, module)
         record: dict[str, Any] = {"name": name, "shape": list(weight.shape), "bytes_before": weight.nbytes}
+        if name in permuted:
+            record["permutation"] = permuted[name]
         reason = self.decisions[name]
         if reason is None and statistics is None:
             reason = "it never got a token in the calibration"
         if reason is not None or statistics is None:
             packed.require_finite(weight, name)
-            return {**record, "status": "dense", "reason": reason}
-        result = prune_layer(name, weight, statistics, self.recipe)
+            done.records.append({**record, "status": "dense", "reason": reason})
+            return
+        target, notes = None, dict[str, Any]()
+        if aim is not None and (found := aim.take(name, weight, statistics)) is not None:
+            target, notes = found.weight, found.notes
+            if found.bias is not None:
+                self._set_bias(name, module, found.bias, done)
+                statistics.bias = module.bias
+        result = prune_layer(name, weight, statistics, self.recipe, target)
         module.weight.data = oriented(result.weight, module).contiguous()
         done.masks[name] = oriented(result.mask, module)
         if result.bias is not None:
             if module.bias is None:
                 raise AssertionError(f"{name}: {self.recipe.reconstruction} gave a bias to a layer that has none")
-            module.bias.data = result.bias.to(module.bias.dtype)
-            done.changed.add(f"{name}.bias")
-        return {**record, "status": "pruned", **result.record}
+            self._set_bias(name, module, result.bias, done)
+        done.records.append({**record, "status": "pruned", **result.record, **notes})
+
+    def _set_bias(self, name: str, module: LinearModule, bias: Tensor, done: PrunedBlock) -> None:
+        assert module.bias is not None
+        module.bias.data = bias.to(module.bias.dtype)
+        done.changed.add(f"{name}.bias")
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What one layer of a stage is fitted to."""
+
+    targets: StageTargets
+    layer: str
+    options: TargetOptions
+
+    def take(self, name: str, weight: Tensor, statistics: LayerStatistics) -> Aligned | None:
+        """The weights [N, K] to prune instead of ``weight``, or None where nothing is known of the dense model."""
+        packed.require_finite(weight, name)
+        statistics.require_finite(name)
+        missing = self.targets.of(self.layer, weight)
+        if missing is None:
+            return None
+        try:
+            return aligned(weight, *missing, statistics, self.options)
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from None

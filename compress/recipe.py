@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.methods import Metric, Options, Reconstruction
     from compress.patterns import Group, Pattern
     from compress.repair import RepairOptions
+    from compress.targets import TargetOptions
 
 Scalar = bool | int | float | str
 
@@ -56,6 +57,12 @@ class Recipe(BaseModel):
         "none",
         description="fold: reorder the channels between neighbouring layers so that N:M costs less; free at run time",
     )
+    targets: Literal["own", "dense"] = Field(
+        "own",
+        description="what a layer is fitted to: own: its output on the inputs that the pruned layers before it give; dense: "
+        "what the dense model has there, so that it makes up for what they lost (see `halve methods`)",
+    )
+    targets_options: dict[str, Scalar] = Field(default_factory=dict, description="options of the targets, NAME=VALUE")
     repair: Literal["none", "block"] = Field(
         "none",
         description="block: train what is left of each block to give the dense block's output again (see `halve methods`)",
@@ -133,6 +140,9 @@ class Recipe(BaseModel):
             raise RecipeError("repair_options were given, but no repair; add repair='block' (flag --repair block)")
         if not self.distill and self.distill_options:
             raise RecipeError("distill_options were given, but distill is 0; say on how many tokens (flag --distill)")
+        if self.targets == "own" and self.targets_options:
+            raise RecipeError("targets_options were given, but no targets; add targets='dense' (flag --targets dense)")
+        _ = self.chosen_targets
         _ = self.chosen_distillation
         _ = self.chosen_repair
         if self.training_samples is not None:
@@ -191,6 +201,18 @@ class Recipe(BaseModel):
         if self.metric is not None:
             return METRICS[self.metric]
         return None if self.chosen_reconstruction.own_metric else METRICS["wanda"]
+
+    @property
+    def chosen_targets(self) -> TargetOptions | None:
+        """How layers are fitted to the dense model, or None where they are fitted to themselves."""
+        if self.targets == "own":
+            return None
+        from compress.methods import parse_options
+        from compress.targets import TARGETS, TargetOptions
+
+        options = parse_options(TARGETS, self.targets_options)
+        assert isinstance(options, TargetOptions)
+        return options
 
     @property
     def chosen_repair(self) -> RepairOptions | None:
