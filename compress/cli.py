@@ -38,7 +38,7 @@ def compress(
 ) -> None:
     """Prune a model block by block, repair it, and write a verified checkpoint."""
     given = {name: value for name, value in fields.items() if value is not None}
-    for name in ("metric_options", "reconstruction_options", "repair_options", "distill_options"):
+    for name in ("metric_options", "reconstruction_options", "targets_options", "repair_options", "distill_options"):
         if name in given:
             given[name] = _parse_options(name, given[name])
     if preset and recipe_file:
@@ -111,14 +111,17 @@ def _repair_rows(summary: dict[str, Any]) -> list[list[str]]:
 def methods(as_json: Json = False) -> None:
     """What there is: every metric and reconstruction, its paper, what it needs, what it costs."""
     from compress.distill import DISTILL
+    from compress.methods import Metric, Reconstruction
     from compress.metrics import METRICS
     from compress.reconstruction import RECONSTRUCTIONS
-    from compress.repair import REPAIRS, Repair
+    from compress.repair import REPAIRS
+    from compress.targets import TARGETS
 
     catalogue = []
     for kind, table_of in (
         ("metric", METRICS),
         ("reconstruction", RECONSTRUCTIONS),
+        ("targets", {TARGETS.name: TARGETS}),
         ("repair", REPAIRS),
         ("distill", {DISTILL.name: DISTILL}),
     ):
@@ -134,14 +137,14 @@ def methods(as_json: Json = False) -> None:
                     "paper": method.paper,
                     "needs": sorted(method.needs | method.options().needs),
                     "cost": method.cost,
-                    **({"group": method.group} if not isinstance(method, Repair) else {}),
+                    **({"group": method.group} if isinstance(method, Metric | Reconstruction) else {}),
                     "options": options,
                 }
             )
 
     def human() -> None:
         out.print("any metric goes with any reconstruction; options are NAME=VALUE", highlight=False)
-        for kind in ("metric", "reconstruction", "repair", "distill"):
+        for kind in ("metric", "reconstruction", "targets", "repair", "distill"):
             out.print(f"\n[bold]--{kind}[/]", highlight=False)
             for method in catalogue:
                 if method["kind"] == kind:

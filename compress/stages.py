@@ -206,14 +206,20 @@ class _Planner:
         generator = torch.Generator().manual_seed(0)
         push = torch.randn(output.shape, generator=generator).to(output)
         push *= output.square().mean().sqrt().clamp_min(torch.finfo(output.dtype).tiny)
-        handle = self._block.get_submodule(name).register_forward_hook(lambda module, args, output: output + push)
+
+        def shove(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return output + push
+
+        handle = self._block.get_submodule(name).register_forward_hook(shove)
         try:
             after = self._pass(fitting)
         finally:
             handle.remove()
         size = float(push.norm())
         exact = [
-            tap for tap in fitting if float((after[tap] - before[tap] - push.view_as(before[tap])).norm()) <= _MOVED * size
+            tap
+            for tap in fitting
+            if float((after[tap] - before[tap] - push.view_as(before[tap])).norm()) <= _MOVED * size
         ]
         return exact[-1] if exact else None
 

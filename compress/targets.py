@@ -44,7 +44,10 @@ TARGET_NEEDS = frozenset({"gram", "sum"})
 
 class TargetOptions(Options):
     damping: float = Field(
-        0.1, gt=0, le=10, description="ridge towards the weights as they are, as a share of the Gram matrix's mean diagonal"
+        0.1,
+        gt=0,
+        le=10,
+        description="ridge towards the weights as they are, as a share of the Gram matrix's mean diagonal",
     )
 
 
@@ -116,17 +119,12 @@ class DenseTensors:
 class Missing:
     """Δ = Σ_t m_t x_tᵀ [R, K] float32 and Σ_t m_t [R] float64 of what is missing at a tap, m_t = s_d − s_p."""
 
-    def __init__(self) -> None:
-        self.products: Tensor | None = None
-        self.sum: Tensor | None = None
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.products = torch.zeros(rows, columns, device=device)
+        self.sum = torch.zeros(rows, dtype=torch.float64, device=device)
 
     def update(self, missing: Tensor, x: Tensor) -> None:
-        """Adds ``missing`` [..., R] float32, for the inputs ``x`` [..., K]."""
-        x = x.detach().reshape(-1, x.shape[-1])  # [T, K]
-        missing = missing.reshape(-1, missing.shape[-1])  # [T, R]
-        if self.products is None or self.sum is None:
-            self.products = torch.zeros(missing.shape[1], x.shape[1], device=x.device)
-            self.sum = torch.zeros(missing.shape[1], dtype=torch.float64, device=x.device)
+        """Adds ``missing`` [T, R] float32, for the inputs ``x`` [T, K]."""
         # (with inputs of bfloat16, the small differences are rounded to bfloat16, too: noise that averages out)
         with exact_products(x.dtype):
             self.products.addmm_(missing.T, x.float())
@@ -168,9 +166,12 @@ class StageTargets:
         """Adds one batch, seen at the taps."""
         for pair in dict.fromkeys(self._pairs()):
             at, source = pair
-            is_now = tensors[at]
-            missing = self._dense.at(at, batch).to(is_now.device).float() - is_now.float()
-            self._missing.setdefault(pair, Missing()).update(missing, tensors[source])
+            x = tensors[source].flatten(0, -2)  # [T, K]
+            is_now = tensors[at].flatten(0, -2).float()  # [T, R]
+            missing = self._dense.at(at, batch).to(x.device).flatten(0, -2).float() - is_now
+            if pair not in self._missing:
+                self._missing[pair] = Missing(missing.shape[1], x.shape[1], x.device)
+            self._missing[pair].update(missing, x)
 
     def of(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """What the output of a layer with ``weight`` [N, K] is missing: Δ [N, K] and the sum over the tokens [N] float64.
@@ -180,7 +181,6 @@ class StageTargets:
         if name not in self._stage.shows:
             return None
         missing = self._missing[self._pair(name)]
-        assert missing.products is not None and missing.sum is not None, "a pass was made"
         if self._at_input(name):
             return weight.float() @ missing.products, weight.double() @ missing.sum
         return missing.products, missing.sum

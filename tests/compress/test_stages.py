@@ -113,7 +113,9 @@ def test_vit(tmp_path: Path) -> None:
 def stages_of_vit(directory: Path) -> list[Stage]:
     source = tiny_models.build("vit", directory / "source", layers=1)
     model = BlockModel(Source(source), torch.float32, torch.device("cpu"))
-    images = torch.randn(3, 3, tiny_models.IMAGE_SIZE, tiny_models.IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        3, 3, tiny_models.IMAGE_SIZE, tiny_models.IMAGE_SIZE, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         hidden = model.record_calls([{"pixel_values": images}])
         model.load_block(0)

@@ -214,9 +214,7 @@ def test_large_tensors_lie_in_files_and_give_the_same(tmp_path: Path, monkeypatc
     expected = compress(source, tmp_path / "expected", **SETTINGS).directory
     files: list[Path] = []
     spilled = targets.spilled
-    monkeypatch.setattr(
-        targets, "spilled", lambda batches, file: files.append(file) or spilled(batches, file, limit=0)
-    )
+    monkeypatch.setattr(targets, "spilled", lambda batches, file: files.append(file) or spilled(batches, file, limit=0))
     assert tree(compress(source, tmp_path / "out", **SETTINGS).directory) == tree(expected)
     assert files
     assert all(file.parent == tmp_path / "out.partial" for file in files)
@@ -229,9 +227,7 @@ def test_with_the_repair_of_blocks(tmp_path: Path) -> None:
     more = {"repair": "block", "repair_options": {"passes": 2}}
     own = compress(source, tmp_path / "own", **{**SETTINGS, **more, "targets": "own"})
     dense = compress(source, tmp_path / "dense", **SETTINGS, **more)
-    errors = [
-        [repair["held_out_error_before"] for repair in run.report["repairs"]] for run in (own, dense)
-    ]
+    errors = [[repair["held_out_error_before"] for repair in run.report["repairs"]] for run in (own, dense)]
     assert sum(errors[1]) < sum(errors[0])
 
 
