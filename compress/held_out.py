@@ -77,7 +77,6 @@ def layer_problem(statistics: LayerStatistics) -> LayerProblem:
         both = Part(
             statistics.gram,
             fit.sum + held_out.sum,
-            fit.weight + held_out.weight,
             fit.tokens + held_out.tokens,
         )
         if has_bias:

@@ -96,7 +96,7 @@ class BlockPruner:
         done.changed |= {f"{name}.bias" for name in linears if f"{name}.bias" in self.model.added}
         options = self.recipe.chosen_targets
         if options is None:
-            observer = self._observe(index, block, wanted, hidden)
+            observer = self._observe(index, block, wanted, hidden, self.recipe.needs | {"sample"})
             permuted = self._permute(index, hidden[0], observer, gradients, done)
             for batch in range(len(dense or ())):
                 advance(batch)
@@ -112,7 +112,7 @@ class BlockPruner:
         for number, stage in enumerate(stages):
             targets = StageTargets(stage, tensors)
             some = {name: linears[name] for name in (join_names(prefix, layer) for layer in stage.layers)}
-            observer = self._observe(index, block, some, hidden, targets)
+            observer = self._observe(index, block, some, hidden, self.recipe.needs | TARGET_NEEDS | {"sample"}, targets)
             for layer in stage.layers:
                 name = join_names(prefix, layer)
                 aim = _Aim(targets, layer, options)
@@ -131,11 +131,11 @@ class BlockPruner:
         block: nn.Module,
         linears: dict[str, LinearModule],
         hidden: list[Tensor],
+        needs: frozenset[str],
         targets: StageTargets | None = None,
     ) -> InputObserver:
         """The statistics of some linears of a loaded block, and with targets what these are missing."""
         tokens = sum(states.shape[:-1].numel() for states in hidden)
-        needs = self.recipe.needs | {"sample"} | (TARGET_NEEDS if targets is not None else frozenset())
         observer = InputObserver(linears, needs, tokens, block, sum(len(states) for states in hidden))
         if not linears:
             return observer
@@ -163,7 +163,7 @@ class BlockPruner:
         while some < len(hidden) and tokens < PERMUTATION_TOKENS:
             tokens += hidden[some].shape[:-1].numel()
             some += 1
-        observer = self._observe(index, block, linears, hidden[:some])
+        observer = self._observe(index, block, linears, hidden[:some], self.recipe.scoring_needs)
         return self._permute(index, hidden[0], observer, gradients, done)
 
     def _stages(self, index: int, block: nn.Module, linears: dict[str, LinearModule], hidden: Tensor) -> list[Stage]:

@@ -246,11 +246,16 @@ class Recipe(BaseModel):
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that the metric, the reconstruction and the permutation need together."""
-        metric = self.chosen_metric
-        needs = self.chosen_reconstruction.needs | (metric.needs if metric else frozenset())
-        if self.permutation != "none" and metric is None:
-            needs |= {"sum_of_squares"}  # the permutation keeps what Wanda would keep
+        needs = self.chosen_reconstruction.needs
+        if self.chosen_metric is not None or self.permutation != "none":
+            needs |= self.scoring_needs
         return needs.union(*(options.needs for options in self._parsed_options()))
+
+    @property
+    def scoring_needs(self) -> frozenset[str]:
+        """The statistics that scores need: those of the metric, or of Wanda's where the permutation has no other."""
+        metric = self.chosen_metric
+        return frozenset({"sum_of_squares"}) if metric is None else metric.needs | self._parsed_options()[0].needs
 
     def _parsed_options(self) -> list[Options]:
         """The options of the method that makes the mask first, then of the reconstruction if that is another one."""

@@ -23,8 +23,6 @@ SAMPLE_TOKENS = 512
 """How many tokens, spread evenly over the calibration set, are kept as they are to measure a layer's output error."""
 HELD_OUT_WINDOWS = 16
 """Least windows that are held out to choose by, where that is not more than half of them."""
-MASSIVE = 16
-"""Times the usual energy of a token that a token counts at most."""
 _LOST = 1e-6
 """Share of a diagonal entry of a Gram matrix that rounding may have lost; see `tests.compress.test_statistics`."""
 
@@ -149,27 +147,25 @@ class Gram:
 
 
 class Part(NamedTuple):
-    """Of some of the ``tokens``: ``gram`` Σ_t w_t x_t x_tᵀ [K, K] float32, ``sum`` Σ_t w_t x_t [K] float64, and ``weight``
-    Σ_t w_t."""
+    """Of some ``tokens``: ``gram`` Σ_t x_t x_tᵀ [K, K] float32 and ``sum`` Σ_t x_t [K] float64."""
 
     gram: Tensor
     sum: Tensor
-    weight: float
     tokens: int
 
     @property
     def mean(self) -> Tensor:
         """[K] float64; zero where there is no token."""
-        return self.sum / self.weight if self.weight else self.sum
+        return self.sum / self.tokens if self.tokens else self.sum
 
     def about(self, mean: Tensor) -> Tensor:
-        """Σ_t w_t (x_t − mean)(x_t − mean)ᵀ for any ``mean`` [K], [K, K] float32.
+        """Σ_t (x_t − mean)(x_t − mean)ᵀ for any ``mean`` [K], [K, K] float32.
 
         What float32 sums have lost by rounding stands out once a mean far larger than the spread is taken away; the
         diagonal is raised by as much as that may be, so that the matrix stays positive semidefinite.
         """
         mean, total = mean.double(), self.sum
-        half = torch.outer(total - self.weight / 2 * mean, mean)
+        half = torch.outer(total - self.tokens / 2 * mean, mean)
         centred = (self.gram.double() - half - half.T).to(self.gram.dtype)
         centred.diagonal().add_(_LOST * self.gram.diagonal())
         return centred
@@ -188,24 +184,16 @@ class SplitGram:
     A window is a stretch of ``tokens / windows`` tokens of the stream, as the calibration made them; calls bring some
     windows at a time, one after the other. (Of what an expert of a mixture is sent, a stretch holds tokens of several
     neighbouring windows, which is as good.)
-
-    A token counts w_t = 1, unless its energy ‖x_t‖² is more than ``MASSIVE`` times the usual one, the median of the
-    first call: then it counts as if it had just that. In the down projections of some blocks of most language models, one
-    token of a hundred has hundreds of times the energy of the others (massive activations, Sun et al. 2024, arXiv
-    2402.17762). Left as it is, it would decide the weights for all.
     """
 
     def __init__(self, features: int, device: torch.device, tokens: int, windows: int = 1) -> None:
         self._parts = Gram(features, device, tokens), Gram(features, device, tokens)
         self._sums = Sum(features, device, tokens), Sum(features, device, tokens)
-        self._weights = [0.0, 0.0]
         self._counts = [0, 0]
         self._window = max(tokens // windows, 1)
         self._period = held_out_period(windows)
-        self._limit: float | None = None
 
     def update(self, x: Tensor) -> None:
-        weights = self._weigh(x)
         while len(x):
             seen = sum(self._counts)
             window = seen // self._window
@@ -213,30 +201,10 @@ class SplitGram:
             end = window + 1
             while self._part_of(end) == part and end * self._window < seen + len(x):
                 end += 1  # neighbours of one part go together
-            cut = end * self._window - seen
-            self._add(part, x[:cut], weights[:cut])
-            x, weights = x[cut:], weights[cut:]
-
-    def _add(self, part: int, x: Tensor, weights: Tensor) -> None:
-        self._counts[part] += len(x)
-        self._weights[part] += float(weights.sum(dtype=torch.float64))
-        massive = weights < 1
-        if bool(massive.any()):
-            some, root = x[massive].float(), weights[massive].sqrt()[:, None]
-            self._parts[part].update(some * root)
-            self._sums[part].update(some * root.square())
-            x = x[~massive]
-        self._parts[part].update(x)
-        self._sums[part].update(x)
-
-    def _weigh(self, x: Tensor) -> Tensor:
-        """w_t, [T] float32."""
-        energy = x.float().square().sum(dim=1)
-        if self._limit is None and bool((energy > 0).any()):
-            self._limit = MASSIVE * float(energy[energy > 0].median())
-        if self._limit is None:
-            return torch.ones_like(energy)
-        return torch.where(energy > self._limit, self._limit / energy, 1)
+            some, x = x[: end * self._window - seen], x[end * self._window - seen :]
+            self._counts[part] += len(some)
+            self._parts[part].update(some)
+            self._sums[part].update(some)
 
     def _part_of(self, window: int) -> int:
         """1 for a window that is held out."""
@@ -246,8 +214,8 @@ class SplitGram:
     def value(self) -> Split:
         return Split(
             *(
-                Part(gram.value, total.value, weight, count)
-                for gram, total, weight, count in zip(self._parts, self._sums, self._weights, self._counts, strict=True)
+                Part(gram.value, total.value, count)
+                for gram, total, count in zip(self._parts, self._sums, self._counts, strict=True)
             )
         )
 

@@ -32,15 +32,6 @@ def gathered(
     return LayerStatistics(statistics, windows=windows, **more)
 
 
-def counted(x: Tensor) -> Tensor:
-    """Inputs [t, k] as `SplitGram` counts them when they come in one call, float64: those of more than 16 times the median
-    energy scaled to that."""
-    energy = x.double().square().sum(dim=1)
-    some = energy[energy > 0].sort().values
-    limit = 16 * some[(len(some) - 1) // 2] if len(some) else torch.tensor(1.0)
-    return x.double() * (limit / energy.clamp_min(1e-300)).clamp(max=1).sqrt()[:, None]
-
-
 def damped(x: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """H + λI in float64, with 1 on the diagonal of dead inputs; and which are dead."""
     hessian = x.double().T @ x.double()

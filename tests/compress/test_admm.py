@@ -21,7 +21,7 @@ from compress.recipe import Recipe
 from compress.reconstruction import admm as module
 from compress.reconstruction.admm import ADMM, ADMMOptions, admm
 from compress.refit import joint_refit
-from tests.compress.layers import counted, layer
+from tests.compress.layers import layer
 from tests.compress.test_held_out import damped_hessian, statistics_of
 from tests.compress.test_refit import loss
 
@@ -56,7 +56,7 @@ def reference(
     """Algorithm of arXiv 2401.02938 with Z, U and V as it names them, one linear system an iteration."""
     iterations, selections = options.get("iterations", 20), options.get("selections", 15)
     rho, damping = options.get("rho", 1.0), options.get("mask_damping", 0.1)
-    gram = counted(x).T @ counted(x)
+    gram = x.double().T @ x.double()
     norm = gram.diagonal().sqrt()
     safe = torch.where(norm > 0, norm, 1.0)
     hessian = gram / safe / safe[:, None]
@@ -161,7 +161,7 @@ def test_a_given_mask_is_the_start_or_stays(pattern: Pattern, group: str, select
     assert torch.equal(done.mask, expected.mask)
     torch.testing.assert_close(done.weight.double(), expected.weight, rtol=2e-3, atol=1e-3)
     assert torch.equal(done.mask, start) is (selections == 0)
-    hessian = damped_hessian(counted(x), 0.01)
+    hessian = damped_hessian(x.double(), 0.01)
     kept = run(weight, statistics, pattern, group, start, selections=0, refit_steps=50)
     better = run(weight, statistics, pattern, group, start, refit_steps=50)
     assert loss(weight, better.weight, hessian).sum() < loss(weight, kept.weight, hessian).sum()
@@ -226,7 +226,7 @@ def test_the_refit_starts_where_admm_ends_and_only_helps() -> None:
     statistics = statistics_of(x)
     plain, done = run(weight, statistics), run(weight, statistics, refit_steps=40)
     assert torch.equal(done.mask, plain.mask)
-    hessian = damped_hessian(counted(x), done.notes["damping"])
+    hessian = damped_hessian(x.double(), done.notes["damping"])
     assert loss(weight, done.weight, hessian).sum() < loss(weight, plain.weight, hessian).sum()
     best = joint_refit(weight, done.mask, statistics.gram, damping=done.notes["damping"], steps=300, tolerance=1e-10)
     assert float(loss(weight, done.weight, hessian).sum() / loss(weight, best.weight, hessian).sum()) < 1.001

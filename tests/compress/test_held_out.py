@@ -20,7 +20,7 @@ from compress.patterns import NMPattern, UnstructuredPattern
 from compress.reconstruction.refit import REFIT, refit
 from compress.refit import Refit
 from compress.refit import joint_refit as whole_joint_refit
-from tests.compress.layers import counted, gathered, layer
+from tests.compress.layers import gathered, layer
 from tests.compress.test_refit import by_kept_set, loss
 
 P24 = NMPattern(2, 4)
@@ -60,7 +60,7 @@ def held_out_error(weight: Tensor, mask: Tensor, fit: Tensor, other: Tensor, dam
 def test_the_choice_is_as_good_as_the_best_of_a_fine_grid(tokens_per_input: int, seed: int) -> None:
     weight, x = layer(24, 48, 2 * 48 * tokens_per_input, seed)
     mask = P24.mask(weight.abs() * x.norm(dim=0))
-    fit, other = parts(counted(x))
+    fit, other = parts(x.double())
     choice = choose_damping(weight, mask, layer_problem(statistics_of(x)), steps=200, tolerance=1e-8)
     ours = held_out_error(weight, mask, fit, other, choice.damping)
     assert choice.held_out_error == pytest.approx(ours, rel=5e-3)
@@ -123,7 +123,7 @@ def test_the_result_is_the_solution_on_everything_at_the_chosen_damping() -> Non
     weight, x = layer(9, 40, 640)
     statistics = statistics_of(x)
     done = run(weight, statistics, refit_steps=200, refit_tolerance=1e-10)
-    expected = by_kept_set(weight, done.mask, damped_hessian(counted(x), done.notes["damping"]))
+    expected = by_kept_set(weight, done.mask, damped_hessian(x.double(), done.notes["damping"]))
     torch.testing.assert_close(done.weight.double(), expected, rtol=2e-3, atol=2e-4)
     assert torch.equal(done.mask, P24.mask(wanda(weight, statistics)))
     assert done.notes["held_out_tokens"] == 320
@@ -137,7 +137,7 @@ def test_a_given_damping_is_used_and_nothing_chosen() -> None:
     done = run(weight, statistics_of(x), damping=0.2, refit_steps=100, refit_tolerance=1e-10)
     assert done.notes["damping"] == 0.2
     assert "held_out_error" not in done.notes
-    expected = by_kept_set(weight, done.mask, damped_hessian(counted(x), 0.2))
+    expected = by_kept_set(weight, done.mask, damped_hessian(x.double(), 0.2))
     torch.testing.assert_close(done.weight.double(), expected, rtol=2e-3, atol=2e-4)
 
 
@@ -199,7 +199,7 @@ def test_held_out_error_with_a_bias_is_that_of_outputs() -> None:
     weight, x = layer(7, 32, 640, seed=4)
     x += 2
     mask = P24.mask(weight.abs())
-    fit, other = parts(counted(x))
+    fit, other = parts(x.double())
     problem = layer_problem(statistics_of(x, bias=torch.zeros(7)))
     choice = choose_damping(weight, mask, problem, steps=200, tolerance=1e-9)
     mean = fit.double().mean(dim=0)

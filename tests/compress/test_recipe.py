@@ -159,6 +159,7 @@ CHANGES: dict[str, Any] = {
     "group": "row",
     "reconstruction_options": {"damping": 0.1},
     "permutation": "fold",
+    "targets": "dense",
     "repair": "block",
     "distill": 1000,
     "add_bias": True,
@@ -176,7 +177,7 @@ def test_every_field_is_in_the_digest_and_the_differences() -> None:
     default = Recipe.create()
     digests = {default.digest}
     assert (
-        CHANGES.keys() | {"metric_options", "repair_options", "distill_options", "training_samples"}
+        CHANGES.keys() | {"metric_options", "targets_options", "repair_options", "distill_options", "training_samples"}
         == Recipe.model_fields.keys()
     ), "a new field belongs in this test"
     for name, value in CHANGES.items():
