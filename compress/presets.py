@@ -21,7 +21,7 @@ class Preset:
     fields: Mapping[str, Any]
 
 
-_LAYERS = {"reconstruction": "admm", "permutation": "fold", "samples": 128, "length": 512}
+_LAYERS = {"reconstruction": "admm", "permutation": "fold", "targets": "dense", "samples": 48, "length": 512}
 
 PRESETS = {
     "fast": Preset(
@@ -29,7 +29,7 @@ PRESETS = {
         {"metric": "wanda", "reconstruction": "none", "samples": 128, "length": 512},
     ),
     "balanced": Preset(
-        "the best that each layer alone can do: minutes for a small model",
+        "what each layer can do, made to repair what those before it lost: minutes for a small model",
         _LAYERS,
     ),
     "best": Preset(
