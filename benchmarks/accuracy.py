@@ -10,6 +10,7 @@ that no stage of the run saw. Nothing else may run beside it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from compress.files import write_text
 from compress.presets import PRESETS
@@ -28,8 +30,8 @@ UNSEEN = 48
 """Windows of the calibration text, the last ones of the draw, that measure."""
 
 _LAYERS: dict[str, Any] = dict(PRESETS["balanced"].fields)
-_SHORT: dict[str, Any] = {**_LAYERS, "repair": "block", "repair_options": {"passes": 2}, "training_samples": 144}
 _LONG: dict[str, Any] = dict(PRESETS["best"].fields)
+_SHORT: dict[str, Any] = {**_LONG, "samples": 64, "training_samples": 128}
 
 RUNS: dict[str, dict[str, Any]] = {
     "fast": dict(PRESETS["fast"].fields),
@@ -41,13 +43,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "balanced, channels as they were": {**_LAYERS, "permutation": "none"},
     "balanced, alps": {**_LAYERS, "reconstruction": "alps"},
     "best, short": _SHORT,
-    "best, short, targets of its own": {**_SHORT, "targets": "own"},
+    "best, short, dense targets": {**_SHORT, "targets": "dense"},
     "best, short, after wanda": {**_SHORT, "metric": "wanda", "reconstruction": "none"},
     "best, short, after sparsegpt": {**_SHORT, "reconstruction": "sparsegpt"},
     "best, short, fewer windows more often": {**_SHORT, "repair_options": {"passes": 4}, "training_samples": 80},
     "best, short, channels as they were": {**_SHORT, "permutation": "none"},
     "best": _LONG,
-    "best, short, distilled": {**_SHORT, "distill": 800_000},
+    "an hour, distilled": {**_SHORT, "repair_options": {"passes": 1}, "training_samples": 384, "distill": 400_000},
 }
 """Ablations at equal compute are those of one prefix: the passes over windows come to the same number."""
 
@@ -109,6 +111,7 @@ def _measure(model: str, name: str | None, seed: int) -> dict[str, Any]:
     from serve.measure.perplexity import perplexity
 
     found: dict[str, Any] = {"versions": versions()}
+    undistilled: _Undistilled | None = None
     directory = Path(tempfile.mkdtemp(prefix="halve-accuracy-"))
     try:
         place = Path(model)
@@ -116,14 +119,16 @@ def _measure(model: str, name: str | None, seed: int) -> dict[str, Any]:
             fields = RUNS[name]
             before = time.process_time()
             started = time.perf_counter()
-            done = compress_model(
-                model,
-                directory / "out",
-                **{**fields, "seed": seed},
-                progress=lambda done, total, text: print(
-                    f"{time.perf_counter() - started:.0f}s {text}", file=sys.stderr
-                ),
-            )
+            undistilled = _Undistilled(directory / "undistilled", started)
+            with undistilled.watch():
+                done = compress_model(
+                    model,
+                    directory / "out",
+                    **{**fields, "seed": seed},
+                    progress=lambda done, total, text: print(
+                        f"{time.perf_counter() - started:.0f}s {text}", file=sys.stderr, flush=True
+                    ),
+                )
             found |= {
                 "fields": fields,
                 "seconds": time.perf_counter() - started,
@@ -142,10 +147,39 @@ def _measure(model: str, name: str | None, seed: int) -> dict[str, Any]:
         total = _available(tokenizer, 512)
         unseen = load_windows("c4", tokenizer, samples=total, length=512, seed=seed)[-UNSEEN:]
         texts = {"wikitext2": evaluation_windows("wikitext2", tokenizer, length=2048, windows=40), "c4": unseen}
-        loaded = load_model(place)
-        return found | {f"perplexity_{text}": perplexity(loaded, windows).value for text, windows in texts.items()}
+
+        def perplexities(of: Path) -> dict[str, float]:
+            loaded = load_model(of)
+            return {f"perplexity_{text}": perplexity(loaded, windows).value for text, windows in texts.items()}
+
+        found |= perplexities(place)
+        if undistilled is not None and undistilled.seconds is not None:
+            found["before_distillation"] = {"seconds": undistilled.seconds, **perplexities(undistilled.directory)}
+        return found
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+class _Undistilled:
+    """Keeps what a run has before it is distilled as an artefact of its own, to measure what the stages before gave."""
+
+    def __init__(self, directory: Path, started: float) -> None:
+        self.directory = directory
+        self.seconds: float | None = None
+        self._started = started
+
+    def watch(self) -> contextlib.AbstractContextManager[Any]:
+        from compress import pipeline
+        from compress.assembly import assemble
+
+        distill = pipeline._Run._distill
+
+        def before(run: Any, options: Any) -> None:
+            self.seconds = time.perf_counter() - self._started
+            assemble(self.directory, run.model_name, run.model, run.recipe, run.samples, run.journal)
+            distill(run, options)
+
+        return mock.patch.object(pipeline._Run, "_distill", before)
 
 
 def _available(tokenizer: Any, length: int) -> int:
@@ -179,6 +213,11 @@ def render(document: dict[str, Any]) -> str:
             f"| {key} | {run['perplexity_wikitext2']:.2f} | {run['perplexity_c4']:.2f} | {cells} | {run['seconds']:.0f} | "
             f"{run['processor_seconds']:.0f} |"
         )
+        if before := run.get("before_distillation"):
+            lines.append(
+                f"| the same, before it was distilled | {before['perplexity_wikitext2']:.2f} | {before['perplexity_c4']:.2f} | "
+                f"| | | {before['seconds']:.0f} | |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,7 @@ class Preset:
     fields: Mapping[str, Any]
 
 
-_LAYERS = {"reconstruction": "admm", "permutation": "fold", "targets": "dense", "samples": 48, "length": 512}
+_LAYERS = {"reconstruction": "admm", "permutation": "fold", "length": 512}
 
 PRESETS = {
     "fast": Preset(
@@ -30,11 +30,12 @@ PRESETS = {
     ),
     "balanced": Preset(
         "what each layer can do, made to repair what those before it lost: minutes for a small model",
-        _LAYERS,
+        {**_LAYERS, "targets": "dense", "samples": 48},
     ),
     "best": Preset(
         "each block trained to give the dense block's output again, a block in memory at a time",
-        {**_LAYERS, "repair": "block", "repair_options": {"passes": 2}, "training_samples": 768},
+        # (Dense targets gain nothing here: what they repair, the training repairs as well.)
+        {**_LAYERS, "samples": 128, "repair": "block", "repair_options": {"passes": 2}, "training_samples": 768},
     ),
 }
 

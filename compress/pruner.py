@@ -108,22 +108,39 @@ class BlockPruner:
         stages = self._stages(index, block, wanted, hidden[0])
         tensors = DenseTensors(block, stages, len(hidden), self._directory)
         tensors.gather(dense, advance)
-        prefix = self.model.block_name(index)
         for number, stage in enumerate(stages):
-            targets = StageTargets(stage, tensors)
-            some = {name: linears[name] for name in (join_names(prefix, layer) for layer in stage.layers)}
-            observer = self._observe(index, block, some, hidden, self.recipe.needs | TARGET_NEEDS | {"sample"}, targets)
-            for layer in stage.layers:
-                name = join_names(prefix, layer)
-                aim = _Aim(targets, layer, options)
-                self._prune_linear(name, linears[name], observer, gradients.get(name, {}), permuted, done, aim)
+            self._prune_stage(index, block, hidden, stage, tensors, options, gradients, permuted, done)
             later = {tap for other in stages[number + 1 :] for tap in other.shows.values()}
             tensors.forget(set(stage.shows.values()) - later)
-        for name in linears.keys() - wanted.keys():
-            self._prune_linear(name, linears[name], None, {}, permuted, done)
+        for name in linears:
+            if name not in wanted:
+                self._prune_linear(name, linears[name], None, {}, permuted, done)
         order = {name: number for number, name in enumerate(linears)}
         done.records.sort(key=lambda record: order[record["name"]])
         return done
+
+    def _prune_stage(
+        self,
+        index: int,
+        block: nn.Module,
+        hidden: list[Tensor],
+        stage: Stage,
+        tensors: DenseTensors,
+        options: TargetOptions,
+        gradients: dict[str, dict[str, Tensor]],
+        permuted: dict[str, dict[str, Any]],
+        done: PrunedBlock,
+    ) -> None:
+        """The layers of one stage, observed behind everything that was pruned before them."""
+        linears = self.model.linears(index)
+        names = {layer: join_names(self.model.block_name(index), layer) for layer in stage.layers}
+        targets = StageTargets(stage, tensors)
+        needs = self.recipe.needs | TARGET_NEEDS | {"sample"}
+        some = {name: linears[name] for name in names.values()}
+        observer = self._observe(index, block, some, hidden, needs, targets)
+        for layer, name in names.items():
+            aim = _Aim(targets, layer, options)
+            self._prune_linear(name, linears[name], observer, gradients.get(name, {}), permuted, done, aim)
 
     def _observe(
         self,
