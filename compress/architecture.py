@@ -88,6 +88,25 @@ def linears_of(module: nn.Module, prefix: str) -> dict[str, LinearModule]:
     return {join_names(prefix, name): child for name, child in module.named_modules() if is_linear(child)}
 
 
+def make_of(block: nn.Module) -> object:
+    """What two blocks share, as a key, if they are made alike and differ in their weights only: the modules with their
+    classes and settings, and the shapes. (Numbers that count the layers are no settings: whole numbers are left out.)
+    """
+    modules = tuple(
+        (
+            name,
+            type(module),
+            tuple(sorted((key, value) for key, value in vars(module).items() if _is_setting(key, value))),
+        )
+        for name, module in block.named_modules()
+    )
+    return modules, tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+
+
+def _is_setting(key: str, value: object) -> bool:
+    return key != "training" and isinstance(value, bool | str | float)
+
+
 def load_config(directory: Path) -> Any:
     """The configuration of a model directory, or of a ``config.json`` alone, as transformers reads it.
 

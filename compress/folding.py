@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.architecture import LinearModule, linears_of, oriented, shape_of
+from compress.architecture import LinearModule, linears_of, make_of, oriented, shape_of
 from compress.blocks import BlockModel, stop_forward
 from compress.errors import NumericalError
 from compress.observe import InputObserver
@@ -54,6 +54,11 @@ class Fold:
     producers: Mapping[str, Tensor]
     """[P, S, C] each, into a producer's N rows."""
     within_heads: bool
+
+    def renamed(self, rename: Callable[[str], str]) -> Fold:
+        """The same fold of another block that is made alike."""
+        producers = {rename(name): rows for name, rows in self.producers.items()}
+        return Fold(rename(self.consumer), self.columns, producers, self.within_heads)
 
 
 def spread(orders: Tensor, index: Tensor, size: int) -> Tensor:
@@ -250,6 +255,22 @@ def reorder_rows(module: LinearModule, orders: Tensor, rows: Tensor) -> Tensor:
     return order
 
 
+class FoldsOfAlike:
+    """Folds that were proved of a block hold for all blocks that are made alike, so they are proved once."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, list[Fold]] = {}
+
+    def of(self, model: BlockModel, index: int, hidden: Tensor, consumers: list[str], pattern: NMPattern) -> list[Fold]:
+        """What `find_folds` gives, or gave for a block that is made like this one."""
+        prefix = f"{model.block_name(index)}."
+        key = (make_of(model.blocks[index]), tuple(name.removeprefix(prefix) for name in consumers), pattern)
+        if not self._known.get(key):  # (where nothing was proved, the weights may have been to blame)
+            found = find_folds(model, index, hidden, consumers, pattern)
+            self._known[key] = [fold.renamed(lambda name: name.removeprefix(prefix)) for fold in found]
+        return [fold.renamed(lambda name: prefix + name) for fold in self._known[key]]
+
+
 def fold_block(
     model: BlockModel,
     index: int,
@@ -258,6 +279,7 @@ def fold_block(
     gradients: Mapping[str, dict[str, Tensor]],
     pattern: NMPattern,
     score: Callable[[str, LinearModule], Tensor],
+    folds: FoldsOfAlike | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Reorders what can be folded of a loaded and observed block, so that the pattern keeps more of the scores.
 
@@ -266,6 +288,7 @@ def fold_block(
     Args:
         hidden: the block's input in the first batch.
         score: the scores [N, K] of a linear that will be pruned, by its full name.
+        folds: of the blocks before it.
 
     Returns:
         For each consumer what the report says of it.
@@ -275,7 +298,7 @@ def fold_block(
         name for name in observer.linears if observer.statistics(name) is not None and observer.sharing(name) == [name]
     ]
     records = {}
-    for fold in find_folds(model, index, hidden, alone, pattern):
+    for fold in (folds or FoldsOfAlike()).of(model, index, hidden, alone, pattern):
         consumer = linears[fold.consumer]
         orders, gain = _best_orders(score(fold.consumer, consumer), fold, pattern)
         order = reorder_columns(consumer, orders, fold.columns).to(consumer.weight.device)

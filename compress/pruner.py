@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress import artefact, memory, packed
-from compress.architecture import LinearModule, join_names, oriented
+from compress.architecture import LinearModule, join_names, make_of, oriented
 from compress.blocks import BlockModel
 from compress.errors import NumericalError
-from compress.folding import fold_block
+from compress.folding import FoldsOfAlike, fold_block
 from compress.gradients import GradientStore, regional_gradients
 from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS, LayerStatistics
 from compress.layers import importance, prune_layer
@@ -29,7 +29,7 @@ from compress.seeds import named_seed
 from compress.stages import Stage, plan_stages
 from compress.targets import TARGET_NEEDS, Aligned, DenseTensors, StageTargets, TargetOptions, aligned
 
-PERMUTATION_TOKENS = 16_384
+PERMUTATION_TOKENS = 8192
 """Tokens on which channels are scored for their reordering, where it comes before the observation."""
 
 
@@ -71,6 +71,7 @@ class BlockPruner:
         self._gradients = gradients
         self._directory = directory or Path()
         self._plans: dict[object, list[Stage]] = {}
+        self._folds = FoldsOfAlike()
 
     def prune(
         self,
@@ -187,9 +188,7 @@ class BlockPruner:
         """Once for all blocks that are made alike."""
         prefix = f"{self.model.block_name(index)}."
         names = tuple(name.removeprefix(prefix) for name in linears)
-        made = tuple((name, type(module)) for name, module in block.named_modules())
-        shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
-        key = (names, made, shapes)
+        key = (make_of(block), names)
         if key not in self._plans:
             self._plans[key] = plan_stages(self.model, index, hidden, names)
         return self._plans[key]
@@ -246,7 +245,7 @@ class BlockPruner:
             assert statistics is not None, "only observed layers are scored"
             return importance(name, oriented(module.weight, module), statistics, self.recipe)
 
-        permuted = fold_block(self.model, index, hidden, observer, gradients, pattern, score)
+        permuted = fold_block(self.model, index, hidden, observer, gradients, pattern, score, self._folds)
         linears = self.model.linears(index)
         for name in {producer: None for record in permuted.values() for producer in record["folded_into"]}:
             done.changed |= {f"{name}.{parameter}" for parameter, _ in linears[name].named_parameters()}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from compress import pipeline
-from compress.architecture import LinearModule, oriented
+from compress import folding, pipeline
+from compress.architecture import LinearModule, make_of, oriented
 from compress.blocks import BlockModel
 from compress.calibration import load_windows, text_set
 from compress.errors import NumericalError, RecipeError
@@ -534,3 +534,46 @@ def test_unstructured_patterns_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"permutation='fold' moves columns between the groups of an N:M pattern"):
         Recipe.create(permutation="fold", pattern="unstructured", sparsity=0.5, format="dense")
     assert "sum_of_squares" in Recipe.create(permutation="fold").needs
+
+
+def test_blocks_that_are_made_alike_are_proved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the folds of the others are those that a search of their own finds."""
+    model, hidden = blocks_of("llama", tmp_path, layers=3)
+    searched: list[int] = []
+    search = folding.find_folds
+    monkeypatch.setattr(
+        folding, "find_folds", lambda model, index, *rest: searched.append(index) or search(model, index, *rest)
+    )
+    known = folding.FoldsOfAlike()
+    for index in range(3):
+        model.load_block(index)
+        alone = [name for name in model.linears(index) if name.endswith(("o_proj", "down_proj"))]
+        found = known.of(model, index, hidden, alone, P24)
+        own = list(search(model, index, hidden, alone, P24))
+        assert [fold.consumer for fold in found] == alone
+        for mine, its in zip(found, own, strict=True):
+            assert (mine.consumer, mine.within_heads) == (its.consumer, its.within_heads)
+            assert torch.equal(mine.columns, its.columns)
+            assert mine.producers.keys() == its.producers.keys()
+            assert all(torch.equal(mine.producers[name], its.producers[name]) for name in mine.producers)
+    assert searched == [0]
+
+
+def test_blocks_that_are_made_otherwise_are_searched_again(tmp_path: Path) -> None:
+    model, _ = blocks_of("llama", tmp_path, layers=3)
+    other, _ = blocks_of("qwen3", tmp_path / "other", layers=1)
+    first, second, third = model.blocks
+    assert make_of(first) == make_of(second) == make_of(third)
+    assert make_of(first) != make_of(other.blocks[0])
+    second.self_attn.o_proj = torch.nn.Linear(8, 8, device="meta")
+    third.mlp.some_setting = "another"  # type: ignore[assignment]
+    assert len({make_of(block) for block in model.blocks}) == 3
+
+
+def blocks_of(family: str, directory: Path, layers: int) -> tuple[BlockModel, torch.Tensor]:
+    directory.mkdir(exist_ok=True)
+    source = tiny_models.build(family, directory / "source", layers=layers)
+    model = BlockModel(Source(source), torch.float32, torch.device("cpu"))
+    windows = torch.randint(5, tiny_models.VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model, model.record_calls(text_set(windows).batches(2))[0]
