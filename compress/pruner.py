@@ -98,6 +98,7 @@ class BlockPruner:
         options = self.recipe.chosen_targets
         if options is None:
             observer = self._observe(index, block, wanted, hidden, self.recipe.needs | {"sample"})
+            memory.give_back()  # (once for all; between stages, fetching the pages again would cost more than it saves)
             permuted = self._permute(index, hidden[0], observer, gradients, done)
             for batch in range(len(dense or ())):
                 advance(batch)
@@ -161,7 +162,6 @@ class BlockPruner:
             observer.run(self.model, index, hidden)
         else:
             observer.run(self.model, index, hidden, targets.taps, targets.update)
-        memory.give_back()
         return observer
 
     def _permute_early(
