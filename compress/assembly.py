@@ -52,6 +52,7 @@ def assemble(
             "pattern": recipe.pattern,
             "metric": metric.name if metric else f"{recipe.reconstruction}'s own",
             "reconstruction": recipe.reconstruction,
+            "targets": recipe.targets,
             "layers": len(records),
             "layers_pruned": len(pruned),
             "layers_permuted": sum("permutation" in record for record in records),

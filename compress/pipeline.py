@@ -44,6 +44,7 @@ from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
 from compress.repair import held_out_batches, repair_block
 from compress.sources import Source, fingerprint, load_tokenizer, resolve
+from compress.targets import TENSORS_OF_TARGETS
 from compress.version import versions
 
 BATCH_TOKENS = 2048
@@ -265,8 +266,10 @@ class _Run:
             size -= sum(self.source.tensors.info[key].nbytes for key in pruned) * 7 // 16
         tokens = len(self.samples) * self._tokens_of_a_sample()
         # Saved for a resume, and a second time where they are too large for the memory.
-        kinds = 2 if self._dense_wanted else 1
-        activations = 2 * kinds * tokens * self._hidden_size() * self.model.dtype.itemsize
+        sets = 2 * (2 if self._dense_wanted else 1) * tokens
+        if self.recipe.chosen_targets is not None:
+            sets += TENSORS_OF_TARGETS * self._observed * self._tokens_of_a_sample()
+        activations = sets * self._hidden_size() * self.model.dtype.itemsize
         free = shutil.disk_usage(self.journal.directory).free
         if free < size + activations:
             self.journal.abandon_if_new()

@@ -40,6 +40,9 @@ from compress.stages import BLOCK_OUTPUT, Stage, Tap, Taps
 from compress.statistics import exact_products
 
 TARGET_NEEDS = frozenset({"gram", "sum"})
+TENSORS_OF_TARGETS = 3
+"""Activations that are kept of a dense block, beside its output: about, for space on the disk where they are too large for
+the memory."""
 
 
 class TargetOptions(Options):

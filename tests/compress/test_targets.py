@@ -232,6 +232,14 @@ def test_with_the_repair_of_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("targets", ["own", "dense"])
+def test_report_and_card_say_so(targets: str, tmp_path: Path) -> None:
+    done = compress(build("llama", tmp_path), tmp_path / "out", **{**SETTINGS, "targets": targets})
+    assert done.report["summary"]["targets"] == targets
+    assert ("layers fitted to" in (done.directory / "README.md").read_text()) == (targets == "dense")
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_a_singular_matrix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise NumericalError("the Gram matrix is broken")

@@ -205,6 +205,19 @@ class Killed(BaseException):
     pass
 
 
+@torch.no_grad()
+def test_layers_are_fitted_to_the_dense_model(tmp_path: Path) -> None:
+    """Its logits are then nearer to the dense model's, on the images that it was calibrated on."""
+    source = tiny_models.build("vit", tmp_path / "source")
+    drawn = load_images(str(pictures(tmp_path / "images")), source, samples=8, seed=0)
+    wanted = load(source)(pixel_values=drawn.samples).logits
+    distances = []
+    for targets in ("own", "dense"):
+        done = compress(source, tmp_path / targets, targets=targets, reconstruction="none", metric="wanda")
+        distances.append(float((load(done.directory)(pixel_values=drawn.samples).logits - wanted).norm()))
+    assert distances[1] < distances[0]
+
+
 def test_resume(tmp_path: Path) -> None:
     source = tiny_models.build("vit", tmp_path / "source")
     expected = compress(source, tmp_path / "expected").directory
