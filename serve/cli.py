@@ -14,6 +14,7 @@ from compress.cli import Directory
 from compress.console import Json, emit, human_bytes, out, progress_bar, run_app
 from compress.errors import UsageError
 from compress.version import version
+from serve.tune import tune
 
 app = typer.Typer(
     name="halve",
@@ -512,6 +513,9 @@ def report(
             out.print(f"not measured: {what}; run {command}", highlight=False, markup=False, soft_wrap=True)
 
     emit(document, as_json, human)
+
+
+app.command()(tune)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from compress.files import TensorFiles
 from compress.quiet import quiet_transformers
 from compress.sources import read_config
 from serve.linear import prepare_for_serving
+from serve.measure.tuned import serve_dense_where_faster
 
 
 def load_model(
@@ -53,6 +54,7 @@ def load_model(
             f"{directory}: {name} is {list(stored)}, and config.json says {list(expected)}; they do not belong together"
         )
     torch.nn.Module.to(model, torch.device(device))
+    serve_dense_where_faster(model)
     prepare_for_serving(model)
     return model.eval().requires_grad_(False)
 

@@ -20,7 +20,7 @@ import torch
 from compress.device import choose_device
 from compress.errors import OutputError, UsageError
 from serve.kernels import choose
-from serve.measure import estimate, gpus, kernel_table, shallow, shapes, table_cache
+from serve.measure import estimate, gpus, kernel_table, shallow, shapes, table_cache, tuned
 from serve.measure.environment import environment, processor
 from serve.measure.kernel_table import ROWS, WINS, Entry, Shape
 from serve.measure.shallow import Load
@@ -389,11 +389,15 @@ def _change(faster: float) -> str:
     return f"{faster:.2f} times as fast"
 
 
-def kernels_document(directory: Any, *, device: str, budget: float, progress: Progress) -> dict[str, Any]:
-    """`halve bench --kernels`: every shape of a model at each of `ROWS`, measured now and kept for `halve advise`."""
+def kernels_document(
+    directory: Any, *, device: str, budget: float, progress: Progress, fresh: bool = True
+) -> dict[str, Any]:
+    """`halve bench --kernels` and `halve tune`: every shape of a model at each of `ROWS`, measured and kept for `halve
+    advise` and for serving; ``fresh``: measured now, even what the table knows."""
     place, _ = choose_device(device)
     model = shapes.read(str(directory))
-    entries, notes = kernels(model, device=place, budget=budget, progress=progress)
+    entries, notes = kernels(model, device=place, budget=budget, fresh=fresh, progress=progress)
+    by_shape = {shape: [entry for entry in entries if entry.shape == shape] for shape in _shapes(model)}
     return {
         "kind": "kernels",
         "model": str(directory),
@@ -411,9 +415,8 @@ def kernels_document(directory: Any, *, device: str, budget: float, progress: Pr
             for layers in model.layers
         ],
         "kernels": kernel_table.document_of(entries),
-        "wins": {
-            str(shape): kernel_table.wins_at([e for e in entries if e.shape == shape]) for shape in _shapes(model)
-        },
+        "wins": {str(shape): kernel_table.wins_at(found) for shape, found in by_shape.items()},
+        "served_dense": {str(shape): why for shape, found in by_shape.items() if (why := tuned.loses(found))},
         "notes": notes,
     }
 

@@ -3,7 +3,7 @@
 Until the checkpoint is read, a layer has the checkpoint's tensors as parameters, filled with what no checkpoint holds;
 vLLM's own loaders cut and join them, because rows concatenate and columns slice in the packed format. Then the weight is
 validated and prepared for the backend, as ``weight_packed`` (vLLM's LoRA code looks for that name), or expanded where no
-backend is faster than dense.
+backend is faster than dense, or `halve tune` measured that none is for the shape.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from compress import packed
 from compress.errors import CorruptCheckpointError, UsageError
 from compress.packed import PackedWeight
 from serve.kernels import choose, ops, plain
+from serve.measure import tuned
 from serve.vllm.shards import Loads, Shard, part_numbers, shards_of
 from serve.vllm.stored import Stored
 
@@ -120,7 +121,12 @@ class SparseLinearMethod(LinearMethodBase):
         if weight is None:
             self._leave_dense(layer, why_dense)
             return
-        choice = choose(weight.values.device, weight.values.dtype, 1, *weight.shape)
+        device, dtype = weight.values.device, weight.values.dtype
+        if reason := tuned.why_dense(device, dtype, *weight.shape):
+            layer.weight = nn.Parameter(plain.expand(weight), requires_grad=False)
+            self._leave_dense(layer, reason, "halve: some 2:4 layers are served dense, as `halve tune` measured")
+            return
+        choice = choose(device, dtype, 1, *weight.shape)
         if choice.backend.prepare is None:
             layer.weight = nn.Parameter(plain.expand(weight), requires_grad=False)
             self._leave_dense(

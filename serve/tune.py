@@ -1,0 +1,40 @@
+"""The command ``halve tune``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from compress.console import Json, emit, out, progress_bar
+
+
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="a model directory, a config.json or a hub id; no weights are read", metavar="MODEL")
+    ],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
+    budget: Annotated[float, typer.Option(min=1, help="seconds to measure, for all shapes together")] = 120.0,
+    again: Annotated[bool, typer.Option("--again", help="measure what the table knows already, too")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time 2:4 against dense for the layer shapes of a model on this device, and serve dense what 2:4 makes slower.
+
+    The times go into a table of this machine, which `halve serve` and vLLM read when they load a model: a layer whose
+    shape is slower 2:4 at every number of sequences up to 64 is expanded then.
+    """
+    from serve.measure.advice_text import print_kernels
+    from serve.measure.advise import kernels_document
+
+    with progress_bar("measuring") as progress:
+        document = kernels_document(model, device=device, budget=budget, fresh=again, progress=progress)
+
+    def human() -> None:
+        print_kernels(document)
+        for shape, reason in document["served_dense"].items():
+            out.print(f"{shape} is served dense: {reason}", highlight=False, markup=False)
+        if not document["served_dense"]:
+            out.print("no layer is served dense", highlight=False, markup=False)
+        out.print(f"table: {document['table']}", highlight=False, markup=False, soft_wrap=True)
+
+    emit(document, as_json, human)
