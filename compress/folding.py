@@ -259,16 +259,18 @@ class FoldsOfAlike:
     """Folds that were proved of a block hold for all blocks that are made alike, so they are proved once."""
 
     def __init__(self) -> None:
-        self._known: dict[object, list[Fold]] = {}
+        self._known: dict[object, dict[str, Fold]] = {}
 
     def of(self, model: BlockModel, index: int, hidden: Tensor, consumers: list[str], pattern: NMPattern) -> list[Fold]:
         """What `find_folds` gives, or gave for a block that is made like this one."""
         prefix = f"{model.block_name(index)}."
-        key = (make_of(model.blocks[index]), tuple(name.removeprefix(prefix) for name in consumers), pattern)
-        if not self._known.get(key):  # (where nothing was proved, the weights may have been to blame)
-            found = find_folds(model, index, hidden, consumers, pattern)
-            self._known[key] = [fold.renamed(lambda name: name.removeprefix(prefix)) for fold in found]
-        return [fold.renamed(lambda name: prefix + name) for fold in self._known[key]]
+        known = self._known.setdefault((make_of(model.blocks[index]), pattern), {})
+        # Where nothing was proved before, the weights may have been to blame.
+        unknown = [name for name in consumers if name.removeprefix(prefix) not in known]
+        for fold in find_folds(model, index, hidden, unknown, pattern) if unknown else ():
+            known[fold.consumer.removeprefix(prefix)] = fold.renamed(lambda name: name.removeprefix(prefix))
+        found = [known.get(name.removeprefix(prefix)) for name in consumers]
+        return [fold.renamed(lambda name: prefix + name) for fold in found if fold is not None]
 
 
 def fold_block(

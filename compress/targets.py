@@ -9,7 +9,7 @@ that in the dense model and s_p with the pruned prefix and this W, then the weig
 
 are W' = W + Δ (H + λI)⁻¹ with Δ = Σ_t (s_d − s_p) x_pᵀ, H = Σ_t x_p x_pᵀ. They take the place of W in whatever prunes
 the layer. Where several layers read one input (q, k, v) and their outputs are what shows, s_d − s_p = W (x_d − x_p), and one
-matrix [K, K] serves them all.
+matrix [K, K] serves them all; so it is done wherever no sum is known and the input is not wider than the output.
 
 The idea of fitting to the dense model's output is GPTAQ's, for quantization (asymmetric calibration; Li et al. 2025, arXiv
 2504.02692). New here are the residual sums, with which every block takes back a part of all errors before it, the ridge,
@@ -32,7 +32,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress.activations import spilled
+from compress.activations import Growing
 from compress.errors import NumericalError
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Options
@@ -91,7 +91,11 @@ class DenseTensors:
 
     def gather(self, dense: list[Tensor], advance: Callable[[int], None]) -> None:
         """Keeps the tensors while ``advance(batch)`` turns ``dense`` [batch, length, hidden] each, from inputs to outputs."""
-        kept: dict[Tap, list[Tensor]] = {tap: [] for tap in self._taps if tap != BLOCK_OUTPUT}
+        kept = {
+            tap: Growing(self._batches, self._directory / f"{number}.targets")
+            for number, tap in enumerate(self._taps)
+            if tap != BLOCK_OUTPUT
+        }
         taps = Taps(self._block, kept)
         try:
             for batch in range(len(dense)):
@@ -100,13 +104,10 @@ class DenseTensors:
                 advance(batch)
                 if batch < self._batches:
                     for tap, batches in kept.items():
-                        batches.append(taps.tensors[tap].to("cpu"))
+                        batches.append(taps.tensors[tap])
         finally:
             taps.remove()
-        self._kept = {
-            tap: spilled(batches, self._directory / f"{number}.targets")
-            for number, (tap, batches) in enumerate(kept.items())
-        }
+        self._kept = {tap: batches.tensors for tap, batches in kept.items()}
         self._kept[BLOCK_OUTPUT] = dense
 
     def at(self, tap: Tap, batch: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from compress import calibration
 from compress.blocks import BlockModel
 from compress.sources import Source
-from compress.stages import BLOCK_OUTPUT, Stage, Tap, plan_stages
+from compress.stages import BLOCK_OUTPUT, Stage, Tap, _Planner, plan_stages
 from tests import tiny_models
 
 
@@ -78,10 +78,58 @@ def test_parallel_branches_both_go_into_the_blocks_output(tmp_path: Path) -> Non
     assert stages[2].shows == {"mlp.dense_4h_to_h": BLOCK_OUTPUT}
 
 
-def test_a_layer_that_shares_no_input_shows_its_own_output(tmp_path: Path) -> None:
+def test_a_layer_without_a_sum_shows_its_input_or_what_is_narrower(tmp_path: Path) -> None:
     shows = {layer: tap for stage in stages_of("phi3", tmp_path) for layer, tap in stage.shows.items()}
-    assert shows["self_attn.qkv_proj"] == at("self_attn.qkv_proj", "output")
-    assert shows["mlp.gate_up_proj"] == at("mlp.gate_up_proj", "output")
+    assert shows["self_attn.qkv_proj"] == at("self_attn.qkv_proj")
+    assert shows["mlp.gate_up_proj"] == at("mlp.gate_up_proj")
+    mamba = {layer: tap for stage in stages_of("mamba", tmp_path / "mamba") for layer, tap in stage.shows.items()}
+    assert mamba["mixer.x_proj"] == at("mixer.x_proj", "output")
+
+
+def test_an_output_that_is_zero_is_pushed_far_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = BlockModel.load_block
+
+    def zeroed(self: BlockModel, index: int) -> torch.nn.Module:
+        block = load(self, index)
+        block.self_attn.o_proj.weight.data.zero_()  # type: ignore[union-attr]
+        return block
+
+    monkeypatch.setattr(BlockModel, "load_block", zeroed)
+    shows = {layer: tap for stage in stages_of("llama", tmp_path) for layer, tap in stage.shows.items()}
+    assert shows["self_attn.o_proj"] == at("post_attention_layernorm")
+
+
+class Unusual(torch.nn.Module):
+    """A block that calls one linear twice and, if wished, writes into a view of what another one gives."""
+
+    def __init__(self, *, writes: bool = False) -> None:
+        super().__init__()
+        self.norm, self.norm2 = torch.nn.LayerNorm(16), torch.nn.LayerNorm(16)
+        for name in ("first", "again", "attended", "up", "down"):
+            setattr(self, name, torch.nn.Linear(16, 16))
+        self.writes = writes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(self.norm(x))
+        if self.writes:
+            left, right = y.unbind(0)[:2]
+            left += right
+        h = x + self.attended(self.again(self.again(y)))
+        return h + self.down(self.up(self.norm2(h)).relu())
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_unusual_blocks_are_pruned_one_linear_after_the_other(writes: bool) -> None:
+    """What is called twice shows nothing; where autograd is refused, the order of the calls is the order."""
+    torch.manual_seed(0)
+    block = Unusual(writes=writes).requires_grad_(False)
+    x = torch.randn(3, 5, 16)
+    names = ["down", "up", "attended", "again", "first"]
+    stages = _Planner(block, lambda: block(x.clone()), x, names).stages()
+    assert short(stages) == [["first"], ["again"], ["attended"], ["up"], ["down"]]
+    assert not stages[1].shows
+    assert stages[2].shows == {"attended": at("norm2")}
+    assert stages[4].shows == {"down": BLOCK_OUTPUT}
 
 
 def test_a_family_that_flattens_its_tokens(tmp_path: Path) -> None:
@@ -100,7 +148,8 @@ def test_layers_that_stay_dense_are_in_no_stage(tmp_path: Path) -> None:
 def test_mamba_has_an_order_and_its_last_layer_a_sum(tmp_path: Path) -> None:
     stages = stages_of("mamba", tmp_path)
     order = [layer for group in short(stages) for layer in group]
-    assert order.index("in_proj") < order.index("x_proj") < order.index("out_proj")
+    # dt_proj is never called, as the model multiplies by its weight itself.
+    assert order == ["in_proj", "x_proj", "out_proj", "dt_proj"]
     assert next(tap for stage in stages for layer, tap in stage.shows.items() if "out_proj" in layer) == BLOCK_OUTPUT
 
 

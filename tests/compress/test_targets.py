@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Exaone4Config, FalconConfig, GraniteConfig, Olmo2Config, OlmoConfig
 
 from compress import pipeline, pruner
 from compress.architecture import find_blocks
+from compress.blocks import BlockModel
+from compress.calibration import text_set
 from compress.errors import NumericalError, RecipeError
 from compress.journal import Journal
+from compress.layers import PrunedLayer
 from compress.recipe import Recipe
+from compress.sources import Source
 from compress.stages import Stage, Tap
 from compress.targets import DenseTensors, StageTargets, TargetOptions, aligned
 from tests import tiny_models
@@ -83,6 +88,7 @@ def test_inputs_that_were_always_zero_are_no_trouble() -> None:
     assert torch.equal(still.weight, weight)
 
 
+@torch.no_grad()
 def test_what_is_missing_at_a_shared_input_is_what_is_missing_of_the_output() -> None:
     """Through the input's differences with one matrix, or through those of the outputs: the same."""
     weight, x_dense = layer(N, K, 3 * T)
@@ -92,8 +98,14 @@ def test_what_is_missing_at_a_shared_input_is_what_is_missing_of_the_output() ->
     by_input, by_output = Tap("a", "input"), Tap("a", "output")
     stages = [Stage(("a", "b"), {"a": by_input, "b": by_input}), Stage(("a",), {"a": by_output})]
     dense = DenseTensors(block, stages, 3, Path())
-    batches = list(x_dense.split(T))
-    dense.gather(batches, lambda batch: block["a"](batches[batch]))
+    batches = [part.clone() for part in x_dense.split(T)]
+
+    def advance(batch: int) -> None:
+        output = block["a"](batches[batch])
+        batches[batch].zero_()  # as the outputs are written over the inputs
+        batches[batch][:, : output.shape[1]] = output
+
+    dense.gather(batches, advance)
     found = []
     for stage in stages:
         targets = StageTargets(stage, dense)
@@ -107,6 +119,69 @@ def test_what_is_missing_at_a_shared_input_is_what_is_missing_of_the_output() ->
         assert pair is not None
         torch.testing.assert_close(pair[0].double(), reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
         torch.testing.assert_close(pair[1].double(), total, rtol=1e-3, atol=1e-3 * float(total.abs().max()))
+
+
+def other_families() -> dict[str, Any]:
+    """Without a norm before attention, with parallel branches, in-place sums and clipped queries, and multipliers."""
+    settings = tiny_models._decoder_settings(2)
+    return {
+        "olmo2": lambda: tiny_models._model(Olmo2Config, **settings),
+        "olmo": lambda: tiny_models._model(OlmoConfig, **settings, clip_qkv=2.0),
+        "exaone4": lambda: tiny_models._model(Exaone4Config, **settings, sliding_window=16),
+        "falcon": lambda: tiny_models._model(
+            FalconConfig, num_hidden_layers=2, hidden_size=64, num_attention_heads=4, alibi=False, bias=False
+        ),
+        "granite": lambda: tiny_models._model(GraniteConfig, **settings, residual_multiplier=0.22),
+        "opt, norms after": lambda: tiny_models.opt(2, do_layer_norm_before=False),
+        **{
+            name: lambda name=name: tiny_models.FAMILIES[name](2)
+            for name in ("llama", "gemma2", "gpt2", "gpt_neox", "phi3", "mamba", "opt")
+        },
+    }
+
+
+@pytest.mark.parametrize("family", list(other_families()))
+def test_where_nothing_is_pruned_nothing_is_missing(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every stage of every block, to the bit, whatever the block writes into and wherever its norms are."""
+    other_families()[family]().save_pretrained(tmp_path / "source")
+    model = BlockModel(Source(tmp_path / "source"), torch.float32, torch.device("cpu"))
+    windows = torch.randint(5, tiny_models.VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
+    seen: list[tuple[str, float]] = []
+
+    def nothing_missing(self: StageTargets, name: str, weight: Tensor) -> None:
+        if name in self._stage.shows:
+            missing = self._missing[self._pair(name)]
+            assert missing.products.shape[1] == weight.shape[1]
+            seen.append((name, float(missing.products.abs().max() + missing.sum.abs().max())))
+
+    monkeypatch.setattr(StageTargets, "of", nothing_missing)
+    monkeypatch.setattr(
+        pruner,
+        "prune_layer",
+        lambda name, weight, *rest: PrunedLayer(weight, torch.ones_like(weight, dtype=torch.bool), None, {}),
+    )
+    recipe = Recipe.create(targets="dense", format="dense", reconstruction="none")
+    every = {name: None for index in range(len(model.blocks)) for name in model.linears(index)}
+    prune = pruner.BlockPruner(model, recipe, every, len(windows), None, tmp_path)
+    with torch.no_grad():
+        hidden = model.record_calls(text_set(windows).batches(2))
+        dense = [states.clone() for states in hidden]
+        for index in range(len(model.blocks)):
+            block = model.load_block(index)
+            prune.prune(
+                index,
+                block,
+                hidden,
+                dense,
+                lambda batch, i=index: dense[batch].copy_(model.run_block(i, batch, dense[batch])),
+            )
+            for batch, states in enumerate(hidden):
+                states.copy_(model.run_block(index, batch, states))
+                assert torch.equal(states, dense[batch])
+    assert len(seen) >= len(every) / 2
+    assert [pair for pair in seen if pair[1] != 0] == []
 
 
 @pytest.fixture
@@ -202,21 +277,26 @@ def test_an_interrupted_run_gives_the_same_bytes(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         compress(source, tmp_path / "out", checkpoint_seconds=0, **settings)
     monkeypatch.setattr(Journal, "save_block", save)
+    loaded: list[int] = []
+    load = BlockModel.load_block
+    monkeypatch.setattr(BlockModel, "load_block", lambda self, index: loaded.append(index) or load(self, index))
     assert tree(compress(source, tmp_path / "out", resume=True, **settings).directory) == tree(expected)
     assert done == [0, 1]
+    assert loaded == [0, 1, 2], "block 0 only for what comes before it; it was done"
 
 
 @pytest.mark.usefixtures("small_batches")
 def test_large_tensors_lie_in_files_and_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress import targets
+    from compress import activations
 
     source = build("llama", tmp_path)
     expected = compress(source, tmp_path / "expected", **SETTINGS).directory
     files: list[Path] = []
-    spilled = targets.spilled
-    monkeypatch.setattr(targets, "spilled", lambda batches, file: files.append(file) or spilled(batches, file, limit=0))
+    from_file = torch.from_file
+    monkeypatch.setattr(activations, "SHARE", 0)
+    monkeypatch.setattr(torch, "from_file", lambda file, **more: files.append(Path(file)) or from_file(file, **more))
     assert tree(compress(source, tmp_path / "out", **SETTINGS).directory) == tree(expected)
-    assert files
+    assert {file.suffix for file in files} == {".targets", ".activations"}
     assert all(file.parent == tmp_path / "out.partial" for file in files)
     assert not (tmp_path / "out.partial").exists()
 
