@@ -174,9 +174,9 @@ def test_more_windows_train_than_give_statistics(tmp_path: Path, monkeypatch: py
     counts: set[int] = set()
     prune_layer = pruner.prune_layer
 
-    def watched(name: str, weight: torch.Tensor, statistics: Any, recipe: Recipe) -> Any:
+    def watched(name: str, weight: torch.Tensor, statistics: Any, *rest: Any) -> Any:
         counts.add(statistics.count)
-        return prune_layer(name, weight, statistics, recipe)
+        return prune_layer(name, weight, statistics, *rest)
 
     monkeypatch.setattr(pruner, "prune_layer", watched)
     given = SETTINGS | {"samples": 10, "training_samples": SAMPLES}
