@@ -68,9 +68,9 @@ def test_mamba_time_step(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     drawn: list[Tensor] = []
     prune, load_windows = pruner.prune_layer, pipeline.calibration.load_windows
 
-    def recording(name: str, weight: Tensor, statistics: LayerStatistics, recipe: Any) -> Any:
+    def recording(name: str, weight: Tensor, statistics: LayerStatistics, *rest: Any) -> Any:
         seen[name] = statistics
-        return prune(name, weight, statistics, recipe)
+        return prune(name, weight, statistics, *rest)
 
     def windows(*args: Any, **kwargs: Any) -> Tensor:
         drawn.append(load_windows(*args, **kwargs))
