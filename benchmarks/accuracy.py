@@ -106,6 +106,7 @@ def _measure(model: str, name: str | None, seed: int) -> dict[str, Any]:
     from compress.calibration import evaluation_windows, load_windows
     from compress.pipeline import compress_model
     from compress.sources import load_tokenizer
+    from serve import attention
     from serve.loading import load_model
     from serve.measure.environment import peak_memory
     from serve.measure.perplexity import perplexity
@@ -125,6 +126,7 @@ def _measure(model: str, name: str | None, seed: int) -> dict[str, Any]:
                     model,
                     directory / "out",
                     **{**fields, "seed": seed},
+                    attention=attention.name(),
                     progress=lambda done, total, text: print(
                         f"{time.perf_counter() - started:.0f}s {text}", file=sys.stderr, flush=True
                     ),

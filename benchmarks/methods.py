@@ -124,6 +124,7 @@ def run_cell(cell: Cell, model: Path, work: Path, protocol: Protocol, threads: i
 def child(request: dict[str, Any]) -> dict[str, Any]:
     """What the process of a cell does."""
     from compress import compress_model
+    from serve import attention
     from serve.measure.environment import environment, peak_memory
     from serve.measure.evaluation import evaluate
 
@@ -151,6 +152,7 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
         pattern=cell.pattern,
         sparsity=cell.sparsity,
         permutation=cell.permutation,
+        attention=attention.name(),
         **options,
         **settings,
     )

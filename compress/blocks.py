@@ -57,9 +57,21 @@ class BlockModel:
         dtype: of weights and activations.
         device: where blocks are run.
         add_bias: give linears a bias of zeros where the configuration has a switch for it.
+        attention: a name in transformers' registry of attentions, taken where the model would take torch's own.
+
+    Raises:
+        SourceError: the model cannot be built, or lacks parameters, or a switch for biases that were asked for.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device, *, add_bias: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        add_bias: bool = False,
+        attention: str = "sdpa",
+    ) -> None:
         self.source = source
         self.dtype = dtype
         self.device = device
@@ -79,6 +91,9 @@ class BlockModel:
                 )
             self.added = set(added)
             self.model = skeleton(self.config, dtype)
+        self.attention = attention
+        if attention != "sdpa" and self.model.config._attn_implementation == "sdpa":
+            self.model.set_attn_implementation(attention)
         self.block_list_name, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self._keys = self._match_keys()

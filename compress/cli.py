@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -34,6 +35,7 @@ def compress(
     device: str,
     gradients: Path | None,
     as_json: bool,
+    attention: Callable[[], str],
     **fields: Any,
 ) -> None:
     """Prune a model block by block, repair it, and write a verified checkpoint."""
@@ -61,6 +63,7 @@ def compress(
             resume=resume,
             checkpoint_seconds=checkpoint_seconds,
             device=device,
+            attention=attention(),
             gradients=gradients,
             progress=progress,
         )
@@ -247,9 +250,18 @@ def unpack(
     )
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands of this module to an application."""
-    app.command("compress")(_with_recipe_flags(compress))
+def register(app: typer.Typer, attention: Callable[[], str] = lambda: "sdpa") -> None:
+    """Adds the commands of this module to an application.
+
+    Args:
+        attention: names what blocks attend with, see `compress.pipeline.compress_model`; called when a run begins.
+    """
+
+    def run(**arguments: Any) -> None:
+        compress(**arguments, attention=attention)
+
+    run.__doc__ = compress.__doc__
+    app.command("compress")(_with_recipe_flags(run))
     for command in (methods, verify, pack, unpack):
         app.command(command.__name__)(command)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import psutil
@@ -149,7 +150,9 @@ class _Course:
         self._windows = windows
         self._pruned = pruned
         self._precision = precision(model.dtype, model.device)
-        build = auto_class(model.config).from_pretrained
+        build = partial(
+            auto_class(model.config).from_pretrained, attn_implementation=model.model.config._attn_implementation
+        )
         directory = model.source.directory
         self._dense = build(directory, dtype=model.dtype).to(model.device).eval().requires_grad_(False)
         self._sparse = build(directory, config=model.config, dtype=torch.float32).to(model.device).eval()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
 
 from compress import artefact, calibration, memory, packed, vision
 from compress.activations import spilled
@@ -33,6 +34,7 @@ from compress.errors import (
     OutputError,
     RecipeError,
     SourceError,
+    UsageError,
     did_you_mean,
 )
 from compress.files import TensorFiles
@@ -70,6 +72,7 @@ def compress_model(
     resume: bool = False,
     checkpoint_seconds: float = 60.0,
     device: str = "auto",
+    attention: str = "sdpa",
     gradients: str | Path | None = None,
     progress: Progress | None = None,
     **fields: Any,
@@ -85,6 +88,8 @@ def compress_model(
             of a run that was never interrupted.
         checkpoint_seconds: how often the activations are saved, for a later resume.
         device: where blocks are run: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``.
+        attention: what blocks attend with in passes without gradients, by its name in transformers' registry;
+            ``serve.attention`` puts a faster one there for processors.
         gradients: a directory that keeps the gradients of the dense model for other runs with the same model and
             calibration, for metrics that need them; they are gathered into it where it is not there. Left out: they
             go with the work directory.
@@ -96,6 +101,10 @@ def compress_model(
     if recipe is not None and fields:
         raise RecipeError(f"give either a recipe or its fields, not both (got {', '.join(fields)})")
     recipe = recipe or Recipe.create(**fields)
+    if attention not in AttentionInterface():
+        raise UsageError(
+            f"attention={attention!r} is not in transformers' registry{did_you_mean(attention, AttentionInterface())}."
+        )
     run = _Run(
         str(model),
         Path(out),
@@ -103,6 +112,7 @@ def compress_model(
         resume,
         checkpoint_seconds,
         choose_device(device)[0],
+        attention,
         Path(gradients) if gradients is not None else None,
         progress or (lambda *_: None),
     )
@@ -122,12 +132,14 @@ class _Run:
         resume: bool,
         interval: float,
         device: torch.device,
+        attention: str,
         gradients: Path | None,
         progress: Progress,
     ) -> None:
         self.model_name = model
         self.recipe = recipe
         self.device = device
+        self.attention = attention
         self.gradients = gradients
         self.progress = progress
         if not resume and not Path(model).expanduser().exists() and model.startswith((".", "/", "~")):
@@ -146,7 +158,9 @@ class _Run:
         try:
             self.source = Source(resolve(self.model_name, self.journal.directory / "source"))
             check_files(self.source.tensors.files)  # those that carry a digest
-            self.model = BlockModel(self.source, self._dtype(), self.device, add_bias=self.recipe.add_bias)
+            self.model = BlockModel(
+                self.source, self._dtype(), self.device, add_bias=self.recipe.add_bias, attention=self.attention
+            )
             self.samples = self._samples()
             self.decisions = self._decide()
             self.store = self._gradient_store()
@@ -256,6 +270,7 @@ class _Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "calibration": self.samples.digest,
             "device": self.device.type,
+            "attention": self.attention,
             "versions": versions(),
         }
 

@@ -43,7 +43,14 @@ def _main(
     pass
 
 
-compress.cli.register(app)
+def _attention() -> str:
+    """What `halve compress` attends with here."""
+    from serve import attention  # torch takes seconds to import
+
+    return attention.name()
+
+
+compress.cli.register(app, _attention)
 
 
 @app.command("eval")

@@ -8,12 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from serve.kernels.cpu import attention as cpu_attention
 from serve.kernels.cpu import backend as cpu
 from serve.kernels.cuda import backend as cuda
 
 _library = torch.library.Library("halve", "DEF")
 _library.define("sparse24_linear(Tensor x, Tensor prepared, Tensor? bias, int n) -> Tensor")
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("attention(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor")
 
 
 def _sparse24_linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
@@ -36,14 +38,23 @@ def _dense_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
 _library.impl("sparse24_linear", _sparse24_linear, "CPU")
 _library.impl("sparse24_linear", _sparse24_linear_cuda, "CUDA")
 _library.impl("dense_linear", _dense_linear, "CPU")
+_library.impl("attention", cpu_attention.attention, "CPU")
 torch.library.register_fake("halve::sparse24_linear", _sparse24_shape)
 torch.library.register_fake("halve::dense_linear", _dense_shape)
+torch.library.register_fake("halve::attention", _attention_shape)
 
 sparse24_linear = torch.ops.halve.sparse24_linear.default
 """(x [..., K], prepared weight [bytes] uint8, bias [N] or None, N) -> [..., N]"""
 
 dense_linear = torch.ops.halve.dense_linear.default
 """(x [..., K], weight [N, K], bias [N] or None) -> [..., N]; for few rows"""
+
+attention = torch.ops.halve.attention.default
+"""(q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E], scale, causal) -> [B, Q, H, E]"""

@@ -19,7 +19,7 @@ import signal
 import torch
 from torch import Tensor
 
-from serve.kernels.cpu import backend, library
+from serve.kernels.cpu import attention, backend, library
 from tests.serve.cpu_reference import DTYPES, normal, random_weight
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -72,7 +72,7 @@ def guarded(tensor: Tensor, at_end: bool) -> Guarded:
 
 def check(dtype: torch.dtype, m: int, n: int, k: int, few_rows: int, at_end: bool, fault: str | None = None) -> None:
     """Prepare, restore, expand and linear."""
-    lib, which, code = backend._library(), backend._path_number(), backend._CODES[dtype]
+    lib, which, code = backend.functions(), backend._path_number(), backend._CODES[dtype]
     packed, x, bias = random_weight(n, k, dtype), normal(m, k, dtype=dtype), normal(n, dtype=dtype)
     wanted_stream = backend.prepare(packed)
     wanted = backend.linear(x, wanted_stream, bias, n, few_rows)
@@ -117,7 +117,7 @@ def check(dtype: torch.dtype, m: int, n: int, k: int, few_rows: int, at_end: boo
 
 
 def check_dense(dtype: torch.dtype, m: int, n: int, k: int, at_end: bool, fault: str | None = None) -> None:
-    lib, which, code = backend._library(), backend._path_number(), backend._CODES[dtype]
+    lib, which, code = backend.functions(), backend._path_number(), backend._CODES[dtype]
     weight, x, bias = normal(n, k, dtype=dtype), normal(m, k, dtype=dtype, seed=1), normal(n, dtype=dtype)
     wanted = backend.dense_linear(x, weight, bias)
     matrix, inputs, added = guarded(weight, at_end), guarded(x, at_end), guarded(bias, at_end)
@@ -133,6 +133,26 @@ def check_dense(dtype: torch.dtype, m: int, n: int, k: int, at_end: bool, fault:
     )
     assert refusal == 0
     assert y.bytes() == wanted.view(torch.uint8).numpy().tobytes(), (dtype, m, n, k, at_end)
+
+
+def check_attention(queries: int, keys: int, depth: int, value_depth: int, causal: bool, at_end: bool) -> None:
+    lib, which = attention.functions(), backend._path_number()
+    q, k = normal(1, 2, queries, depth, dtype=torch.bfloat16), normal(1, 1, keys, depth, dtype=torch.bfloat16, seed=1)
+    v = normal(1, 1, keys, value_depth, dtype=torch.bfloat16, seed=2)
+    wanted = attention.attention(q, k, v, 0.2, causal)
+    shape = (ctypes.c_int64 * 7)(1, 2, 1, queries, keys, depth, value_depth)
+    strides = (ctypes.c_int64 * 12)(
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *wanted.transpose(1, 2).stride()[:3]
+    )
+    inputs = [guarded(tensor, at_end) for tensor in (q, k, v)]
+    out = Guarded(wanted.nbytes, at_end=at_end)
+    scratch = Guarded(lib.halve_attention_scratch_bytes(which, shape), at_end=at_end)
+    refusal = lib.halve_attention(
+        *(which, shape, *(tensor.address for tensor in inputs), out.address, strides),
+        *(0.2, int(causal), scratch.address, 1),
+    )
+    assert refusal == 0
+    assert out.bytes() == wanted.contiguous().view(torch.uint8).numpy().tobytes(), (queries, keys, depth, at_end)
 
 
 def check_fault(fault: str, few_rows: int) -> None:
@@ -173,6 +193,10 @@ def main() -> None:
                         for k in (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 64, 65):
                             for m, n in ((1, 1), (1, 9), (3, 17), (5, 23)):
                                 check_dense(dtype, m, n, k, at_end)
+                if attention.available():
+                    for queries, keys in ((1, 1), (7, 15), (24, 64), (25, 65), (30, 257), (100, 100)):
+                        for depth, value_depth in ((16, 16), (80, 48), (64, 256)):
+                            check_attention(queries, keys, depth, value_depth, queries == keys, at_end)
             print(path)
 
 

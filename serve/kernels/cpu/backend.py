@@ -99,7 +99,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def few_rows(dtype: torch.dtype) -> int:
     """Up to how many rows of x the weight is streamed past sums that stay in registers."""
-    return _library().halve_sparse24_few_rows(_path_number(), _CODES[dtype])
+    return functions().halve_sparse24_few_rows(_path_number(), _CODES[dtype])
 
 
 def reason(dtype: torch.dtype, rows: int) -> str:
@@ -136,7 +136,7 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     n, k = weight.shape
     values, mask = weight.values.contiguous(), weight.mask.contiguous()
     code = _CODES[values.dtype]
-    lib = _library()
+    lib = functions()
     stream = torch.empty(lib.halve_sparse24_stream_bytes(code, n, k), dtype=torch.uint8)
     bad = lib.halve_sparse24_prepare(
         code, values.data_ptr(), mask.data_ptr(), n, k, stream.data_ptr(), torch.get_num_threads()
@@ -155,7 +155,7 @@ def gather_into_huge_pages(tensor: Tensor) -> None:
 
     Memory is read several per cent faster then. Prepared weights are made in such pages from the start.
     """
-    _library().halve_cpu_gather_into_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    functions().halve_cpu_gather_into_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def restore(stream: Tensor) -> PackedWeight:
@@ -168,7 +168,7 @@ def restore(stream: Tensor) -> PackedWeight:
     values = torch.empty(n, k // 2, dtype=dtype)
     mask = torch.empty(n, k // 8, dtype=torch.uint8)
     _check(
-        _library().halve_sparse24_restore(
+        functions().halve_sparse24_restore(
             stream.data_ptr(), stream.numel(), values.data_ptr(), mask.data_ptr(), torch.get_num_threads()
         )
     )
@@ -184,7 +184,7 @@ def describe(stream: Tensor) -> tuple[torch.dtype, int, int]:
     if not _is_bytes(stream):
         raise ValueError(f"a prepared weight is bytes in a row on the CPU, this is {_described(stream)}")
     shape = (ctypes.c_int64 * 3)()
-    _check(_library().halve_sparse24_describe(stream.data_ptr(), stream.numel(), shape))
+    _check(functions().halve_sparse24_describe(stream.data_ptr(), stream.numel(), shape))
     return _DTYPES[shape[0]], shape[1], shape[2]
 
 
@@ -200,7 +200,7 @@ def expand(stream: Tensor, first_row: int, rows: int, out: Tensor) -> None:
     if not (out.is_cpu and out.is_contiguous() and out.dtype is dtype and out.shape == (rows, k)):
         raise ValueError(f"{dtype} [{rows}, {k}] in a row on the CPU is needed for the rows, this is {_described(out)}")
     _check(
-        _library().halve_sparse24_expand(
+        functions().halve_sparse24_expand(
             stream.data_ptr(), stream.numel(), first_row, rows, out.data_ptr(), torch.get_num_threads()
         )
     )
@@ -288,7 +288,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = _fitting(bias, x, n)
     m = x.numel() // k
     y = x.new_empty((*shape[:-1], n))
-    refusal = _library().halve_dense_linear(
+    refusal = functions().halve_dense_linear(
         *(_path_number(), code, weight.data_ptr(), n, k, weight.stride(0), x.data_ptr(), m, k),
         *(None if bias is None else bias.data_ptr(), y.data_ptr(), n, torch.get_num_threads()),
     )
@@ -327,7 +327,7 @@ def _is_bytes(stream: Tensor) -> bool:
 @cache
 def _linear() -> tuple[Any, Callable[..., int], int]:
     """What a multiplication needs every time, looked up once."""
-    lib = _library()
+    lib = functions()
     return lib.halve_sparse24_linear, lru_cache(maxsize=4096)(lib.halve_sparse24_scratch_bytes), _path_number()
 
 
@@ -344,7 +344,7 @@ def _path_number() -> int:
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def functions() -> ctypes.CDLL:
     """The library with the types of its functions, running on torch's threads."""
     lib = library.load()
     assert lib is not None, "asked only where `why_not` gives no reason"

@@ -1,5 +1,6 @@
 // What Python calls, by ctypes. Sizes are checked by the caller against the header of the stream; functions return 0,
 // or a negative number for a call that makes no sense.
+#include "attention.h"
 #include "halve_cpu.h"
 #include "kernels.h"
 #include "threads.h"
@@ -63,7 +64,7 @@ void run_pass(void* context, int64_t first, int64_t last) {
 
 // Sizes come from the stream itself, and are compared with what the caller takes them for: nothing is read or written
 // out of bounds, whatever bytes are handed over.
-enum Refusal : int { kNoPath = -1, kNoStream = -2, kOtherShape = -3, kMisaligned = -4, kNoDense = -5 };
+enum Refusal : int { kNoPath = -1, kNoStream = -2, kOtherShape = -3, kMisaligned = -4, kNoDense = -5, kNoAttention = -6 };
 
 constexpr int64_t kMost = int64_t{1} << 30;  // rows, and columns: their bytes then fit 64 bits, whatever a header says
 
@@ -92,6 +93,38 @@ void run_dense(void* context, int64_t first, int64_t last) {
   const DensePass& pass = *static_cast<const DensePass*>(context);
   const int64_t end = last * kDenseUnit < pass.call->n ? last * kDenseUnit : pass.call->n;
   pass.run(*pass.call, first * kDenseUnit, end);
+}
+
+const AttentionKernel* attention_of([[maybe_unused]] int path) {
+#if defined(__x86_64__)
+  if (path == kAvx512Bf16 && can_run(path)) return &kAvx512Bf16Attention;
+#endif
+  return nullptr;
+}
+
+struct AttentionPass {
+  const AttentionCall* call;
+  void (*run)(const AttentionCall&, int64_t, int64_t);
+};
+
+void run_attention(void* context, int64_t first, int64_t last) {
+  const AttentionPass& pass = *static_cast<const AttentionPass*>(context);
+  pass.run(*pass.call, first, last);
+}
+
+// shape: batch, heads, heads of keys and values, queries, keys, depth, depth of the values.
+bool read_attention(const int64_t* shape, AttentionCall& call) {
+  for (int i = 0; i < 7; ++i) {
+    if (shape[i] < 1 || shape[i] > kMost) return false;
+  }
+  call.batch = shape[0], call.heads = shape[1], call.kv_heads = shape[2];
+  call.queries = shape[3], call.keys = shape[4], call.depth = shape[5], call.value_depth = shape[6];
+  return call.heads % call.kv_heads == 0 && call.depth % 16 == 0 && call.depth <= kMostDepth &&
+         call.value_depth % 16 == 0 && call.value_depth <= kMostDepth;
+}
+
+Strided strided(const void* data, const int64_t* strides) {
+  return {static_cast<uint16_t*>(const_cast<void*>(data)), strides[0], strides[1], strides[2]};
 }
 
 }  // namespace
@@ -210,4 +243,34 @@ HALVE_EXPORT int halve_dense_linear(int path, int dtype, const void* weight, int
   (void)bias, (void)y, (void)y_stride, (void)threads;
   return kNoDense;
 #endif
+}
+
+// Whether a path has a kernel for attention (of bfloat16).
+HALVE_EXPORT int halve_cpu_has_attention(int path) { return attention_of(path) != nullptr; }
+
+// Bytes of scratch (aligned to a cache line) of an attention; `shape` as in `read_attention`.
+HALVE_EXPORT int64_t halve_attention_scratch_bytes(int path, const int64_t* shape) {
+  const AttentionKernel* kernel = attention_of(path);
+  AttentionCall call{};
+  if (kernel == nullptr) return kNoAttention;
+  if (!read_attention(shape, call)) return kOtherShape;
+  return kernel->scratch_bytes(call);
+}
+
+// out [batch, heads, queries, value depth] = softmax(scale q k^T) v; heads h share the keys and values of kv head
+// h / (heads / kv_heads). strides: of q, k, v and out, for batch, head and position each, in elements.
+HALVE_EXPORT int halve_attention(int path, const int64_t* shape, const void* q, const void* k, const void* v, void* out,
+                                 const int64_t* strides, float scale, int causal, uint8_t* scratch, int threads) {
+  const AttentionKernel* kernel = attention_of(path);
+  AttentionCall call{};
+  if (kernel == nullptr) return kNoAttention;
+  if (!read_attention(shape, call)) return kOtherShape;
+  if (reinterpret_cast<uintptr_t>(scratch) % 64 != 0) return kMisaligned;
+  call.q = strided(q, strides), call.k = strided(k, strides + 3), call.v = strided(v, strides + 6);
+  call.out = strided(out, strides + 9);
+  call.scale = scale, call.causal = causal != 0, call.scratch = scratch;
+  AttentionPass arrange{&call, kernel->arrange}, run{&call, kernel->run};
+  parallel(threads, kernel->arrange_units(call), run_attention, &arrange);
+  parallel(threads, kernel->units(call), run_attention, &run);
+  return 0;
 }

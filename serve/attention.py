@@ -1,0 +1,87 @@
+"""halve's attention for transformers' models: the CPU kernel where it can compute a call, torch's own everywhere else.
+
+Importing this module registers it in transformers under `NAME`; a model takes it by ``set_attn_implementation(NAME)``.
+Models with an attention of their own making (soft caps, sinks, position biases) do not ask the registry, or are left to
+torch by the conditions below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from serve.kernels import ops
+from serve.kernels.cpu import attention as cpu
+
+NAME = "halve"
+"""In transformers' registry of attentions."""
+
+FEWEST_QUERIES = 16
+"""Fewer do not pay for the arrangement of the keys."""
+
+_IGNORED = frozenset({"position_ids", "use_cache", "cache_position", "sliding_window"})
+"""Arguments that torch's attention in transformers ignores, too (a window is in the mask). Any other one is left to it."""
+
+
+def forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, Q, D], key and value [B, G, K, D] -> [B, Q, H, D], as transformers calls it."""
+    queries, keys = query.shape[2], key.shape[2]
+    plain = (
+        not torch.compiler.is_compiling()
+        and attention_mask is None
+        and not dropout
+        and all(_absent(name, kwargs[name]) for name in kwargs)
+    )
+    if plain and queries >= FEWEST_QUERIES and not _wants_gradient(query, key, value):
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if causal and keys > queries:  # an empty static cache: what follows the prompt is not there yet
+            key, value = key[:, :, :queries], value[:, :, :queries]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if scale > 0 and cpu.why_not(query, key, value) is None:
+            return ops.attention(query, key, value, scale, bool(causal)), None
+    return sdpa_attention_forward(
+        *(module, query, key, value, attention_mask),
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
+    )
+
+
+def use(model: PreTrainedModel) -> None:
+    """Lets a model take it, where the model would take torch's and the processor has a kernel."""
+    if cpu.available() and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+
+
+def name() -> str:
+    """What to ask transformers for here."""
+    return NAME if cpu.available() else "sdpa"
+
+
+def _absent(name: str, value: Any) -> bool:
+    """Whether an argument that is not known here asks for nothing."""
+    return name in _IGNORED or value is None or value is False
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+AttentionInterface.register(NAME, forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

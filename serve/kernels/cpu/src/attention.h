@@ -1,0 +1,41 @@
+// Softmax attention of bfloat16, in one pass over the keys: softmax(scale q k^T) v, with float32 sums.
+#pragma once
+
+#include "halve_cpu.h"
+
+namespace halve {
+
+// Where one of the tensors lies, [batch, heads, positions, depth]; strides in elements, along the depth it is 1.
+struct Strided {
+  uint16_t* data;
+  int64_t batch, head, position;
+
+  uint16_t* at(int64_t b, int64_t h, int64_t p) const { return data + b * batch + h * head + p * position; }
+};
+
+struct AttentionCall {
+  Strided q, k, v, out;
+  int64_t batch, heads, kv_heads, queries, keys;
+  int64_t depth;        // of q and k; a multiple of 16
+  int64_t value_depth;  // of v and out; a multiple of 16, at most kMostDepth
+  float scale;
+  bool causal;  // query i sees keys 0 to i
+  uint8_t* scratch;
+};
+
+constexpr int64_t kMostDepth = 256;
+
+// Work in units that are independent of each other and of the number of threads. Keys and values are first arranged in the
+// scratch as the products read them.
+struct AttentionKernel {
+  int64_t (*scratch_bytes)(const AttentionCall&);
+  int64_t (*arrange_units)(const AttentionCall&);
+  void (*arrange)(const AttentionCall&, int64_t first, int64_t last);
+  int64_t (*units)(const AttentionCall&);
+  void (*run)(const AttentionCall&, int64_t first, int64_t last);
+};
+#if defined(__x86_64__)
+extern const AttentionKernel kAvx512Bf16Attention;
+#endif
+
+}  // namespace halve
