@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import AttentionInterface
 
 from compress.architecture import (
     LinearModule,
@@ -28,7 +29,7 @@ from compress.architecture import (
     skeleton,
     switch_biases_on,
 )
-from compress.errors import SourceError, one_line
+from compress.errors import SourceError, UsageError, did_you_mean, one_line
 from compress.sources import Source
 
 _COMPARED = 8
@@ -61,6 +62,7 @@ class BlockModel:
 
     Raises:
         SourceError: the model cannot be built, or lacks parameters, or a switch for biases that were asked for.
+        UsageError: no attention has that name.
     """
 
     def __init__(
@@ -92,6 +94,10 @@ class BlockModel:
             self.added = set(added)
             self.model = skeleton(self.config, dtype)
         self.attention = attention
+        if attention not in (known := {"eager", *AttentionInterface()}):
+            raise UsageError(
+                f"attention={attention!r} is not in transformers' registry{did_you_mean(attention, known)}"
+            )
         if attention != "sdpa" and self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation(attention)
         self.block_list_name, blocks = find_blocks(self.model)

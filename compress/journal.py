@@ -120,6 +120,10 @@ class Journal:
                 "Repeat the call as it was, or remove that directory and start again"
             )
 
+    def begun_with(self, name: str) -> Any:
+        """A field of the identity of the run that is resumed; None for a new run."""
+        return self._manifest.get("identity", {}).get(name)
+
     def abandon_if_new(self) -> None:
         """Removes the work directory of a run that failed before it did anything worth keeping; never a resumed one's."""
         if not self._resumed and not self._manifest.get("blocks"):

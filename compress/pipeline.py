@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 from compress import artefact, calibration, memory, packed, vision
 from compress.activations import spilled
@@ -34,7 +33,6 @@ from compress.errors import (
     OutputError,
     RecipeError,
     SourceError,
-    UsageError,
     did_you_mean,
 )
 from compress.files import TensorFiles
@@ -89,7 +87,7 @@ def compress_model(
         checkpoint_seconds: how often the activations are saved, for a later resume.
         device: where blocks are run: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``.
         attention: what blocks attend with in passes without gradients, by its name in transformers' registry;
-            ``serve.attention`` puts a faster one there for processors.
+            ``serve.attention`` puts a faster one there for processors. A resumed run keeps to what it began with.
         gradients: a directory that keeps the gradients of the dense model for other runs with the same model and
             calibration, for metrics that need them; they are gathered into it where it is not there. Left out: they
             go with the work directory.
@@ -101,10 +99,6 @@ def compress_model(
     if recipe is not None and fields:
         raise RecipeError(f"give either a recipe or its fields, not both (got {', '.join(fields)})")
     recipe = recipe or Recipe.create(**fields)
-    if attention not in AttentionInterface():
-        raise UsageError(
-            f"attention={attention!r} is not in transformers' registry{did_you_mean(attention, AttentionInterface())}."
-        )
     run = _Run(
         str(model),
         Path(out),
@@ -139,12 +133,12 @@ class _Run:
         self.model_name = model
         self.recipe = recipe
         self.device = device
-        self.attention = attention
         self.gradients = gradients
         self.progress = progress
         if not resume and not Path(model).expanduser().exists() and model.startswith((".", "/", "~")):
             resolve(model, Path())  # raises before a work directory is made
         self.journal = Journal(out, resume=resume, interval=interval)
+        self.attention = self.journal.begun_with("attention") or attention  # a resumed run gives the same bits
         self.final = self.journal.directory / "final"
         self.store: GradientStore | None = None
 

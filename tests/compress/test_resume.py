@@ -228,6 +228,15 @@ def test_interrupted_run_is_in_the_way(tmp_path: Path, halve: Halve) -> None:
     assert halve(*flags(source, tmp_path / "out"), "--resume").code == 0
 
 
+def test_attention_of_the_interrupted_run(tmp_path: Path) -> None:
+    """It is taken again, whatever a resumed run is called with: another one gives other bits."""
+    source = tiny_models.build("llama", tmp_path / "source", layers=2)
+    compress(source, tmp_path / "whole", attention="eager")
+    interrupted(source, tmp_path / "out", blocks=1, attention="eager")
+    compress(source, tmp_path / "out", resume=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_two_runs_at_a_time(tmp_path: Path) -> None:
     source = tiny_models.build("llama", tmp_path / "source", layers=2)
     out = tmp_path / "out"
