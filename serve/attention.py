@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from serve.kernels import ops
 from serve.kernels.cpu import attention as cpu
+from serve.kernels.cpu.attention import DifferentiableAttention
 
 NAME = "halve"
 """In transformers' registry of attentions."""
@@ -47,13 +48,15 @@ def forward(
         and not dropout
         and all(_absent(name, kwargs[name]) for name in kwargs)
     )
-    if plain and queries >= FEWEST_QUERIES and not _wants_gradient(query, key, value):
+    if plain and queries >= FEWEST_QUERIES:
+        query, key, value = (_as_autocast(each) for each in (query, key, value))
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if causal and keys > queries:  # an empty static cache: what follows the prompt is not there yet
             key, value = key[:, :, :queries], value[:, :, :queries]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if scale > 0 and cpu.why_not(query, key, value) is None:
-            return ops.attention(query, key, value, scale, bool(causal)), None
+            attend = DifferentiableAttention.apply if _wants_gradient(query, key, value) else ops.attention
+            return attend(query, key, value, scale, bool(causal)), None
     return sdpa_attention_forward(
         *(module, query, key, value, attention_mask),
         dropout=dropout,
@@ -77,6 +80,12 @@ def name() -> str:
 def _absent(name: str, value: Any) -> bool:
     """Whether an argument that is not known here asks for nothing."""
     return name in _IGNORED or value is None or value is False
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """In the dtype that torch's attention would take it in."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 def _wants_gradient(*tensors: Tensor) -> bool:

@@ -136,23 +136,39 @@ def check_dense(dtype: torch.dtype, m: int, n: int, k: int, at_end: bool, fault:
 
 
 def check_attention(queries: int, keys: int, depth: int, value_depth: int, causal: bool, at_end: bool) -> None:
+    """The forward and the backward pass."""
     lib, which = attention.functions(), backend._path_number()
-    q, k = normal(1, 2, queries, depth, dtype=torch.bfloat16), normal(1, 1, keys, depth, dtype=torch.bfloat16, seed=1)
-    v = normal(1, 1, keys, value_depth, dtype=torch.bfloat16, seed=2)
-    wanted = attention.attention(q, k, v, 0.2, causal)
-    shape = (ctypes.c_int64 * 7)(1, 2, 1, queries, keys, depth, value_depth)
-    strides = (ctypes.c_int64 * 12)(
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *wanted.transpose(1, 2).stride()[:3]
-    )
-    inputs = [guarded(tensor, at_end) for tensor in (q, k, v)]
-    out = Guarded(wanted.nbytes, at_end=at_end)
+    sizes = ((2, queries, depth), (1, keys, depth), (1, keys, value_depth))
+    q, k, v = (normal(1, *size, dtype=torch.bfloat16, seed=i).requires_grad_() for i, size in enumerate(sizes))
+    wanted = attention.DifferentiableAttention.apply(q, k, v, 0.2, causal)
+    slope = normal(*wanted.shape, dtype=torch.bfloat16, seed=3)
+    wanted.backward(slope)
+    shape = attention._shape(q, k, v)
+    inputs = [guarded(tensor.detach(), at_end) for tensor in (q, k, v)]
+    out, given = Guarded(wanted.nbytes, at_end=at_end), guarded(slope, at_end)
+    exponents = Guarded(4 * 2 * queries, at_end=at_end)
     scratch = Guarded(lib.halve_attention_scratch_bytes(which, shape), at_end=at_end)
+    strides = attention._strides(q, k, v, wanted.transpose(1, 2))
     refusal = lib.halve_attention(
         *(which, shape, *(tensor.address for tensor in inputs), out.address, strides),
-        *(0.2, int(causal), scratch.address, 1),
+        *(0.2, int(causal), exponents.address, scratch.address, 1),
     )
     assert refusal == 0
-    assert out.bytes() == wanted.contiguous().view(torch.uint8).numpy().tobytes(), (queries, keys, depth, at_end)
+    assert out.bytes() == wanted.detach().view(torch.uint8).numpy().tobytes(), (queries, keys, depth, at_end)
+    # (gradients are laid out with heads side by side at each position)
+    rights = [each.grad.transpose(1, 2).contiguous() for each in (q, k, v) if each.grad is not None]
+    found = [Guarded(right.nbytes, at_end=at_end) for right in rights]
+    buffers = [*inputs, out, given, *found]
+    addresses = (ctypes.c_void_p * len(buffers))(*(buffer.address for buffer in buffers))
+    by_position = [tensor.transpose(1, 2) for tensor in (wanted, slope, *rights)]
+    scratch = Guarded(lib.halve_attention_backward_scratch_bytes(which, shape), at_end=at_end)
+    refusal = lib.halve_attention_backward(
+        *(which, shape, addresses, attention._strides(q, k, v, *by_position), 0.2, int(causal)),
+        *(exponents.address, scratch.address, 1),
+    )
+    assert refusal == 0
+    for buffer, right in zip(found, rights, strict=True):
+        assert buffer.bytes() == right.view(torch.uint8).numpy().tobytes(), (queries, keys, depth, value_depth, at_end)
 
 
 def check_fault(fault: str, few_rows: int) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from compress import compress_model
 from compress.errors import UsageError
@@ -149,6 +150,77 @@ def test_the_bound_finds_faults() -> None:
         assert ((y - middle).abs() > bound).any()
 
 
+class TestGradients:
+    """Against float64, where autograd goes through the formula; and against torch's own kernel, by the size of the error."""
+
+    def gradients(self, attend: Any, *tensors: Tensor) -> list[Tensor]:
+        leaves = [tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_() for tensor in tensors]
+        y = attend(*leaves)
+        slope = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).bfloat16()
+        y.backward(slope.to(y.dtype))
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> None:
+        found = self.gradients(lambda *each: kernel.DifferentiableAttention.apply(*each, scale, causal), q, k, v)
+        wanted = self.gradients(lambda *each: exact(*each, scale, causal)[0], q.double(), k.double(), v.double())
+        names = ("q", "k", "v")
+        for name, gradient, right, tensor in zip(names, found, wanted, (q, k, v), strict=True):
+            assert (gradient.shape, gradient.dtype) == (tensor.shape, torch.bfloat16)
+            # P, dS and the gradients are rounded to bfloat16, each by 2^-8 at most, and independently.
+            error = (gradient.double() - right).norm() / right.norm().clamp_min(1e-30)
+            assert error < 2**-7, f"{name}: {error}"
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize(
+        ("queries", "keys"),
+        [(2, 2), (24, 24), (25, 65), (64, 64), (65, 300), (300, 65), (257, 257), (600, 600), (30, 1100)],
+    )
+    def test_positions(self, queries: int, keys: int, causal: bool) -> None:
+        q, k, v = heads(1, 4, queries, 64, 0), heads(1, 2, keys, 64, 1), heads(1, 2, keys, 64, 2)
+        self.check(q, k, v, 0.125, causal)
+
+    @pytest.mark.parametrize(("depth", "value_depth"), [(16, 16), (80, 112), (128, 64), (256, 256)])
+    @pytest.mark.parametrize("shared", [(1, 1), (9, 3)])
+    def test_depths(self, depth: int, value_depth: int, shared: tuple[int, int]) -> None:
+        count, groups = shared
+        q, k = heads(2, count, 70, depth, 0), heads(2, groups, 70, depth, 1)
+        self.check(q, k, heads(2, groups, 70, value_depth, 2), depth**-0.5, True)
+
+    def test_keys_that_nobody_sees(self) -> None:
+        q, k, v = heads(1, 2, 40, 32, 0), heads(1, 1, 90, 32, 1), heads(1, 1, 90, 32, 2)
+        found = self.gradients(lambda *each: kernel.DifferentiableAttention.apply(*each, 0.2, True), q, k, v)
+        for gradient in found[1:]:
+            assert not gradient[:, :, 40:].any()
+            assert gradient[:, :, :40].any()
+
+    def test_the_same_bits_whatever_the_threads_and_the_layout(self) -> None:
+        q, k, v = heads(2, 4, 130, 32, 0), heads(2, 2, 130, 32, 1), heads(2, 2, 130, 32, 2)
+        before = torch.get_num_threads()
+        seen = []
+        try:
+            for threads, tensors in ((1, (q, k, v)), (3, (q, k, v)), (2, [each.contiguous() for each in (q, k, v)])):
+                torch.set_num_threads(threads)
+                seen.append(
+                    self.gradients(lambda *each: kernel.DifferentiableAttention.apply(*each, 0.2, True), *tensors)
+                )
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(one, first) for each in seen for one, first in zip(each, seen[0], strict=True))
+
+    def test_under_autocast(self) -> None:
+        """float32 from the rotation of the heads is taken as torch's attention takes it; gradients come back in float32."""
+        q, k, v = heads(1, 4, 40, 32, 0).float(), heads(1, 2, 40, 32, 1).float(), heads(1, 2, 40, 32, 2)
+        module: Any = nn.Module()
+        module.num_key_value_groups = 2
+        calls: list[list[Tensor]] = []
+        for function in (attention.forward, sdpa_attention_forward):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                calls.append(self.gradients(lambda *each, f=function: f(module, *each, None, scaling=0.2)[0], q, k, v))
+        for found, wanted in zip(*calls, strict=True):
+            assert found.dtype == wanted.dtype
+            assert (found.double() - wanted.double()).norm() < 0.02 * wanted.double().norm()
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -209,8 +281,6 @@ class TestForward:
 
     def both(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **kwargs: Any) -> bool:
         """Compares it with torch's; whether the kernel ran."""
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         self.module.num_key_value_groups = q.shape[1] // k.shape[1]  # pyright: ignore[reportAttributeAccessIssue]
         before = self.calls
         y, _ = attention.forward(self.module, q, k, v, mask, **kwargs)
@@ -227,6 +297,15 @@ class TestForward:
         longer = heads(1, 2, 60, 32, 1)  # an empty static cache
         assert self.both(q, longer, longer)
 
+    def test_with_and_without_gradients(self) -> None:
+        q, k = heads(1, 4, 40, 32, 0), heads(1, 2, 40, 32, 1)
+        leaf = q.clone().requires_grad_()
+        assert not self.both(leaf, k, k)  # another function of the kernel's, see `TestGradients`
+        y, _ = attention.forward(self.module, leaf, k, k, None)
+        assert "DifferentiableAttention" in str(y.grad_fn)
+        with torch.no_grad():
+            assert self.both(leaf, k, k)
+
     def test_left_to_torch(self) -> None:
         q, k = heads(1, 4, 40, 32, 0), heads(1, 2, 40, 32, 1)
         mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
@@ -236,9 +315,6 @@ class TestForward:
         assert not self.both(q[:, :, :1], k, k)
         assert not self.both(q.float(), k.float(), k.float())
         assert not self.both(q, k, k, position_bias=torch.randn(1, 4, 40, 40, dtype=torch.bfloat16))
-        assert not self.both(q.clone().requires_grad_(), k, k)
-        with torch.no_grad():
-            assert self.both(q.clone().requires_grad_(), k, k)
 
     @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2", "gpt_neox", "phi3"])
     def test_models(self, family: str, tmp_path: Path) -> None:

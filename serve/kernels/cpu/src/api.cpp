@@ -102,6 +102,33 @@ const AttentionKernel* attention_of([[maybe_unused]] int path) {
   return nullptr;
 }
 
+Strided strided(const void* data, const int64_t* strides) {
+  return {static_cast<uint16_t*>(const_cast<void*>(data)), strides[0], strides[1], strides[2]};
+}
+
+void place(AttentionCall& call, const void* q, const void* k, const void* v, const void* out, const int64_t* strides) {
+  call.q = strided(q, strides), call.k = strided(k, strides + 3), call.v = strided(v, strides + 6);
+  call.out = strided(out, strides + 9);
+}
+
+const AttentionBackward* attention_backward_of(int path) {
+#if defined(__x86_64__)
+  if (attention_of(path) != nullptr) return &kAvx512Bf16AttentionBackward;
+#endif
+  (void)path;
+  return nullptr;
+}
+
+struct GradientPass {
+  const AttentionGradients* call;
+  void (*run)(const AttentionGradients&, int64_t, int64_t);
+};
+
+void run_gradients(void* context, int64_t first, int64_t last) {
+  const GradientPass& pass = *static_cast<const GradientPass*>(context);
+  pass.run(*pass.call, first, last);
+}
+
 struct AttentionPass {
   const AttentionCall* call;
   void (*run)(const AttentionCall&, int64_t, int64_t);
@@ -121,10 +148,6 @@ bool read_attention(const int64_t* shape, AttentionCall& call) {
   call.queries = shape[3], call.keys = shape[4], call.depth = shape[5], call.value_depth = shape[6];
   return call.heads % call.kv_heads == 0 && call.depth % 16 == 0 && call.depth <= kMostDepth &&
          call.value_depth % 16 == 0 && call.value_depth <= kMostDepth;
-}
-
-Strided strided(const void* data, const int64_t* strides) {
-  return {static_cast<uint16_t*>(const_cast<void*>(data)), strides[0], strides[1], strides[2]};
 }
 
 }  // namespace
@@ -258,19 +281,51 @@ HALVE_EXPORT int64_t halve_attention_scratch_bytes(int path, const int64_t* shap
 }
 
 // out [batch, heads, queries, value depth] = softmax(scale q k^T) v; heads h share the keys and values of kv head
-// h / (heads / kv_heads). strides: of q, k, v and out, for batch, head and position each, in elements.
+// h / (heads / kv_heads). strides: of q, k, v and out, for batch, head and position each, in elements. exponents: float
+// [batch, heads, queries] for the backward pass, or null.
 HALVE_EXPORT int halve_attention(int path, const int64_t* shape, const void* q, const void* k, const void* v, void* out,
-                                 const int64_t* strides, float scale, int causal, uint8_t* scratch, int threads) {
+                                 const int64_t* strides, float scale, int causal, float* exponents, uint8_t* scratch,
+                                 int threads) {
   const AttentionKernel* kernel = attention_of(path);
   AttentionCall call{};
   if (kernel == nullptr) return kNoAttention;
   if (!read_attention(shape, call)) return kOtherShape;
   if (reinterpret_cast<uintptr_t>(scratch) % 64 != 0) return kMisaligned;
-  call.q = strided(q, strides), call.k = strided(k, strides + 3), call.v = strided(v, strides + 6);
-  call.out = strided(out, strides + 9);
-  call.scale = scale, call.causal = causal != 0, call.scratch = scratch;
+  place(call, q, k, v, out, strides);
+  call.scale = scale, call.causal = causal != 0, call.exponents = exponents, call.scratch = scratch;
   AttentionPass arrange{&call, kernel->arrange}, run{&call, kernel->run};
   parallel(threads, kernel->arrange_units(call), run_attention, &arrange);
   parallel(threads, kernel->units(call), run_attention, &run);
+  return 0;
+}
+
+HALVE_EXPORT int64_t halve_attention_backward_scratch_bytes(int path, const int64_t* shape) {
+  const AttentionBackward* kernel = attention_backward_of(path);
+  AttentionCall call{};
+  if (kernel == nullptr) return kNoAttention;
+  if (!read_attention(shape, call)) return kOtherShape;
+  return kernel->scratch_bytes(call);
+}
+
+// The gradients of q, k and v from that of out. `tensors`: q, k, v, out, those of out, q, k and v; `strides`: of all of
+// these, three each; `exponents`: what the forward pass gave.
+HALVE_EXPORT int halve_attention_backward(int path, const int64_t* shape, const void* const* tensors,
+                                          const int64_t* strides, float scale, int causal, const float* exponents,
+                                          uint8_t* scratch, int threads) {
+  const AttentionBackward* kernel = attention_backward_of(path);
+  AttentionGradients call{};
+  if (kernel == nullptr) return kNoAttention;
+  if (!read_attention(shape, call.forward)) return kOtherShape;
+  if (reinterpret_cast<uintptr_t>(scratch) % 64 != 0) return kMisaligned;
+  place(call.forward, tensors[0], tensors[1], tensors[2], tensors[3], strides);
+  call.forward.scale = scale, call.forward.causal = causal != 0;
+  call.forward.exponents = const_cast<float*>(exponents);
+  call.d_out = strided(tensors[4], strides + 12), call.d_q = strided(tensors[5], strides + 15);
+  call.d_k = strided(tensors[6], strides + 18), call.d_v = strided(tensors[7], strides + 21);
+  call.scratch = scratch;
+  GradientPass arrange{&call, kernel->arrange}, query{&call, kernel->query_run}, key{&call, kernel->key_run};
+  parallel(threads, kernel->arrange_units(call), run_gradients, &arrange);
+  parallel(threads, kernel->query_units(call), run_gradients, &query);
+  parallel(threads, kernel->key_units(call), run_gradients, &key);
   return 0;
 }

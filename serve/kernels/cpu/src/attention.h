@@ -20,6 +20,7 @@ struct AttentionCall {
   int64_t value_depth;  // of v and out; a multiple of 16, at most kMostDepth
   float scale;
   bool causal;  // query i sees keys 0 to i
+  float* exponents;  // [batch, heads, queries], or null: log2 of what each query's weights were divided by, for the backward pass
   uint8_t* scratch;
 };
 
@@ -34,8 +35,27 @@ struct AttentionKernel {
   int64_t (*units)(const AttentionCall&);
   void (*run)(const AttentionCall&, int64_t first, int64_t last);
 };
+
+// The backward pass: of `forward` everything but its scratch, with the output and the exponents that it gave.
+struct AttentionGradients {
+  AttentionCall forward;
+  Strided d_out, d_q, d_k, d_v;
+  uint8_t* scratch;
+};
+
+// The gradients of the queries on the one hand, of the keys and values on the other: each in units of its own.
+struct AttentionBackward {
+  int64_t (*scratch_bytes)(const AttentionCall&);
+  int64_t (*arrange_units)(const AttentionGradients&);
+  void (*arrange)(const AttentionGradients&, int64_t first, int64_t last);
+  int64_t (*query_units)(const AttentionGradients&);
+  void (*query_run)(const AttentionGradients&, int64_t first, int64_t last);
+  int64_t (*key_units)(const AttentionGradients&);
+  void (*key_run)(const AttentionGradients&, int64_t first, int64_t last);
+};
 #if defined(__x86_64__)
 extern const AttentionKernel kAvx512Bf16Attention;
+extern const AttentionBackward kAvx512Bf16AttentionBackward;
 #endif
 
 }  // namespace halve
