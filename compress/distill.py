@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from compress import packed
 from compress.architecture import auto_class, find_blocks, oriented
 from compress.artefact import weight_entries
 from compress.blocks import BlockModel
+from compress.divergence import KLDivergence
 from compress.errors import HalveError, NumericalError
 from compress.files import TensorFiles
 from compress.methods import Options
@@ -44,6 +45,10 @@ CHECKS = 4
 """How often the held-out divergence is looked at; the best state is kept."""
 CHECKED_WINDOWS = 16
 """Held-out windows that are looked at, at most."""
+LOGITS_AT_ONCE = 1 << 28
+"""Of the windows that go through the models together; three tensors of that size are held, in the model's dtype."""
+KEPT_SHARE = 0.5
+"""Of the free memory that may hold what the backward pass needs; blocks are run twice where it would be more."""
 
 Telling = Callable[[int, int, str], None]
 
@@ -163,6 +168,7 @@ class _Course:
                 value = _stored(files, model.key_of(name), self._sparse.get_submodule(name.rpartition(".")[0]))
                 if value is not None:
                     named[name].data.copy_(value)
+        self._kept_bytes: int | None = None
         self.parameters = self._trainable()
         for trainable in self.parameters.values():
             trainable.parameter.requires_grad_(True)
@@ -170,7 +176,7 @@ class _Course:
     def _trainable(self) -> dict[str, Trainable]:
         modules = dict(self._sparse.named_modules())
         linears = {name: modules[name] for name in self._pruned}
-        norms = norms_of(self._sparse, lambda: self._logits(self._sparse, 0))
+        norms = norms_of(self._sparse, lambda: self._logits(self._sparse, [0]))
         masks = {id(module.weight): module.weight.detach() != 0 for module in linears.values()}
         wanted = {id(p) for module in (*linears.values(), *norms) for p in module.parameters(recurse=False)}
         return {
@@ -179,33 +185,83 @@ class _Course:
             if id(parameter) in wanted
         }
 
-    def _logits(self, model: Any, window: int) -> Tensor:
-        """[length, vocabulary]"""
-        tokens = self._windows[window : window + 1].to(self._model.device)
+    def _logits(self, model: Any, windows: Sequence[int]) -> Tensor:
+        """[windows * length, vocabulary]"""
+        tokens = self._windows[list(windows)].to(self._model.device)
         low = None if model is self._dense else self._precision
         with autocast(self._model.device, low):
-            return model(input_ids=tokens, use_cache=False).logits[0]
+            return model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
 
-    def _divergences(self, window: int) -> Tensor:
-        """KL(p ‖ q) of each token, [length] float32."""
+    def _divergences(self, windows: Sequence[int]) -> Tensor:
+        """KL(p ‖ q) of each token, [windows * length] float32."""
         with torch.no_grad():
-            expected = self._logits(self._dense, window).float().log_softmax(dim=-1)
-        found = self._logits(self._sparse, window).float().log_softmax(dim=-1)
-        return nn.functional.kl_div(found, expected, reduction="none", log_target=True).sum(dim=-1)
+            expected = self._logits(self._dense, windows)
+        return KLDivergence.apply(self._logits(self._sparse, windows), expected)
+
+    def _groups(self, windows: Iterable[int]) -> Iterator[list[int]]:
+        """As many windows as go through the models together. (What fits, by the memory that is free, would make other
+        sums on another day.)"""
+        vocabulary = self._sparse.get_output_embeddings().weight.shape[0]
+        count = max(1, LOGITS_AT_ONCE // (self._windows.shape[1] * vocabulary))
+        windows = list(windows)
+        for start in range(0, len(windows), count):
+            yield windows[start : start + count]
 
     def learn(self, windows: list[int]) -> float:
-        """Adds the gradient of the mean loss over some windows, one after the other in memory; returns the loss."""
+        """Adds the gradient of the mean loss over some windows; returns the loss."""
         total = 0.0
-        for window in windows:
-            with torch.enable_grad(), _checkpointed(self._sparse):
-                loss = self._divergences(window).mean() / len(windows)
+        for group in self._groups(windows):
+            with torch.enable_grad(), self._saving_memory(len(group)):
+                loss = self._divergences(group).mean() * (len(group) / len(windows))
                 loss.backward()
             total += float(loss.detach())
         return total
 
+    @contextlib.contextmanager
+    def _saving_memory(self, windows: int) -> Iterator[None]:
+        """Runs blocks twice where what they keep for the backward pass is too much to be held."""
+        if self._kept_bytes is None:
+            self._kept_bytes = self._measure_kept_bytes()
+        if self._kept_bytes * windows < KEPT_SHARE * _free_memory(self._model.device):
+            yield
+            return
+        with _checkpointed(self._sparse):
+            yield
+
+    def _measure_kept_bytes(self) -> int:
+        """What all blocks keep of one window for the backward pass: the first one's, as often as there are blocks."""
+        blocks = list(find_blocks(self._sparse)[1])
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if not isinstance(tensor, nn.Parameter):
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        def stop(*_: Any) -> None:
+            raise _Seen
+
+        forward = blocks[0].forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                return forward(*args, **kwargs)
+
+        blocks[0].forward = counted
+        hook = blocks[0].register_forward_hook(stop)
+        try:
+            self._logits(self._sparse, [0])
+        except _Seen:
+            pass
+        finally:
+            hook.remove()
+            del blocks[0].forward
+        return sum(kept.values()) * len(blocks)
+
     @torch.no_grad()
     def divergence(self, windows: Iterable[int]) -> float:
-        found = torch.stack([self._divergences(window).mean() for window in windows])
+        found = torch.cat([self._divergences(group) for group in self._groups(windows)])
         if not bool(torch.isfinite(found).all()):
             raise NumericalError("distillation: the divergence from the dense model is not finite; try --dtype float32")
         return float(found.mean())
@@ -241,6 +297,10 @@ def _stored(files: TensorFiles, key: str, module: nn.Module) -> Tensor | None:
     return files.read(key) if key in files else None
 
 
+class _Seen(Exception):
+    """Ends a forward pass once everything that was wanted has been seen."""
+
+
 @contextlib.contextmanager
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Blocks keep their inputs only, and are run again in the backward pass.
@@ -265,12 +325,14 @@ def _require_memory(model: BlockModel) -> None:
     """Raises HalveError where the two models and the optimizer will not fit."""
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     need = parameters * (model.dtype.itemsize + 4 * 4)  # dense; pruned, its gradients, two moments
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = _free_memory(model.device)
     if need > free:
         raise HalveError(
             f"distillation holds the whole model in float32 with its optimizer: about {need / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free; leave --distill out, or use a larger machine"
         )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import yaml
 
 from compress import distill, pipeline, pruner
+from compress.divergence import KLDivergence
 from compress.errors import HalveError, RecipeError
 from compress.recipe import Recipe
 from compress.repair import held_out_batches
@@ -167,28 +167,104 @@ def test_held_out_windows_are_never_learned_from(
     assert counts == {8 * LENGTH}
 
 
-def test_blocks_run_again_give_the_same_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpointing saves memory and changes nothing: against a graph that keeps everything."""
-    gradients: list[dict[str, torch.Tensor]] = []
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """Of every step."""
+    seen: list[dict[str, torch.Tensor]] = []
     step = MaskedAdam.step
 
     def watched(self: MaskedAdam) -> None:
-        gradients.append(
-            {n: t.parameter.grad.clone() for n, t in self.parameters.items() if t.parameter.grad is not None}
-        )
+        seen.append({n: t.parameter.grad.clone() for n, t in self.parameters.items() if t.parameter.grad is not None})
         step(self)
 
     monkeypatch.setattr(MaskedAdam, "step", watched)
-    source = build("llama", tmp_path)
-    one = SETTINGS | {"distill": BATCH * LENGTH}
-    compress(source, tmp_path / "a", **one)
+    return seen
 
-    monkeypatch.setattr(distill, "_checkpointed", lambda model: contextlib.nullcontext())
-    compress(source, tmp_path / "b", **one)
-    with_, without = gradients
-    assert with_.keys() == without.keys()
-    for name, gradient in with_.items():
-        torch.testing.assert_close(gradient, without[name], rtol=1e-5, atol=1e-9)
+
+ONE = SETTINGS | {"distill": BATCH * LENGTH}
+"""A single step."""
+
+
+def test_blocks_that_are_run_twice_give_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gradients: list[dict[str, torch.Tensor]]
+) -> None:
+    """What is free decides, so it may change nothing."""
+    twice: list[bool] = []
+    real = distill._checkpointed
+    monkeypatch.setattr(distill, "_checkpointed", lambda model: twice.append(True) or real(model))
+    source = build("llama", tmp_path)
+    compress(source, tmp_path / "a", **ONE)
+    assert not twice
+    monkeypatch.setattr(distill, "KEPT_SHARE", 0.0)
+    compress(source, tmp_path / "b", **ONE)
+    assert twice
+    once, again = gradients
+    assert once.keys() == again.keys()
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_what_is_kept_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the blocks keep twice as much, and a window less than what a step of the whole model was seen to hold."""
+    found: list[int] = []
+    real = distill._Course._measure_kept_bytes
+    monkeypatch.setattr(distill._Course, "_measure_kept_bytes", lambda self: found.append(real(self)) or found[-1])
+    for layers in (2, 4):
+        directory = tmp_path / str(layers)
+        directory.mkdir()
+        (directory / "calibration.txt").write_text(tiny_models.text(4))
+        source = tiny_models.build("llama", directory / "source", layers=layers, dtype=torch.float32)
+        compress(source, directory / "out", **ONE)
+    assert found[1] == 2 * found[0]
+    hidden = LENGTH * tiny_models.HIDDEN * 4
+    assert 2 * 8 * hidden < found[0] < 2 * 80 * hidden  # of two blocks
+
+
+def test_windows_together_and_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gradients: list[dict[str, torch.Tensor]]
+) -> None:
+    source = build("llama", tmp_path)
+    compress(source, tmp_path / "a", **ONE)
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 1)
+    compress(source, tmp_path / "b", **ONE)
+    together, apart = gradients
+    for name, gradient in together.items():
+        assert (gradient - apart[name]).norm() < 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 700])
+def test_the_divergence_against_float64(tokens: int) -> None:
+    """And its gradient, by autograd through the formula; several chunks of tokens, the last one smaller."""
+    generator = torch.Generator().manual_seed(0)
+    found, expected = (torch.randn(tokens, 3000, generator=generator).bfloat16().float() * 4 for _ in range(2))
+    slopes = torch.randn(tokens, generator=generator)
+
+    def run(function: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = found.detach().clone().to(dtype).requires_grad_()
+        divergences = function(leaf, expected.to(dtype))
+        divergences.backward(slopes.to(divergences.dtype))
+        assert leaf.grad is not None
+        return divergences.detach(), leaf.grad
+
+    def formula(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    wanted, gradient = run(formula, torch.float64)
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        found_divergence, found_gradient = run(KLDivergence.apply, dtype)
+        assert (found_divergence.dtype, found_gradient.dtype) == (torch.float32, dtype)
+        assert (found_divergence - wanted).norm() < close * wanted.norm()
+        assert (found_gradient - gradient).norm() < close * gradient.norm()
+    with torch.no_grad():
+        assert torch.equal(KLDivergence.apply(found, found), torch.zeros(tokens))
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    leaf = torch.randn(2, 10, requires_grad=True)
+    loss = KLDivergence.apply(leaf, torch.randn(2, 10)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="asked for twice"):
+        loss.backward()
 
 
 def test_too_little_memory_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
