@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import AttentionInterface
 
 from compress.architecture import (
     LinearModule,
@@ -29,7 +28,8 @@ from compress.architecture import (
     skeleton,
     switch_biases_on,
 )
-from compress.errors import SourceError, UsageError, did_you_mean, one_line
+from compress.attention import TORCH, set_attention
+from compress.errors import SourceError, one_line
 from compress.sources import Source
 
 _COMPARED = 8
@@ -72,7 +72,7 @@ class BlockModel:
         device: torch.device,
         *,
         add_bias: bool = False,
-        attention: str = "sdpa",
+        attention: str = TORCH,
     ) -> None:
         self.source = source
         self.dtype = dtype
@@ -94,12 +94,7 @@ class BlockModel:
             self.added = set(added)
             self.model = skeleton(self.config, dtype)
         self.attention = attention
-        if attention not in (known := {"eager", *AttentionInterface()}):
-            raise UsageError(
-                f"attention={attention!r} is not in transformers' registry{did_you_mean(attention, known)}"
-            )
-        if attention != "sdpa" and self.model.config._attn_implementation == "sdpa":
-            self.model.set_attn_implementation(attention)
+        set_attention(self.model, attention)
         self.block_list_name, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self._keys = self._match_keys()

@@ -46,7 +46,9 @@ CHECKS = 4
 CHECKED_WINDOWS = 16
 """Held-out windows that are looked at, at most."""
 LOGITS_AT_ONCE = 1 << 28
-"""Of the windows that go through the models together; three tensors of that size are held, in the model's dtype."""
+"""Of the windows that go through the models together."""
+LOGITS_HELD = 3
+"""Tensors of the size of the logits, in the model's dtype: both models', and the gradient."""
 KEPT_SHARE = 0.5
 """Of the free memory that may hold what the backward pass needs; blocks are run twice where it would be more."""
 
@@ -67,7 +69,7 @@ class DistillOptions(Options):
 DISTILL = Repair(
     name="distill",
     paper="Hinton et al. 2015, Distilling the Knowledge in a Neural Network (arXiv 1503.02531), on logits, without labels",
-    cost="five forward passes of the whole model for each token; the model and its optimizer in float32 in memory",
+    cost="four forward passes of the whole model for each token, five where memory is short; the model and its optimizer in float32 in memory",
     options=DistillOptions,
 )
 
@@ -107,6 +109,7 @@ def distill(
         raise HalveError(
             "distillation needs at least two calibration windows, one of them to hold out; raise --samples"
         )
+    _require_memory(model, min(options.batch, len(windows)) * windows.shape[1])
     course = _Course(model, blocks, set(pruned), windows)
     fitted = len(windows) - held_out
     length = windows.shape[1]
@@ -150,7 +153,6 @@ class _Course:
     """The dense and the pruned model, and what is trained of the latter."""
 
     def __init__(self, model: BlockModel, blocks: Mapping[int, TensorFiles], pruned: set[str], windows: Tensor) -> None:
-        _require_memory(model)
         self._model = model
         self._windows = windows
         self._pruned = pruned
@@ -168,7 +170,10 @@ class _Course:
                 value = _stored(files, model.key_of(name), self._sparse.get_submodule(name.rpartition(".")[0]))
                 if value is not None:
                     named[name].data.copy_(value)
-        self._kept_bytes: int | None = None
+        self._vocabulary = 1
+        """Logits of a token; known once there were some."""
+        self._twice: dict[int, bool] = {}
+        """Whether blocks are run twice, for so many windows together."""
         self.parameters = self._trainable()
         for trainable in self.parameters.values():
             trainable.parameter.requires_grad_(True)
@@ -190,7 +195,9 @@ class _Course:
         tokens = self._windows[list(windows)].to(self._model.device)
         low = None if model is self._dense else self._precision
         with autocast(self._model.device, low):
-            return model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+            logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+        self._vocabulary = logits.shape[1]
+        return logits
 
     def _divergences(self, windows: Sequence[int]) -> Tensor:
         """KL(p ‖ q) of each token, [windows * length] float32."""
@@ -201,8 +208,7 @@ class _Course:
     def _groups(self, windows: Iterable[int]) -> Iterator[list[int]]:
         """As many windows as go through the models together. (What fits, by the memory that is free, would make other
         sums on another day.)"""
-        vocabulary = self._sparse.get_output_embeddings().weight.shape[0]
-        count = max(1, LOGITS_AT_ONCE // (self._windows.shape[1] * vocabulary))
+        count = max(1, LOGITS_AT_ONCE // (self._windows.shape[1] * self._vocabulary))
         windows = list(windows)
         for start in range(0, len(windows), count):
             yield windows[start : start + count]
@@ -219,45 +225,49 @@ class _Course:
 
     @contextlib.contextmanager
     def _saving_memory(self, windows: int) -> Iterator[None]:
-        """Runs blocks twice where what they keep for the backward pass is too much to be held."""
-        if self._kept_bytes is None:
-            self._kept_bytes = self._measure_kept_bytes()
-        if self._kept_bytes * windows < KEPT_SHARE * _free_memory(self._model.device):
-            yield
-            return
-        with _checkpointed(self._sparse):
+        """Runs blocks twice where what they keep for the backward pass is too much to be held; decided once."""
+        if windows not in self._twice:
+            fixed, a_window = self._measure_kept_bytes()
+            logits = LOGITS_HELD * windows * self._windows.shape[1] * self._vocabulary * self._model.dtype.itemsize
+            room = KEPT_SHARE * (_free_memory(self._model.device) - logits)
+            self._twice[windows] = fixed + windows * a_window > room
+        with _checkpointed(self._sparse) if self._twice[windows] else contextlib.nullcontext():
             yield
 
-    def _measure_kept_bytes(self) -> int:
-        """What all blocks keep of one window for the backward pass: the first one's, as often as there are blocks."""
+    def _measure_kept_bytes(self) -> tuple[int, int]:
+        """What all blocks keep for the backward pass: copies of weights, and of one window; one block's, times the blocks."""
         blocks = list(find_blocks(self._sparse)[1])
-        kept: dict[int, int] = {}
+        block = blocks[min(1, len(blocks) - 1)]  # (the first one's input needs no gradient)
+        own = {parameter.data_ptr() for parameter in block.parameters()}
+        shapes = {shape for p in block.parameters() if p.ndim == 2 for shape in (p.shape, p.shape[::-1])}
+        copies: dict[int, int] = {}
+        activations: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if not isinstance(tensor, nn.Parameter):
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            if storage.data_ptr() not in own:
+                (copies if tensor.shape in shapes else activations)[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()
 
         def stop(*_: Any) -> None:
             raise _Seen
 
-        forward = blocks[0].forward
+        forward = block.forward
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 return forward(*args, **kwargs)
 
-        blocks[0].forward = counted
-        hook = blocks[0].register_forward_hook(stop)
+        block.forward = counted
+        hook = block.register_forward_hook(stop)
         try:
             self._logits(self._sparse, [0])
         except _Seen:
             pass
         finally:
             hook.remove()
-            del blocks[0].forward
-        return sum(kept.values()) * len(blocks)
+            del block.forward
+        return sum(copies.values()) * len(blocks), sum(activations.values()) * len(blocks)
 
     @torch.no_grad()
     def divergence(self, windows: Iterable[int]) -> float:
@@ -321,10 +331,12 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
             del block.forward
 
 
-def _require_memory(model: BlockModel) -> None:
-    """Raises HalveError where the two models and the optimizer will not fit."""
+def _require_memory(model: BlockModel, tokens: int) -> None:
+    """Raises HalveError where the two models, the optimizer and the logits of a step's tokens will not fit."""
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     need = parameters * (model.dtype.itemsize + 4 * 4)  # dense; pruned, its gradients, two moments
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+    need += LOGITS_HELD * min(LOGITS_AT_ONCE, tokens * vocabulary) * model.dtype.itemsize
     free = _free_memory(model.device)
     if need > free:
         raise HalveError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _CHUNK = 1 << 20
 """Logits that are turned into float32 at a time, so that they stay in a cache."""
@@ -39,7 +40,8 @@ class KLDivergence(torch.autograd.Function):
         return divergence
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the divergence's gradient was asked for twice; it is kept for one backward pass")

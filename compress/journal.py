@@ -31,7 +31,7 @@ class Journal:
 
     Args:
         out: the directory that the run will make; the work directory is its sibling ``OUT.partial``.
-        identity: what must be the same for a run to go on: recipe, source, calibration.
+        identity: what must be the same for a run to go on: recipe, source, calibration, device, attention, versions.
         resume: go on with what is there.
         interval: seconds between saved activations.
 

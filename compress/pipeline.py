@@ -21,6 +21,7 @@ from compress import artefact, calibration, memory, packed, vision
 from compress.activations import spilled
 from compress.architecture import reads_images, shape_of
 from compress.assembly import assemble
+from compress.attention import TORCH
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
 from compress.checkpoint import check_files
@@ -70,7 +71,7 @@ def compress_model(
     resume: bool = False,
     checkpoint_seconds: float = 60.0,
     device: str = "auto",
-    attention: str = "sdpa",
+    attention: str = TORCH,
     gradients: str | Path | None = None,
     progress: Progress | None = None,
     **fields: Any,
@@ -86,8 +87,8 @@ def compress_model(
             of a run that was never interrupted.
         checkpoint_seconds: how often the activations are saved, for a later resume.
         device: where blocks are run: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``.
-        attention: what blocks attend with in passes without gradients, by its name in transformers' registry;
-            ``serve.attention`` puts a faster one there for processors. A resumed run keeps to what it began with.
+        attention: what blocks attend with, by its name in transformers' registry; ``serve.attention`` puts a faster one
+            there for processors. A resumed run keeps to what it began with.
         gradients: a directory that keeps the gradients of the dense model for other runs with the same model and
             calibration, for metrics that need them; they are gathered into it where it is not there. Left out: they
             go with the work directory.
@@ -322,8 +323,9 @@ class _Run:
         """Where the gradients of the dense model's loss lie, or will lie, if the recipe needs them."""
         if not self.recipe.needs & GRADIENT_NEEDS:
             return None
-        # What is pruned and how makes no difference to them.
-        identity = {key: value for key, value in self._identity().items() if key not in ("model", "recipe")}
+        # What is pruned and how makes no difference to them, and the attention none but of rounding.
+        others = ("model", "recipe", "attention")
+        identity = {key: value for key, value in self._identity().items() if key not in others}
         identity["calibration"] = self.samples.first(self._observed).digest
         if (gguf := Path(self.model_name).expanduser()).is_file():
             identity["source"] = fingerprint([gguf])  # what was made of it is new in each run
@@ -341,7 +343,7 @@ class _Run:
         kept = self.gradients is not None  # another run may need other kinds and layers
         store.provide(
             GRADIENT_NEEDS if kept else self.recipe.needs & GRADIENT_NEEDS,
-            lambda: BlockModel(self.source, self._gradient_dtype(), self.device),
+            lambda: BlockModel(self.source, self._gradient_dtype(), self.device, attention=self.attention),
             self.samples.first(self._observed),
             every if kept else [[name for name in block if name in wanted] for block in every],
             wanted,

@@ -1,8 +1,7 @@
 """halve's attention for transformers' models: the CPU kernel where it can compute a call, torch's own everywhere else.
 
 Importing this module registers it in transformers under `NAME`; a model takes it by ``set_attn_implementation(NAME)``.
-Models with an attention of their own making (soft caps, sinks, position biases) do not ask the registry, or are left to
-torch by the conditions below.
+Calls that the kernel does not know (masks, position biases, dropout) go to torch.
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from compress.attention import TORCH, set_attention
 from serve.kernels import ops
 from serve.kernels.cpu import attention as cpu
 from serve.kernels.cpu.attention import DifferentiableAttention
 
 NAME = "halve"
 """In transformers' registry of attentions."""
-
-FEWEST_QUERIES = 16
-"""Fewer do not pay for the arrangement of the keys."""
 
 _IGNORED = frozenset({"position_ids", "use_cache", "cache_position", "sliding_window"})
 """Arguments that torch's attention in transformers ignores, too (a window is in the mask). Any other one is left to it."""
@@ -48,15 +45,15 @@ def forward(
         and not dropout
         and all(_absent(name, kwargs[name]) for name in kwargs)
     )
-    if plain and queries >= FEWEST_QUERIES:
+    if plain:
         query, key, value = (_as_autocast(each) for each in (query, key, value))
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         if causal and keys > queries:  # an empty static cache: what follows the prompt is not there yet
             key, value = key[:, :, :queries], value[:, :, :queries]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if scale > 0 and cpu.why_not(query, key, value) is None:
             attend = DifferentiableAttention.apply if _wants_gradient(query, key, value) else ops.attention
-            return attend(query, key, value, scale, bool(causal)), None
+            return attend(query, key, value, scale, causal), None
     return sdpa_attention_forward(
         *(module, query, key, value, attention_mask),
         dropout=dropout,
@@ -68,13 +65,12 @@ def forward(
 
 def use(model: PreTrainedModel) -> None:
     """Lets a model take it, where the model would take torch's and the processor has a kernel."""
-    if cpu.available() and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
+    set_attention(model, name())
 
 
 def name() -> str:
     """What to ask transformers for here."""
-    return NAME if cpu.available() else "sdpa"
+    return NAME if cpu.available() else TORCH
 
 
 def _absent(name: str, value: Any) -> bool:
@@ -84,8 +80,9 @@ def _absent(name: str, value: Any) -> bool:
 
 def _as_autocast(tensor: Tensor) -> Tensor:
     """In the dtype that torch's attention would take it in."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+    if tensor.is_cpu and tensor.dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
+        return tensor.to(torch.get_autocast_dtype("cpu"))
+    return tensor
 
 
 def _wants_gradient(*tensors: Tensor) -> bool:

@@ -16,7 +16,7 @@ from compress.divergence import KLDivergence
 from compress.errors import HalveError, RecipeError
 from compress.recipe import Recipe
 from compress.repair import held_out_batches
-from compress.training import MaskedAdam
+from compress.training import MaskedAdam, precision
 from tests import tiny_models
 from tests.runs import LENGTH, compress, stored, tree
 from tests.runs import load as load_model
@@ -204,19 +204,25 @@ def test_blocks_that_are_run_twice_give_the_same_bits(
 
 
 def test_what_is_kept_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice the blocks keep twice as much, and a window less than what a step of the whole model was seen to hold."""
-    found: list[int] = []
+    """Copies of the weights apart from what every window adds; twice the blocks keep twice as much."""
+    found: list[tuple[int, int]] = []
     real = distill._Course._measure_kept_bytes
     monkeypatch.setattr(distill._Course, "_measure_kept_bytes", lambda self: found.append(real(self)) or found[-1])
-    for layers in (2, 4):
-        directory = tmp_path / str(layers)
+    for layers, dtype in ((2, torch.float32), (4, torch.float32), (2, torch.bfloat16)):
+        directory = tmp_path / f"{layers} {dtype}"
         directory.mkdir()
         (directory / "calibration.txt").write_text(tiny_models.text(4))
-        source = tiny_models.build("llama", directory / "source", layers=layers, dtype=torch.float32)
+        source = tiny_models.build("llama", directory / "source", layers=layers, dtype=dtype)
         compress(source, directory / "out", **ONE)
-    assert found[1] == 2 * found[0]
+    (two, four, half) = found
+    assert four == (2 * two[0], 2 * two[1])
+    assert two[0] == 0  # float32 weights are used as they are
     hidden = LENGTH * tiny_models.HIDDEN * 4
-    assert 2 * 8 * hidden < found[0] < 2 * 80 * hidden  # of two blocks
+    assert 2 * 8 * hidden < two[1] < 2 * 80 * hidden
+    if precision(torch.bfloat16, torch.device("cpu")) is not None:
+        linears = sum(p.numel() for n, p in tiny_models.llama(2).named_parameters() if "proj" in n)
+        assert half[0] == 2 * linears  # their 16-bit copies
+        assert half[1] < two[1]
 
 
 def test_windows_together_and_one_by_one(

@@ -210,9 +210,13 @@ def main() -> None:
                             for m, n in ((1, 1), (1, 9), (3, 17), (5, 23)):
                                 check_dense(dtype, m, n, k, at_end)
                 if attention.available():
-                    for queries, keys in ((1, 1), (7, 15), (24, 64), (25, 65), (30, 257), (100, 100)):
+                    for queries, keys in (
+                        *((1, 1), (1, 300), (7, 15), (7, 700), (24, 64), (25, 65)),
+                        *((30, 257), (30, 100), (100, 30), (100, 100)),
+                    ):
                         for depth, value_depth in ((16, 16), (80, 48), (64, 256)):
-                            check_attention(queries, keys, depth, value_depth, queries == keys, at_end)
+                            for causal in (False, True):
+                                check_attention(queries, keys, depth, value_depth, causal, at_end)
             print(path)
 
 

@@ -60,7 +60,25 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("queries", "keys"),
-    [(1, 1), (1, 300), (5, 3), (6, 16), (24, 24), (25, 65), (48, 256), (49, 257), (255, 255), (600, 600), (30, 1100)],
+    [
+        (1, 1),
+        (1, 300),
+        (1, 256),
+        (1, 1000),
+        (5, 3),
+        (6, 16),
+        (12, 700),
+        (13, 700),
+        (15, 15),
+        (16, 16),
+        (24, 24),
+        (25, 65),
+        (48, 256),
+        (49, 257),
+        (255, 255),
+        (600, 600),
+        (30, 1100),
+    ],
 )
 def test_positions(queries: int, keys: int, causal: bool) -> None:
     """Around every tile, block and part."""
@@ -71,6 +89,15 @@ def test_positions(queries: int, keys: int, causal: bool) -> None:
 @pytest.mark.parametrize("value_depth", [16, 64, 80, 256])
 def test_depths(depth: int, value_depth: int) -> None:
     check(heads(1, 1, 70, depth, 0), heads(1, 1, 70, depth, 1), heads(1, 1, 70, value_depth, 2), depth**-0.5, True)
+
+
+@pytest.mark.parametrize("shared", [(1, 1), (3, 1), (8, 8), (24, 1), (25, 1), (32, 4)])
+@pytest.mark.parametrize("depth", [16, 80, 128, 256])
+def test_a_token_that_is_decoded(shared: tuple[int, int], depth: int) -> None:
+    """However many heads share the keys."""
+    count, groups = shared
+    q, k, v = heads(2, count, 1, depth, 0), heads(2, groups, 333, depth, 1), heads(2, groups, 333, 48, 2)
+    check(q, k, v, depth**-0.5, False)
 
 
 @given(
@@ -296,6 +323,8 @@ class TestForward:
         assert self.both(q, k, k, sliding_window=4096, position_ids=torch.arange(40)[None], cache=None)
         longer = heads(1, 2, 60, 32, 1)  # an empty static cache
         assert self.both(q, longer, longer)
+        assert self.both(q[:, :, :5], k[:, :, :5], k[:, :, :5])
+        assert self.both(q[:, :, :1], k, k)  # a token that is decoded sees all that came before
 
     def test_with_and_without_gradients(self) -> None:
         q, k = heads(1, 4, 40, 32, 0), heads(1, 2, 40, 32, 1)
@@ -312,7 +341,6 @@ class TestForward:
         mask[..., :3] = False
         mask[..., 0] = True
         assert not self.both(q, k, k, mask)
-        assert not self.both(q[:, :, :1], k, k)
         assert not self.both(q.float(), k.float(), k.float())
         assert not self.both(q, k, k, position_bias=torch.randn(1, 4, 40, 40, dtype=torch.bfloat16))
 
@@ -356,3 +384,28 @@ class TestPruning:
         with pytest.raises(UsageError, match="'halv' is not in transformers' registry; did you mean 'halve'"):
             self.prune(source, tmp_path / "out", attention="halv")
         assert not (tmp_path / "out.partial").exists()
+
+    def test_a_model_that_asks_for_names_keeps_torch(self) -> None:
+        """DeepSeek's sparse attention masks under the names that it knows, and would see everything under another."""
+        from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+
+        config = DeepseekV32Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            moe_intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            n_routed_experts=4,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=16,
+        )
+        with torch.device("meta"):
+            model = DeepseekV32ForCausalLM(config)
+        assert model.config._attn_implementation == "sdpa"
+        attention.use(model)
+        assert model.config._attn_implementation == "sdpa"

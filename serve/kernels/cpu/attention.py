@@ -1,6 +1,6 @@
-"""Softmax attention of bfloat16 with the C++ kernels, for many queries (a prompt, a window of text), and its gradients.
+"""Softmax attention of bfloat16 with the C++ kernels, of a prompt as of one token, and its gradients.
 
-torch's own takes two to four times as long on processors with ``vdpbf16ps``.
+torch's own takes two to four times as long on processors with ``vdpbf16ps`` (``benchmarks/cpu_attention.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from serve.kernels.cpu import backend, library
 
@@ -85,7 +86,8 @@ class DifferentiableAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, exponents = ctx.saved_tensors
         (d_out,) = gradients
         if d_out.stride(-1) != 1:

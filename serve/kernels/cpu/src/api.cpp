@@ -95,11 +95,24 @@ void run_dense(void* context, int64_t first, int64_t last) {
   pass.run(*pass.call, first * kDenseUnit, end);
 }
 
-const AttentionKernel* attention_of([[maybe_unused]] int path) {
+bool has_attention([[maybe_unused]] int path) {
 #if defined(__x86_64__)
-  if (path == kAvx512Bf16 && can_run(path)) return &kAvx512Bf16Attention;
+  return path == kAvx512Bf16 && can_run(path);
+#else
+  return false;
 #endif
+}
+
+const AttentionKernel* attention_of(int path, [[maybe_unused]] const AttentionCall& call) {
+  if (!has_attention(path)) return nullptr;
+#if defined(__x86_64__)
+  if (call.queries <= kFewQueries && call.heads / call.kv_heads * call.queries <= kFewRows) {
+    return &kAvx512Bf16FewAttention;
+  }
+  return &kAvx512Bf16Attention;
+#else
   return nullptr;
+#endif
 }
 
 Strided strided(const void* data, const int64_t* strides) {
@@ -113,7 +126,7 @@ void place(AttentionCall& call, const void* q, const void* k, const void* v, con
 
 const AttentionBackward* attention_backward_of(int path) {
 #if defined(__x86_64__)
-  if (attention_of(path) != nullptr) return &kAvx512Bf16AttentionBackward;
+  if (has_attention(path)) return &kAvx512Bf16AttentionBackward;
 #endif
   (void)path;
   return nullptr;
@@ -269,14 +282,14 @@ HALVE_EXPORT int halve_dense_linear(int path, int dtype, const void* weight, int
 }
 
 // Whether a path has a kernel for attention (of bfloat16).
-HALVE_EXPORT int halve_cpu_has_attention(int path) { return attention_of(path) != nullptr; }
+HALVE_EXPORT int halve_cpu_has_attention(int path) { return has_attention(path); }
 
 // Bytes of scratch (aligned to a cache line) of an attention; `shape` as in `read_attention`.
 HALVE_EXPORT int64_t halve_attention_scratch_bytes(int path, const int64_t* shape) {
-  const AttentionKernel* kernel = attention_of(path);
   AttentionCall call{};
-  if (kernel == nullptr) return kNoAttention;
   if (!read_attention(shape, call)) return kOtherShape;
+  const AttentionKernel* kernel = attention_of(path, call);
+  if (kernel == nullptr) return kNoAttention;
   return kernel->scratch_bytes(call);
 }
 
@@ -286,10 +299,10 @@ HALVE_EXPORT int64_t halve_attention_scratch_bytes(int path, const int64_t* shap
 HALVE_EXPORT int halve_attention(int path, const int64_t* shape, const void* q, const void* k, const void* v, void* out,
                                  const int64_t* strides, float scale, int causal, float* exponents, uint8_t* scratch,
                                  int threads) {
-  const AttentionKernel* kernel = attention_of(path);
   AttentionCall call{};
-  if (kernel == nullptr) return kNoAttention;
   if (!read_attention(shape, call)) return kOtherShape;
+  const AttentionKernel* kernel = attention_of(path, call);
+  if (kernel == nullptr) return kNoAttention;
   if (reinterpret_cast<uintptr_t>(scratch) % 64 != 0) return kMisaligned;
   place(call, q, k, v, out, strides);
   call.scale = scale, call.causal = causal != 0, call.exponents = exponents, call.scratch = scratch;

@@ -25,9 +25,11 @@ struct AttentionCall {
 };
 
 constexpr int64_t kMostDepth = 256;
+constexpr int64_t kFewRows = 24;     // queries of all heads that share keys, up to which they are rows of one product,
+constexpr int64_t kFewQueries = 15;  // where there are so few of each
 
-// Work in units that are independent of each other and of the number of threads. Keys and values are first arranged in the
-// scratch as the products read them.
+// Work in two passes, in units that are independent of each other and of the number of threads. Where there
+// are many queries, the first pass arranges keys and values in the scratch as the products read them.
 struct AttentionKernel {
   int64_t (*scratch_bytes)(const AttentionCall&);
   int64_t (*arrange_units)(const AttentionCall&);
@@ -54,7 +56,7 @@ struct AttentionBackward {
   void (*key_run)(const AttentionGradients&, int64_t first, int64_t last);
 };
 #if defined(__x86_64__)
-extern const AttentionKernel kAvx512Bf16Attention;
+extern const AttentionKernel kAvx512Bf16Attention, kAvx512Bf16FewAttention;
 extern const AttentionBackward kAvx512Bf16AttentionBackward;
 #endif
 

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 
+#include <cmath>
+
 namespace halve {
 namespace {
 
@@ -121,6 +123,43 @@ TARGET inline void product(const uint16_t* rows, int64_t row_stride, int64_t cou
                                      sums + r * sum_stride + v * kLanes, sum_stride, add);
     }
   }
+}
+
+// The state of a row's softmax: the largest score, and the sum of the weights in units of that one's.
+struct Running {
+  float most, sum;
+};
+
+// Turns the scores [keys] of one row into bfloat16 weights, zeros where it does not see (to whole vectors, `vectors`).
+// `scale` is positive. Returns what the row's earlier output has to be multiplied with.
+TARGET inline float weigh(const float* scores, int64_t seen, int64_t vectors, float scale, Running& row, uint16_t* weights) {
+  const int64_t used = ceil_div(seen, kLanes);
+  const __mmask16 last = static_cast<__mmask16>(0xffffu >> (used * kLanes - seen));
+  const __m512 least = _mm512_set1_ps(-INFINITY), factor = _mm512_set1_ps(scale);
+  __m512 most = least;
+  for (int64_t i = 0; i < used; ++i) {
+    const __m512 score = _mm512_loadu_ps(scores + i * kLanes);
+    most = _mm512_max_ps(_mm512_mask_mov_ps(least, i + 1 < used ? 0xffff : last, score), most);
+  }
+  const float before = row.most, here = _mm512_reduce_max_ps(most);
+  row.most = here > before ? here : before;
+  const __m512 shift = _mm512_set1_ps(row.most);
+  __m512 sum = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i < used; ++i) {
+    const __mmask16 exists = i + 1 < used ? 0xffff : last;
+    const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(scores + i * kLanes), shift);  // (exactly 0 at the maximum)
+    const __m512 weight = _mm512_maskz_mov_ps(exists, exp2(_mm512_mul_ps(below, factor)));
+    sum = _mm512_add_ps(sum, weight);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + i * kLanes),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weight)));
+  }
+  for (; i < vectors; ++i) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + i * kLanes), _mm256_setzero_si256());
+  }
+  const float kept = before == row.most ? 1.0f : exp2_of((before - row.most) * scale);
+  row.sum = row.sum * kept + _mm512_reduce_add_ps(sum);
+  return kept;
 }
 
 // Lanes below `count`, of which there may be more or fewer than a vector's.

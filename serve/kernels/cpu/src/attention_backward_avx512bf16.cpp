@@ -11,8 +11,6 @@
 
 #if defined(__x86_64__)
 
-#include <cmath>
-
 namespace halve {
 namespace {
 
