@@ -31,7 +31,7 @@ UNSEEN = 48
 
 _LAYERS: dict[str, Any] = dict(PRESETS["balanced"].fields)
 _LONG: dict[str, Any] = dict(PRESETS["best"].fields)
-_SHORT: dict[str, Any] = {**_LONG, "samples": 64, "training_samples": 144}
+_SHORT: dict[str, Any] = {**_LONG, "samples": 64, "training_samples": 160}
 
 RUNS: dict[str, dict[str, Any]] = {
     "fast": dict(PRESETS["fast"].fields),
@@ -46,7 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "best, short, dense targets": {**_SHORT, "targets": "dense"},
     "best, short, after wanda": {**_SHORT, "metric": "wanda", "reconstruction": "none"},
     "best, short, after sparsegpt": {**_SHORT, "reconstruction": "sparsegpt"},
-    "best, short, fewer windows more often": {**_SHORT, "repair_options": {"passes": 4}, "training_samples": 80},
+    "best, short, fewer windows more often": {**_SHORT, "repair_options": {"passes": 4}, "training_samples": 88},
     "best, short, channels as they were": {**_SHORT, "permutation": "none"},
     "best": _LONG,
     "an hour, distilled": {**_SHORT, "repair_options": {"passes": 1}, "training_samples": 256, "distill": 200_000},

@@ -1,11 +1,12 @@
 """halve's attention for transformers' models: the CPU kernel where it can compute a call, torch's own everywhere else.
 
 Importing this module registers it in transformers under `NAME`; a model takes it by ``set_attn_implementation(NAME)``.
-Calls that the kernel does not know (masks, position biases, dropout) go to torch.
+Calls that the kernel does not know (position biases, dropout, masks of numbers, gradients through a mask) go to torch.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -38,22 +39,20 @@ def forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [B, H, Q, D], key and value [B, G, K, D] -> [B, Q, H, D], as transformers calls it."""
-    queries, keys = query.shape[2], key.shape[2]
-    plain = (
-        not torch.compiler.is_compiling()
-        and attention_mask is None
-        and not dropout
-        and all(_absent(name, kwargs[name]) for name in kwargs)
-    )
+    plain = not torch.compiler.is_compiling() and not dropout and all(_absent(name, kwargs[name]) for name in kwargs)
     if plain:
         query, key, value = (_as_autocast(each) for each in (query, key, value))
-        causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        queries, keys = query.shape[2], key.shape[2]
+        asked = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = bool(asked) and queries > 1 and attention_mask is None  # (with a mask, that says it)
         if causal and keys > queries:  # an empty static cache: what follows the prompt is not there yet
             key, value = key[:, :, :queries], value[:, :, :queries]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if scale > 0 and cpu.why_not(query, key, value) is None:
-            attend = DifferentiableAttention.apply if _wants_gradient(query, key, value) else ops.attention
-            return attend(query, key, value, scale, causal), None
+        if scale > 0 and cpu.why_not(query, key, value, attention_mask) is None:
+            if not _wants_gradient(query, key, value):
+                return ops.attention(query, key, value, attention_mask, scale, causal), None
+            if attention_mask is None:
+                return DifferentiableAttention.apply(query, key, value, scale, causal), None
     return sdpa_attention_forward(
         *(module, query, key, value, attention_mask),
         dropout=dropout,
@@ -69,8 +68,8 @@ def use(model: PreTrainedModel) -> None:
 
 
 def name() -> str:
-    """What to ask transformers for here."""
-    return NAME if cpu.available() else TORCH
+    """What to ask transformers for here; ``HALVE_BACKEND=plain``, which computes as torch does, leaves it to torch."""
+    return NAME if cpu.available() and os.environ.get("HALVE_BACKEND") != "plain" else TORCH
 
 
 def _absent(name: str, value: Any) -> bool:

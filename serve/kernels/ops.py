@@ -15,7 +15,7 @@ from serve.kernels.cuda import backend as cuda
 _library = torch.library.Library("halve", "DEF")
 _library.define("sparse24_linear(Tensor x, Tensor prepared, Tensor? bias, int n) -> Tensor")
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.define("attention(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor")
+_library.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor")
 
 
 def _sparse24_linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
@@ -38,7 +38,7 @@ def _dense_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _attention_shape(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
@@ -57,4 +57,4 @@ dense_linear = torch.ops.halve.dense_linear.default
 """(x [..., K], weight [N, K], bias [N] or None) -> [..., N]; for few rows"""
 
 attention = torch.ops.halve.attention.default
-"""(q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E], scale, causal) -> [B, Q, H, E]"""
+"""(q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E], mask [B or 1, 1, Q, K] bool or None, scale, causal) -> [B, Q, H, E]"""

@@ -151,10 +151,20 @@ def check_attention(queries: int, keys: int, depth: int, value_depth: int, causa
     strides = attention._strides(q, k, v, wanted.transpose(1, 2))
     refusal = lib.halve_attention(
         *(which, shape, *(tensor.address for tensor in inputs), out.address, strides),
-        *(0.2, int(causal), exponents.address, scratch.address, 1),
+        *(None, 0.2, int(causal), exponents.address, scratch.address, 1),
     )
     assert refusal == 0
     assert out.bytes() == wanted.detach().view(torch.uint8).numpy().tobytes(), (queries, keys, depth, at_end)
+    visible = torch.rand(1, 1, queries, keys, generator=torch.Generator().manual_seed(4)) < 0.5
+    masked = attention.attention(q.detach(), k.detach(), v.detach(), visible, 0.2, causal)
+    shown, other = guarded(visible, at_end), Guarded(masked.nbytes, at_end=at_end)
+    strides = attention._strides(q, k, v, masked.transpose(1, 2), attention._by_query(visible))
+    refusal = lib.halve_attention(
+        *(which, shape, *(tensor.address for tensor in inputs), other.address, strides),
+        *(shown.address, 0.2, int(causal), None, scratch.address, 1),
+    )
+    assert refusal == 0
+    assert other.bytes() == masked.view(torch.uint8).numpy().tobytes(), (queries, keys, depth, at_end)
     # (gradients are laid out with heads side by side at each position)
     rights = [each.grad.transpose(1, 2).contiguous() for each in (q, k, v) if each.grad is not None]
     found = [Guarded(right.nbytes, at_end=at_end) for right in rights]

@@ -32,7 +32,9 @@ def heads(batch: int, count: int, positions: int, depth: int, seed: int, factor:
     return drawn.bfloat16().transpose(1, 2)
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The output [B, Q, H, E] in float64, and how far the kernel may be from it."""
     share = q.shape[1] // k.shape[1]
     q, k, v = q.double(), *(tensor.double().repeat_interleave(share, dim=1) for tensor in (k, v))
@@ -41,7 +43,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[
     slack = (q.abs() @ k.abs().transpose(-1, -2) * scale).amax(-1, keepdim=True) * 2**-22
     if causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
-    weights = scores.softmax(-1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).nan_to_num()  # where nothing is seen there are no weights
     middle = weights @ v
     # The weights are rounded to bfloat16 (by 2^-8 at most); float32 sums and the exponential are within 2^-16.
     bound = (weights @ v.abs()) * (2**-8 + 2**-16 + 2 * slack)
@@ -49,9 +53,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[
     return middle.transpose(1, 2), bound.transpose(1, 2)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> None:
-    y = kernel.attention(q, k, v, scale, causal)
-    middle, bound = exact(q, k, v, scale, causal)
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None = None) -> None:
+    y = kernel.attention(q, k, v, mask, scale, causal)
+    middle, bound = exact(q, k, v, scale, causal, mask)
     assert (y.shape, y.dtype, y.is_contiguous()) == (middle.shape, torch.bfloat16, True)
     worst = ((y.double() - middle).abs() / bound).max()
     assert worst <= 1, f"{worst} times the bound"
@@ -91,6 +95,60 @@ def test_depths(depth: int, value_depth: int) -> None:
     check(heads(1, 1, 70, depth, 0), heads(1, 1, 70, depth, 1), heads(1, 1, 70, value_depth, 2), depth**-0.5, True)
 
 
+def some_mask(kind: str, batch: int, queries: int, keys: int) -> Tensor:
+    """[batch or 1, 1, queries, keys]"""
+    last = torch.arange(keys - queries, keys)[:, None]  # that a query sees
+    at = torch.arange(keys)[None]
+    if kind == "random":
+        generator = torch.Generator().manual_seed(3)
+        return torch.rand(batch, 1, queries, keys, generator=generator) < 0.3
+    if kind == "window":
+        return ((at <= last) & (at > last - 20))[None, None]
+    if kind == "nothing":
+        return torch.zeros(batch, 1, queries, keys, dtype=torch.bool)
+    padding = torch.arange(batch)[:, None, None, None] * (keys // 2)
+    return ((at >= padding) & (at <= last)).expand(batch, 1, queries, keys)
+
+
+@pytest.mark.parametrize("kind", ["random", "window", "padding", "nothing"])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 40), (1, 900), (5, 300), (30, 30), (70, 700), (300, 600)])
+def test_masks(kind: str, queries: int, keys: int) -> None:
+    """Queries that see nothing give zeros; nothing of what is not seen comes through."""
+    q, k, v = heads(2, 4, queries, 32, 0), heads(2, 2, keys, 32, 1), heads(2, 2, keys, 48, 2)
+    mask = some_mask(kind, 2, queries, keys)
+    check(q, k, v, 0.2, False, mask)
+    wanted = kernel.attention(q, k, v, mask, 0.2, False)
+    wide = torch.zeros(2, 1, queries, keys + 9, dtype=torch.bool)
+    wide[..., :keys] = mask
+    assert torch.equal(kernel.attention(q, k, v, wide[..., :keys], 0.2, False), wanted)
+    assert torch.equal(kernel.attention(q, k, v, mask.expand(-1, 4, -1, -1), 0.2, False), wanted)
+    hidden = ~mask.any(2).any(0).flatten()  # keys that nobody sees
+    assert torch.equal(kernel.attention(q, k.masked_fill(hidden[:, None], torch.nan), v, mask, 0.2, False), wanted)
+
+
+def test_a_causal_mask_is_what_causal_is() -> None:
+    q, k, v = heads(1, 4, 300, 32, 0), heads(1, 2, 300, 32, 1), heads(1, 2, 300, 32, 2)
+    mask = torch.ones(300, 300, dtype=torch.bool).tril()[None, None]
+    assert torch.equal(kernel.attention(q, k, v, mask, 0.2, False), kernel.attention(q, k, v, None, 0.2, True))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.zeros(1, 1, 20, 20),
+        torch.ones(1, 2, 20, 20, dtype=torch.bool),
+        torch.ones(3, 1, 20, 20, dtype=torch.bool),
+        torch.ones(1, 1, 20, 19, dtype=torch.bool),
+        torch.ones(20, 20, dtype=torch.bool),
+        torch.ones(1, 1, 20, 1, dtype=torch.bool).expand(1, 1, 20, 20),
+    ],
+)
+def test_masks_that_are_none(mask: Tensor) -> None:
+    q = heads(2, 2, 20, 32, 0)
+    with pytest.raises(ValueError, match="a mask is"):
+        kernel.attention(q, q, q, mask, 0.2, False)
+
+
 @pytest.mark.parametrize("shared", [(1, 1), (3, 1), (8, 8), (24, 1), (25, 1), (32, 4)])
 @pytest.mark.parametrize("depth", [16, 80, 128, 256])
 def test_a_token_that_is_decoded(shared: tuple[int, int], depth: int) -> None:
@@ -120,9 +178,9 @@ def test_any_call(
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        several = kernel.attention(q, k, v, 0.2, causal)
+        several = kernel.attention(q, k, v, None, 0.2, causal)
         torch.set_num_threads(1)
-        assert torch.equal(several, kernel.attention(q, k, v, 0.2, causal))
+        assert torch.equal(several, kernel.attention(q, k, v, None, 0.2, causal))
     finally:
         torch.set_num_threads(before)
 
@@ -130,40 +188,40 @@ def test_any_call(
 def test_layouts_give_the_same_bits() -> None:
     """Positions before heads, heads before positions, a part of a cache, a part of a fused projection."""
     q, k, v = heads(2, 4, 40, 32, 0), heads(2, 2, 40, 32, 1), heads(2, 2, 40, 32, 2)
-    wanted = kernel.attention(q, k, v, 0.2, True)
-    assert torch.equal(kernel.attention(q.contiguous(), k.contiguous(), v.contiguous(), 0.2, True), wanted)
+    wanted = kernel.attention(q, k, v, None, 0.2, True)
+    assert torch.equal(kernel.attention(q.contiguous(), k.contiguous(), v.contiguous(), None, 0.2, True), wanted)
     cache = torch.full((2, 2, 100, 32), torch.nan, dtype=torch.bfloat16)
     cache[:, :, :40] = k
-    assert torch.equal(kernel.attention(q, cache[:, :, :40], v, 0.2, True), wanted)
+    assert torch.equal(kernel.attention(q, cache[:, :, :40], v, None, 0.2, True), wanted)
     fused = torch.cat([k, v], dim=-1)
-    assert torch.equal(kernel.attention(q, fused[..., :32], fused[..., 32:], 0.2, True), wanted)
+    assert torch.equal(kernel.attention(q, fused[..., :32], fused[..., 32:], None, 0.2, True), wanted)
 
 
 def test_extreme_scores() -> None:
     """One weight takes all, and nothing overflows."""
     q, k, v = heads(1, 1, 40, 32, 0, 300.0), heads(1, 1, 600, 32, 1, 300.0), heads(1, 1, 600, 32, 2)
-    y = kernel.attention(q, k, v, 1.0, False)
+    y = kernel.attention(q, k, v, None, 1.0, False)
     best = (q.double() @ k.double().transpose(-1, -2)).argmax(-1)[0, 0]
     assert torch.equal(y[0, :, 0], v[0, 0, best])
 
 
 def test_what_is_not_a_number_stays_where_it_was_seen() -> None:
     q, k, v = heads(1, 1, 300, 32, 0), heads(1, 1, 300, 32, 1), heads(1, 1, 300, 32, 2)
-    clean = kernel.attention(q, k, v, 0.2, True)[0, :, 0]
+    clean = kernel.attention(q, k, v, None, 0.2, True)[0, :, 0]
     spoiled = q.clone()
     spoiled[0, 0, 100] = torch.nan
-    y = kernel.attention(spoiled, k, v, 0.2, True)[0, :, 0]
+    y = kernel.attention(spoiled, k, v, None, 0.2, True)[0, :, 0]
     rows = torch.arange(300) == 100
     assert torch.equal(y.isnan().all(-1), rows)
     assert torch.equal(y[~rows], clean[~rows])
     spoiled = k.clone()
     spoiled[0, 0, 280] = torch.nan
-    y = kernel.attention(q, spoiled, v, 0.2, True)[0, :, 0]
+    y = kernel.attention(q, spoiled, v, None, 0.2, True)[0, :, 0]
     assert torch.equal(y.isnan().all(-1), torch.arange(300) >= 280)
     assert torch.equal(y[:280], clean[:280])
     spoiled = v.clone()
     spoiled[0, 0, 280] = torch.nan
-    y = kernel.attention(q, k, spoiled, 0.2, True)[0, :, 0]
+    y = kernel.attention(q, k, spoiled, None, 0.2, True)[0, :, 0]
     assert y[280:].isnan().all()
     assert torch.equal(y[:264], clean[:264])  # (queries 264 to 287 go together, and 0 times NaN is NaN)
 
@@ -171,7 +229,7 @@ def test_what_is_not_a_number_stays_where_it_was_seen() -> None:
 def test_the_bound_finds_faults() -> None:
     """A key too many or too few, and another head's keys, are found."""
     q, k, v = heads(1, 2, 40, 32, 0), heads(1, 2, 41, 32, 1), heads(1, 2, 41, 32, 2)
-    y = kernel.attention(q, k[:, :, :40], v[:, :, :40], 0.2, False).double()
+    y = kernel.attention(q, k[:, :, :40], v[:, :, :40], None, 0.2, False).double()
     for keys, values in ((k, v), (k[:, :, :39], v[:, :, :39]), (k[:, :, :40].flip(1), v[:, :, :40].flip(1))):
         middle, bound = exact(q, keys, values, 0.2, False)
         assert ((y - middle).abs() > bound).any()
@@ -265,14 +323,14 @@ def test_refusals(changed: dict[str, Tensor], says: str) -> None:
     right = {"q": (2, 20, 32), "k": (2, 20, 32), "v": (2, 20, 32)}
     call = {name: torch.zeros(1, *shape, dtype=torch.bfloat16) for name, shape in right.items()} | changed
     with pytest.raises(ValueError, match=says):
-        kernel.attention(**call, scale=1.0, causal=True)
+        kernel.attention(**({"mask": None} | call), scale=1.0, causal=True)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
 def test_scales_that_are_none(scale: float) -> None:
     q = heads(1, 1, 20, 32, 0)
     with pytest.raises(ValueError, match="more than 0"):
-        kernel.attention(q, q, q, scale, True)
+        kernel.attention(q, q, q, None, scale, True)
 
 
 def test_another_path_has_none() -> None:
@@ -283,10 +341,16 @@ def test_another_path_has_none() -> None:
     assert attention.name() == "halve"
 
 
+def test_the_plain_backend_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALVE_BACKEND", "plain")
+    assert attention.name() == "sdpa"
+
+
 def test_the_operator() -> None:
     q, k, v = heads(2, 4, 20, 32, 0), heads(2, 2, 20, 32, 1), heads(2, 2, 20, 48, 2)
-    torch.library.opcheck(ops.attention, (q, k, v, 0.2, True))
-    shape = ops.attention(q.to("meta"), k.to("meta"), v.to("meta"), 0.2, True)
+    torch.library.opcheck(ops.attention, (q, k, v, None, 0.2, True))
+    torch.library.opcheck(ops.attention, (q, k, v, torch.ones(1, 1, 20, 20, dtype=torch.bool).tril(), 0.2, False))
+    shape = ops.attention(q.to("meta"), k.to("meta"), v.to("meta"), None, 0.2, True)
     assert (shape.shape, shape.dtype) == (torch.Size((2, 20, 4, 48)), torch.bfloat16)
 
 
@@ -338,17 +402,16 @@ class TestForward:
     def test_left_to_torch(self) -> None:
         q, k = heads(1, 4, 40, 32, 0), heads(1, 2, 40, 32, 1)
         mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
-        mask[..., :3] = False
-        mask[..., 0] = True
-        assert not self.both(q, k, k, mask)
+        assert self.both(q, k, k, mask)
+        assert not self.both(q, k, k, torch.where(mask, 0.0, -1e9).bfloat16())
+        assert not self.both(q.clone().requires_grad_(), k, k, mask)
         assert not self.both(q.float(), k.float(), k.float())
         assert not self.both(q, k, k, position_bias=torch.randn(1, 4, 40, 40, dtype=torch.bfloat16))
 
     @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "opt", "gpt2", "gpt_neox", "phi3"])
     def test_models(self, family: str, tmp_path: Path) -> None:
         """Loaded models attend with the kernel, say the same as plain ones, and save nothing of it."""
-        wide = {"sliding_window": 64} if family in ("mistral", "phi3") else {}  # no mask for so few tokens
-        directory = tiny_models.build(family, tmp_path / family, dtype=torch.bfloat16, **wide)
+        directory = tiny_models.build(family, tmp_path / family, dtype=torch.bfloat16)
         plain = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
         model = load_model(directory)
         tokens = torch.randint(0, tiny_models.VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -356,6 +419,15 @@ class TestForward:
             said, wanted = model(tokens).logits.float(), plain(tokens).logits.float()
         assert self.calls > 0
         assert (said - wanted).norm() < 0.02 * wanted.norm()
+        padding = torch.ones(2, 30, dtype=torch.long)
+        padding[0, :7] = 0
+        with torch.no_grad():
+            said, wanted = (each(tokens, attention_mask=padding).logits[:, 7:].float() for each in (model, plain))
+        assert (said - wanted).norm() < 0.02 * wanted.norm()
+        before = self.calls
+        written, right = (each.generate(tokens[:1], max_new_tokens=8, do_sample=False) for each in (model, plain))
+        assert self.calls > before
+        assert written.shape == right.shape
         model.save_pretrained(tmp_path / "saved")
         assert "halve" not in (tmp_path / "saved" / "config.json").read_text()
 

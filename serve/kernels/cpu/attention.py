@@ -27,8 +27,8 @@ def available() -> bool:
     return path is not None and bool(functions().halve_cpu_has_attention(backend.PATHS.index(path)))
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why that attention cannot be computed here, or None; q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E]."""
+def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str | None:
+    """Why that attention cannot be computed here, or None; q [B, H, Q, D], k [B, G, K, D], v [B, G, K, E], mask as in `attention`."""
     if not available():
         return library.status() if backend.path() is None else f"the code path {backend.path()} has no attention"
     for tensor in (q, k, v):
@@ -43,10 +43,19 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not belong together"
     if heads % groups or not batch:
         return f"{heads} heads cannot share {groups} heads of keys"
+    return None if mask is None else _why_no_mask(mask, batch, queries, keys)
+
+
+def _why_no_mask(mask: Tensor, batch: int, queries: int, keys: int) -> str | None:
+    if not (mask.is_cpu and mask.dtype is torch.bool):
+        return f"a mask is bool on cpu, not {mask.dtype} on {mask.device}"
+    fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[2:] == (queries, keys)
+    if not fits or (mask.shape[1] != 1 and mask.stride(1)) or (keys > 1 and mask.stride(3) != 1):
+        return f"a mask is [{batch}, 1, {queries}, {keys}] with the keys in a row, not {list(mask.shape)}"
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
     """softmax(scale q k^T) v.
 
     Sums are float32; the weights are rounded to bfloat16 for the second product, as torch does. The number of threads
@@ -54,8 +63,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Te
 
     Args:
         q: [B, H, Q, D]; k: [B, G, K, D]; v: [B, G, K, E], where G divides H.
+        mask: [B or 1, 1, Q, K] bool, True where a query sees a key; a query that sees none gets zeros. None: it sees all.
         scale: more than 0.
-        causal: query i sees keys 0 to i.
+        causal: query i sees keys 0 to i at most.
 
     Returns:
         [B, Q, H, E], in a row.
@@ -63,9 +73,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Te
     Raises:
         ValueError: see `why_not`; or the scale.
     """
-    if refusal := why_not(q, k, v):
+    if refusal := why_not(q, k, v, mask):
         raise ValueError(refusal)
-    return _forward(q, k, v, scale, causal, None)
+    return _forward(q, k, v, mask, scale, causal, None)
 
 
 class DifferentiableAttention(torch.autograd.Function):
@@ -80,7 +90,7 @@ class DifferentiableAttention(torch.autograd.Function):
         if refusal := why_not(q, k, v):
             raise ValueError(refusal)
         exponents = torch.empty(q.shape[:3], dtype=torch.float32)
-        out = _forward(q, k, v, scale, causal, exponents)
+        out = _forward(q, k, v, None, scale, causal, exponents)
         ctx.save_for_backward(q, k, v, out, exponents)
         ctx.scale, ctx.causal = scale, causal
         return out
@@ -109,24 +119,19 @@ class DifferentiableAttention(torch.autograd.Function):
         return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None, None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, exponents: Tensor | None) -> Tensor:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, exponents: Tensor | None
+) -> Tensor:
     if not scale > 0:
         raise ValueError(f"scores are scaled by more than 0, not by {scale}")
     lib, path, shape = functions(), _path(), _shape(q, k, v)
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
     scratch = torch.empty(lib.halve_attention_scratch_bytes(path, shape), dtype=torch.uint8)
+    strides = _strides(q, k, v, out.transpose(1, 2), *(() if mask is None else (_by_query(mask),)))
     refusal = lib.halve_attention(
-        *(
-            path,
-            shape,
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            out.data_ptr(),
-            _strides(q, k, v, out.transpose(1, 2)),
-        ),
-        *(scale, int(causal), None if exponents is None else exponents.data_ptr()),
-        *(scratch.data_ptr(), torch.get_num_threads()),
+        *(path, shape, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), strides),
+        *(None if mask is None else mask.data_ptr(), scale, int(causal)),
+        *(None if exponents is None else exponents.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
     )
     if refusal:
         raise ValueError(f"the kernel refused q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} ({refusal})")
@@ -143,9 +148,14 @@ def _shape(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 
 def _strides(*tensors: Tensor) -> Any:
-    """Of batch, head and position of each."""
+    """Of batch, head and position of each; of a mask that follows, of batch and query."""
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-    return (ctypes.c_int64 * len(strides))(*strides)
+    return (ctypes.c_int64 * (len(strides) + 2))(*strides)
+
+
+def _by_query(mask: Tensor) -> Tensor:
+    """A view of a mask whose strides are those of batch and query."""
+    return mask.as_strided((1, 1, 1), (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2), 1))
 
 
 @cache
@@ -158,6 +168,6 @@ def functions() -> ctypes.CDLL:
         scratch_bytes.restype, scratch_bytes.argtypes = ctypes.c_int64, (number, pointer)
     lib.halve_attention.restype = lib.halve_attention_backward.restype = number
     rest = (ctypes.c_float, number, pointer, pointer, number)
-    lib.halve_attention.argtypes = (number, *[pointer] * 6, *rest)
+    lib.halve_attention.argtypes = (number, *[pointer] * 7, *rest)
     lib.halve_attention_backward.argtypes = (number, *[pointer] * 3, *rest)
     return lib

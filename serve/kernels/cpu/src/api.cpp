@@ -295,16 +295,17 @@ HALVE_EXPORT int64_t halve_attention_scratch_bytes(int path, const int64_t* shap
 
 // out [batch, heads, queries, value depth] = softmax(scale q k^T) v; heads h share the keys and values of kv head
 // h / (heads / kv_heads). strides: of q, k, v and out, for batch, head and position each, in elements. exponents: float
-// [batch, heads, queries] for the backward pass, or null.
+// [batch, heads, queries] for the backward pass, or null. visible: see `Visible`, or null; the last two strides are its own.
 HALVE_EXPORT int halve_attention(int path, const int64_t* shape, const void* q, const void* k, const void* v, void* out,
-                                 const int64_t* strides, float scale, int causal, float* exponents, uint8_t* scratch,
-                                 int threads) {
+                                 const int64_t* strides, const uint8_t* visible, float scale, int causal,
+                                 float* exponents, uint8_t* scratch, int threads) {
   AttentionCall call{};
   if (!read_attention(shape, call)) return kOtherShape;
   const AttentionKernel* kernel = attention_of(path, call);
   if (kernel == nullptr) return kNoAttention;
   if (reinterpret_cast<uintptr_t>(scratch) % 64 != 0) return kMisaligned;
   place(call, q, k, v, out, strides);
+  call.visible = {visible, strides[12], strides[13]};
   call.scale = scale, call.causal = causal != 0, call.exponents = exponents, call.scratch = scratch;
   AttentionPass arrange{&call, kernel->arrange}, run{&call, kernel->run};
   parallel(threads, kernel->arrange_units(call), run_attention, &arrange);

@@ -13,6 +13,14 @@ struct Strided {
   uint16_t* at(int64_t b, int64_t h, int64_t p) const { return data + b * batch + h * head + p * position; }
 };
 
+// A byte for each query and key, not 0 where the query sees the key, the same for all heads; null where all are seen.
+struct Visible {
+  const uint8_t* data;
+  int64_t batch, query;  // strides; along the keys it is 1
+
+  const uint8_t* at(int64_t b, int64_t q) const { return data == nullptr ? nullptr : data + b * batch + q * query; }
+};
+
 struct AttentionCall {
   Strided q, k, v, out;
   int64_t batch, heads, kv_heads, queries, keys;
@@ -20,6 +28,7 @@ struct AttentionCall {
   int64_t value_depth;  // of v and out; a multiple of 16, at most kMostDepth
   float scale;
   bool causal;  // query i sees keys 0 to i
+  Visible visible;
   float* exponents;  // [batch, heads, queries], or null: log2 of what each query's weights were divided by, for the backward pass
   uint8_t* scratch;
 };

@@ -38,6 +38,25 @@ void arrange(const AttentionCall& call, int64_t first, int64_t last) {
 int64_t tiles(const AttentionCall& call) { return ceil_div(call.queries, kTileRows); }
 int64_t units(const AttentionCall& call) { return call.batch * call.heads * tiles(call); }
 
+// The keys that any of some queries sees lie between these two; so a window that slides costs what it shows.
+struct Range {
+  int64_t begin, end;
+};
+Range seen_by(const AttentionCall& call, int64_t b, int64_t first, int64_t rows) {
+  const int64_t end = call.causal && first + rows < call.keys ? first + rows : call.keys;
+  if (call.visible.data == nullptr) return {0, end};
+  Range range{end, 0};
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* visible = call.visible.at(b, first + r);
+    int64_t from = 0, to = end;
+    while (from < range.begin && visible[from] == 0) ++from;
+    while (to > range.end && visible[to - 1] == 0) --to;
+    range.begin = from < range.begin ? from : range.begin;
+    range.end = to > range.end ? to : range.end;
+  }
+  return {range.begin / kPart * kPart, range.end};
+}
+
 TARGET void attend(const AttentionCall& call, int64_t b, int64_t h, int64_t first) {
   alignas(64) float scores[kTileRows * kPart];
   alignas(64) uint16_t weights[kTileRows * kPart];
@@ -45,25 +64,27 @@ TARGET void attend(const AttentionCall& call, int64_t b, int64_t h, int64_t firs
   Running running[kTileRows];
   const int64_t rows = call.queries - first < kTileRows ? call.queries - first : kTileRows;
   const int64_t depth = call.depth, wide = call.value_depth;
-  const int64_t seen = call.causal && first + rows < call.keys ? first + rows : call.keys;
+  const Range range = seen_by(call, b, first, rows);
   const uint32_t* keys = arranged(call, b, h / (call.heads / call.kv_heads));
   const uint32_t* values = keys + key_words(call);
   const uint16_t* q = call.q.at(b, h, first);
   const float scale = call.scale * kLog2E;
   for (int64_t r = 0; r < rows; ++r) running[r] = {-INFINITY, 0.0f};
   std::memset(sums, 0, static_cast<size_t>(rows * wide) * sizeof(float));
-  for (int64_t part = 0; part < seen; part += kPart) {
-    const int64_t count = seen - part < kPart ? seen - part : kPart, vectors = ceil_div(count, kLanes);
+  for (int64_t part = range.begin; part < range.end; part += kPart) {
+    const int64_t count = range.end - part < kPart ? range.end - part : kPart, vectors = ceil_div(count, kLanes);
     product(q, call.q.position, rows, keys + part * depth / 2, kBlock, kBlock * depth / 2, depth / 2, vectors, scores,
             kPart, false);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t most = call.causal ? first + r + 1 - part : count;
-      const int64_t visible = most < count ? most : count;
-      if (visible <= 0) {
+      const int64_t seen = most < count ? most : count;
+      if (seen <= 0) {
         std::memset(weights + r * kPart, 0, static_cast<size_t>(vectors * kLanes) * 2);
         continue;
       }
-      const float kept = weigh(scores + r * kPart, visible, vectors, scale, running[r], weights + r * kPart);
+      const uint8_t* visible = call.visible.at(b, first + r);
+      const float kept = weigh(scores + r * kPart, seen, visible == nullptr ? nullptr : visible + part, vectors, scale,
+                               running[r], weights + r * kPart);
       if (kept == 1.0f) continue;
       const __m512 factor = _mm512_set1_ps(kept);
       for (int64_t c = 0; c < wide; c += kLanes) {
@@ -77,7 +98,7 @@ TARGET void attend(const AttentionCall& call, int64_t b, int64_t h, int64_t firs
     if (call.exponents != nullptr) {
       call.exponents[(b * call.heads + h) * call.queries + first + r] = running[r].most * scale + std::log2(running[r].sum);
     }
-    const __m512 whole = _mm512_set1_ps(1.0f / running[r].sum);
+    const __m512 whole = _mm512_set1_ps(share_of(running[r].sum));
     uint16_t* out = call.out.at(b, h, first + r);
     for (int64_t c = 0; c < wide; c += kLanes) {
       const __m512 mean = _mm512_mul_ps(_mm512_load_ps(sums + r * wide + c), whole);

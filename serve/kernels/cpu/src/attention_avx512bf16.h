@@ -130,16 +130,30 @@ struct Running {
   float most, sum;
 };
 
-// Turns the scores [keys] of one row into bfloat16 weights, zeros where it does not see (to whole vectors, `vectors`).
-// `scale` is positive. Returns what the row's earlier output has to be multiplied with.
-TARGET inline float weigh(const float* scores, int64_t seen, int64_t vectors, float scale, Running& row, uint16_t* weights) {
+// Lanes below `count`, of which there may be more or fewer than a vector's.
+INLINE __mmask16 lanes_below(int64_t count) {
+  return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// Of 16 keys, those that are there and that a row of `Visible` shows.
+INLINE __mmask16 shown(const uint8_t* visible, int64_t first, int64_t count) {
+  const __mmask16 exist = lanes_below(count - first);
+  if (visible == nullptr) return exist;
+  const __m128i bytes = _mm_maskz_loadu_epi8(exist, visible + first);
+  return _mm_mask_cmpneq_epi8_mask(exist, bytes, _mm_setzero_si128());
+}
+
+// Turns the scores [keys] of one row into bfloat16 weights, zeros where it does not see (to whole vectors, `vectors`): beyond
+// the first `seen` keys, and what `visible` (of these keys, or null) does not show. `scale` is positive. Returns what the row's
+// earlier output has to be multiplied with.
+TARGET inline float weigh(const float* scores, int64_t seen, const uint8_t* visible, int64_t vectors, float scale,
+                          Running& row, uint16_t* weights) {
   const int64_t used = ceil_div(seen, kLanes);
-  const __mmask16 last = static_cast<__mmask16>(0xffffu >> (used * kLanes - seen));
   const __m512 least = _mm512_set1_ps(-INFINITY), factor = _mm512_set1_ps(scale);
   __m512 most = least;
   for (int64_t i = 0; i < used; ++i) {
     const __m512 score = _mm512_loadu_ps(scores + i * kLanes);
-    most = _mm512_max_ps(_mm512_mask_mov_ps(least, i + 1 < used ? 0xffff : last, score), most);
+    most = _mm512_max_ps(_mm512_mask_mov_ps(least, shown(visible, i * kLanes, seen), score), most);
   }
   const float before = row.most, here = _mm512_reduce_max_ps(most);
   row.most = here > before ? here : before;
@@ -147,9 +161,9 @@ TARGET inline float weigh(const float* scores, int64_t seen, int64_t vectors, fl
   __m512 sum = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i < used; ++i) {
-    const __mmask16 exists = i + 1 < used ? 0xffff : last;
     const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(scores + i * kLanes), shift);  // (exactly 0 at the maximum)
-    const __m512 weight = _mm512_maskz_mov_ps(exists, exp2(_mm512_mul_ps(below, factor)));
+    const __m512 weight =
+        _mm512_maskz_mov_ps(shown(visible, i * kLanes, seen), exp2(_mm512_mul_ps(below, factor)));
     sum = _mm512_add_ps(sum, weight);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + i * kLanes),
                         reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weight)));
@@ -162,10 +176,8 @@ TARGET inline float weigh(const float* scores, int64_t seen, int64_t vectors, fl
   return kept;
 }
 
-// Lanes below `count`, of which there may be more or fewer than a vector's.
-INLINE __mmask16 lanes_below(int64_t count) {
-  return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
+// What sums are multiplied with in the end; a row that saw nothing gives zeros, as torch does.
+inline float share_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
 }  // namespace
 }  // namespace halve

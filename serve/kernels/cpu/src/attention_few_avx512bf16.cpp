@@ -53,7 +53,9 @@ TARGET void part(const AttentionCall& call, int64_t unit) {
     state[r] = {-INFINITY, 0.0f};
     const int64_t most = call.causal ? r % call.queries + 1 - first : count, seen = most < count ? most : count;
     if (seen > 0) {
-      weigh(scores + r * kPart, seen, vectors, call.scale * kLog2E, state[r], weights + r * kPart);
+      const uint8_t* visible = call.visible.at(b, r % call.queries);
+      weigh(scores + r * kPart, seen, visible == nullptr ? nullptr : visible + first, vectors, call.scale * kLog2E,
+            state[r], weights + r * kPart);
     } else {
       std::memset(weights + r * kPart, 0, static_cast<size_t>(vectors * kLanes) * 2);
     }
@@ -98,7 +100,7 @@ TARGET void merge(const AttentionCall& call, int64_t group) {
     if (call.exponents != nullptr) {
       call.exponents[(b * call.heads + h) * call.queries + query] = most * scale + std::log2(whole);
     }
-    const __m512 part_of = _mm512_set1_ps(1.0f / whole);
+    const __m512 part_of = _mm512_set1_ps(share_of(whole));
     for (int64_t c = 0; c < wide; c += kLanes) {
       const __m512 mean = _mm512_mul_ps(_mm512_load_ps(out + c), part_of);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(call.out.at(b, h, query) + c),
