@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from compress.errors import CalibrationError, NumericalError
 
-LOSS_TOKENS = 512
-"""Rows of logits that are float32 at a time."""
+LOSS_TOKENS = 32
+"""Rows of logits that are float32 at a time: few, as memory of that size is used again, and that of more is fetched anew."""
 
 
 @dataclass(frozen=True)
