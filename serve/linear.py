@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.architecture import LinearModule, shape_of
 from compress.packed import PackedWeight, validate
+from serve import attention
 from serve.kernels import Backend, choose, ops, plain
 from serve.kernels.cpu import backend as cpu
 
@@ -166,7 +168,9 @@ class StreamedLinear(nn.Linear):
 
 
 def prepare_for_serving(model: nn.Module) -> None:
-    """Puts every packed weight into the form of its backend, and lets dense linears take the faster path there is."""
+    """Puts every packed weight into the form of its backend, and lets dense linears and attention take the faster path there is."""
+    if isinstance(model, PreTrainedModel):
+        attention.use(model)
     for name, module in model.named_modules():
         if isinstance(module, Sparse24Linear):
             module.prepare(name)

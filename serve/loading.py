@@ -15,7 +15,6 @@ from compress.errors import CorruptCheckpointError, HalveError, SourceError, one
 from compress.files import TensorFiles
 from compress.quiet import quiet_transformers
 from compress.sources import read_config
-from serve import attention
 from serve.linear import prepare_for_serving
 from serve.measure.tuned import serve_dense_where_faster
 
@@ -57,7 +56,6 @@ def load_model(
     torch.nn.Module.to(model, torch.device(device))
     serve_dense_where_faster(model)
     prepare_for_serving(model)
-    attention.use(model)
     return model.eval().requires_grad_(False)
 
 

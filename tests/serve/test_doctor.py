@@ -15,7 +15,7 @@ import torch
 from compress.version import version
 from serve import doctor
 from serve.engines import vllm
-from serve.kernels.cpu import build
+from serve.kernels.cpu import build, library
 from tests.runs import Halve
 from tests.serve.test_cpu_build import PATHS, abi, needs_compiler, write_sources
 
@@ -34,7 +34,7 @@ def checks(document: dict[str, Any], section: str) -> dict[str, Any]:
 @needs_compiler
 def test_with_kernels(halve: Halve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "lib.so"
-    build.compile_library(output, sources=write_sources(tmp_path / "src", abi=abi(1), paths=PATHS))
+    build.compile_library(output, sources=write_sources(tmp_path / "src", abi=abi(library.ABI_VERSION), paths=PATHS))
     monkeypatch.setattr(build, "LIBRARY", output)
     called = halve("doctor", "--json")
     assert (called.code, called.stderr) == (0, "")
