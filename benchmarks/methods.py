@@ -171,6 +171,7 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
         "seconds": seconds,
         "processor_seconds": processor_seconds,
         "peak_bytes": memory,
+        "attention": attention.name(),
         "environment": environment(),
     }
 

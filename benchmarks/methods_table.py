@@ -63,19 +63,29 @@ def render(document: dict[str, Any], plan: Sequence[Any], metrics: Sequence[str]
     lines += ["## What the papers report, and what was measured", "", *_claims(done), "", "## Every run", ""]
     lines += _runs(done)
     if done:
-        environment = next(iter(done.values()))["environment"]
-        versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-        lines += [
-            "",
-            f"{environment['date']}, {environment['machine']}, {environment['cores']} cores; {versions}. Seconds are of "
-            "the run of `compress_model` (no imports, no evaluation). Other work went on beside many of the runs: the "
-            "processor's seconds are what compares, and only within this table. Peak memory is the resident set of the "
-            "run's process.",
-        ]
+        lines += ["", *_circumstances(done)]
     missing = [cell.key for cell in plan if cell.key not in done]
     if missing:
         lines += ["", f"Not run yet: {len(missing)} of {len(plan)} cells ({'; '.join(missing)})."]
     return "\n".join(lines) + "\n"
+
+
+def _circumstances(done: dict[str, dict[str, Any]]) -> list[str]:
+    """Dates, versions and attentions of all the runs: they were not made on one day."""
+    environments = [run["environment"] for run in done.values()]
+    dates = sorted({environment["date"] for environment in environments})
+    places = sorted({f"{place['machine']}, {place['cores']} cores" for place in environments})
+    versions: dict[str, set[str]] = {}
+    for environment in environments:
+        for name, version in environment["versions"].items():
+            versions.setdefault(name, set()).add(version)
+    named = ", ".join(f"{name} {' or '.join(sorted(found))}" for name, found in versions.items())
+    return [
+        f"{dates[0]} to {dates[-1]}, {'; '.join(places)}; {named}. Seconds are of the run of `compress_model` (no imports, no "
+        "evaluation). Other work went on beside many of the runs, and some were halted for a while: seconds say little, and the "
+        "processor's seconds are what compares, among runs with the same attention (sdpa: torch's, halve: the faster one that "
+        "came later; a model's outputs differ by rounding). Peak memory is the resident set of the run's process."
+    ]
 
 
 def _matrix(done: dict[str, dict[str, Any]], metrics: Sequence[str], columns: Sequence[str]) -> list[str]:
@@ -111,14 +121,14 @@ def _claims(done: dict[str, dict[str, Any]]) -> list[str]:
 
 def _runs(done: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
-        "| run | perplexity | layer error | seconds | of the processor | threads | peak MB | sparsity |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| run | perplexity | layer error | seconds | of the processor | attention | threads | peak MB | sparsity |",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|",
     ]
     for key, run in sorted(done.items(), key=lambda item: item[1]["perplexity"]):
         gathered = " with the gradients" if run.get("gathered_gradients") else ""
         lines.append(
             f"| {key} | {_number(run['perplexity'])} | {run['relative_output_error']:.4f} | {run['seconds']:.0f}{gathered} | "
-            f"{run['processor_seconds']:.0f} | {run['environment']['threads']} | {run['peak_bytes'] / 1e6:.0f} | {run['sparsity_reached']:.4f} |"
+            f"{run['processor_seconds']:.0f} | {run['attention']} | {run['environment']['threads']} | {run['peak_bytes'] / 1e6:.0f} | {run['sparsity_reached']:.4f} |"
         )
     return lines
 

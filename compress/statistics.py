@@ -119,8 +119,7 @@ class Gram:
     """
 
     panel = 128
-    """Only the lower triangle is computed, in panels of this many columns. (Of 128, 256, 512 and all columns, 128 took the
-    least time at 576 and at 1,536 features: 8.3, 9.2, 11.7, 12.7 and 55, 56, 62, 91 ms for 2,048 tokens on one core.)"""
+    """Only the lower triangle is computed, in panels of this many columns: narrow ones compute less above the diagonal."""
 
     def __init__(self, features: int, device: torch.device, tokens: int) -> None:
         self._lower = torch.zeros(features, features, dtype=torch.float32, device=device)
@@ -383,8 +382,8 @@ class InputStatistics:
 def exact_products(*dtypes: torch.dtype) -> Iterator[None]:
     """Float32 matmuls inside may use the bfloat16 units if all operands came from bfloat16.
 
-    Their products are exact then and are accumulated in float32. oneDNN decides: it does so where it has tiles (AMX), and
-    with AVX-512 BF16 alone it multiplies in float32 as before. With any other dtype this does nothing.
+    Their products are exact then and are accumulated in float32. Whether it does is up to oneDNN: with AVX-512 BF16 alone
+    (torch 2.13) it was seen not to. With any other dtype this does nothing.
     """
     if not dtypes or any(dtype != torch.bfloat16 for dtype in dtypes):
         yield

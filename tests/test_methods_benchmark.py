@@ -42,7 +42,8 @@ def result(cell: Cell, perplexity: float) -> dict[str, Any]:
     environment = {"date": "2026-01-01", "machine": "one", "cores": 2, "threads": 1, "versions": {"halve": "0"}}
     measured = {"perplexity": perplexity, "relative_output_error": 0.05, "sparsity_reached": 0.5}
     return {**asdict(cell), **measured, "seconds": 60.0, "processor_seconds": 55.0, "peak_bytes": 1e9, "workers": 2} | {
-        "environment": environment
+        "attention": "sdpa",
+        "environment": environment,
     }
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from serve.kernels import ops
-from serve.kernels.cpu import backend, library
+from serve.kernels.cpu import attention, backend, library
 from tests.serve.cpu_reference import DTYPES, normal, random_weight
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason=library.status())
@@ -39,6 +39,11 @@ def test_dense_linear(dtype: torch.dtype, batch: tuple[int, ...]) -> None:
     torch.library.opcheck(ops.dense_linear, (x, weight, bias))
     shape = torch.ops.halve.dense_linear(x.to("meta"), weight.to("meta"), None)
     assert (shape.shape, shape.dtype, shape.device.type) == (y.shape, dtype, "meta")
+
+
+def test_attention_is_there_where_its_instructions_are() -> None:
+    """So that its own tests are skipped only on processors that lack them."""
+    assert attention.available() == ("avx512bf16" in library.paths())
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -1,6 +1,6 @@
 """Softmax attention of bfloat16 with the C++ kernels, of a prompt as of one token, and its gradients.
 
-torch's own takes two to four times as long on processors with ``vdpbf16ps`` (``benchmarks/cpu_attention.py``).
+For processors with ``vdpbf16ps``; ``benchmarks/cpu_attention.py`` measures it against torch's own.
 """
 
 from __future__ import annotations
