@@ -36,6 +36,8 @@ METRICS = (
     *("random", "magnitude", "wanda", "ria", "stade", "stade-w", "symwanda", "stochria"),
     *("gblm", "pruner-zero", "wanda++"),
 )
+GRADIENT_METRICS = ("gblm", "pruner-zero")
+"""Those that need the gradients of the dense model's loss."""
 RECONSTRUCTIONS = ("none", "sparsegpt", "apt", "dsnot", "r2-dsnot")
 SELECTION = (("magnitude", "none"), ("wanda", "none"), ("ria", "none"), (None, "sparsegpt"), (None, "apt"))
 """What is also run at 4:8 and at 50 % unstructured."""
@@ -241,7 +243,7 @@ def _run_missing(
     def one(cell: Cell) -> None:
         if time.perf_counter() - started > arguments.budget:
             return
-        guarded = cell.metric in ("gblm", "pruner-zero") and not (work / "gradients" / "gradients.json").is_file()
+        guarded = cell.metric in GRADIENT_METRICS and not (work / "gradients" / "gradients.json").is_file()
         if guarded:
             gradients.acquire()
         try:
@@ -264,8 +266,11 @@ def _run_missing(
                 flush=True,
             )
 
+    # One that needs the gradients goes first and gathers them; the others come last, so that no worker waits for it.
+    needing = [cell for cell in missing if cell.metric in GRADIENT_METRICS]
+    order = needing[:1] + [cell for cell in missing if cell not in needing] + needing[1:]
     with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
-        list(pool.map(one, missing))
+        list(pool.map(one, order))
 
 
 def write(path: Path, document: dict[str, Any], text: str) -> None:
