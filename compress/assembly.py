@@ -62,6 +62,7 @@ def assemble(
         },
         "warnings": [*_warnings(pruned, "layers"), *_warnings(repairs, "blocks")],
         "layers": records,
+        **({"allocation": journal.allocation} if journal.allocation else {}),
         **({"repairs": repairs} if repairs else {}),
         **({"distillation": journal.distillation} if journal.distillation else {}),
     }

@@ -9,7 +9,7 @@ import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
@@ -19,6 +19,9 @@ from compress.console import Json, emit, human_bytes, out, progress_bar, table
 from compress.errors import RecipeError
 from compress.presets import PRESETS, preset_fields
 from compress.recipe import Recipe
+
+if TYPE_CHECKING:
+    from compress.allocate import Savings
 
 Model = Annotated[str, typer.Argument(help="a Hugging Face directory, a hub id, or a .gguf file", show_default=False)]
 Directory = Annotated[Path, typer.Argument(help="a checkpoint directory", show_default=False)]
@@ -36,12 +39,13 @@ def compress(
     gradients: Path | None,
     as_json: bool,
     attention: Callable[[], str],
+    savings: Savings | None,
     **fields: Any,
 ) -> None:
     """Prune a model block by block, repair it, and write a verified checkpoint."""
     given = {name: value for name, value in fields.items() if value is not None}
-    for name in ("metric_options", "reconstruction_options", "targets_options", "repair_options", "distill_options"):
-        if name in given:
+    for name in given:
+        if name.endswith("_options"):
             given[name] = _parse_options(name, given[name])
     if preset and recipe_file:
         raise RecipeError("give a preset or a recipe file, not both: a preset is a recipe (`halve methods` prints it)")
@@ -64,6 +68,7 @@ def compress(
             checkpoint_seconds=checkpoint_seconds,
             device=device,
             attention=attention(),
+            savings=savings,
             gradients=gradients,
             progress=progress,
         )
@@ -82,6 +87,7 @@ def compress(
                     ["layers pruned", f"{summary['layers_pruned']} of {summary['layers']}"],
                     ["metric, reconstruction", f"{summary['metric']}, {summary['reconstruction']}"],
                     ["relative output error, mean", f"{summary['mean_relative_output_error']:.4f}"],
+                    *_allocation_rows(done.report.get("allocation")),
                     *_repair_rows(summary),
                     ["their weights, before", human_bytes(summary["pruned_bytes_before"])],
                     ["their weights, after", human_bytes(summary["pruned_bytes_after"])],
@@ -103,6 +109,20 @@ def compress(
     emit(document, as_json, human)
 
 
+def _allocation_rows(allocation: dict[str, Any] | None) -> list[list[str]]:
+    """What the linears that were kept dense cost and bought."""
+    if allocation is None:
+        return []
+    share = allocation["given_back"] / allocation["saves_all"]
+    return [
+        [
+            "kept dense by the allocation",
+            f"{share:.1%} of what pruning saves; errors of the blocks, each linear alone, {allocation['error_all']:.4f} in "
+            f"all and {allocation['error_left']:.4f} without them",
+        ]
+    ]
+
+
 def _repair_rows(summary: dict[str, Any]) -> list[list[str]]:
     """What the repair of the blocks bought."""
     if "mean_held_out_error" not in summary:
@@ -113,6 +133,7 @@ def _repair_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 def methods(as_json: Json = False) -> None:
     """What there is: every metric and reconstruction, its paper, what it needs, what it costs."""
+    from compress.allocate import ALLOCATE
     from compress.distill import DISTILL
     from compress.methods import Metric, Reconstruction
     from compress.metrics import METRICS
@@ -124,6 +145,7 @@ def methods(as_json: Json = False) -> None:
     for kind, table_of in (
         ("metric", METRICS),
         ("reconstruction", RECONSTRUCTIONS),
+        ("allocate", {ALLOCATE.name: ALLOCATE}),
         ("targets", {TARGETS.name: TARGETS}),
         ("repair", REPAIRS),
         ("distill", {DISTILL.name: DISTILL}),
@@ -147,7 +169,7 @@ def methods(as_json: Json = False) -> None:
 
     def human() -> None:
         out.print("any metric goes with any reconstruction; options are NAME=VALUE", highlight=False)
-        for kind in ("metric", "reconstruction", "targets", "repair", "distill"):
+        for kind in ("metric", "reconstruction", "allocate", "targets", "repair", "distill"):
             out.print(f"\n[bold]--{kind}[/]", highlight=False)
             for method in catalogue:
                 if method["kind"] == kind:
@@ -250,15 +272,16 @@ def unpack(
     )
 
 
-def register(app: typer.Typer, attention: Callable[[], str] = lambda: "sdpa") -> None:
+def register(app: typer.Typer, attention: Callable[[], str] = lambda: "sdpa", savings: Savings | None = None) -> None:
     """Adds the commands of this module to an application.
 
     Args:
         attention: names what blocks attend with, see `compress.pipeline.compress_model`; called when a run begins.
+        savings: what 2:4 saves on this machine, see there, too.
     """
 
     def run(**arguments: Any) -> None:
-        compress(**arguments, attention=attention)
+        compress(**arguments, attention=attention, savings=savings)
 
     run.__doc__ = compress.__doc__
     app.command("compress")(_with_recipe_flags(run))

@@ -160,6 +160,16 @@ class Journal:
         self._manifest["distillation"] = record
         self._write()
 
+    @property
+    def allocation(self) -> dict[str, Any] | None:
+        """What was noted of the allocation, or None before it is done."""
+        return self._manifest.get("allocation")
+
+    def save_allocation(self, record: dict[str, Any]) -> None:
+        """Notes which linears stay dense; before any block."""
+        self._manifest["allocation"] = record
+        self._write()
+
     def record(self, index: int) -> dict[str, Any]:
         """What was noted of a finished block."""
         return self._manifest["blocks"][str(index)]

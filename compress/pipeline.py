@@ -19,6 +19,7 @@ from torch import Tensor
 
 from compress import artefact, calibration, memory, packed, vision
 from compress.activations import spilled
+from compress.allocate import AllocateOptions, Savings, allocate, reasons_of
 from compress.architecture import reads_images, shape_of
 from compress.assembly import assemble
 from compress.attention import TORCH
@@ -72,6 +73,7 @@ def compress_model(
     checkpoint_seconds: float = 60.0,
     device: str = "auto",
     attention: str = TORCH,
+    savings: Savings | None = None,
     gradients: str | Path | None = None,
     progress: Progress | None = None,
     **fields: Any,
@@ -89,6 +91,8 @@ def compress_model(
         device: where blocks are run: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``.
         attention: what blocks attend with, by its name in transformers' registry; ``serve.attention`` puts a faster one
             there for processors. A resumed run keeps to what it began with.
+        savings: microseconds that 2:4 saves by the shape of a weight, for an allocation by latency;
+            ``serve.measure.tuned.savings`` gives those of this machine's kernel table.
         gradients: a directory that keeps the gradients of the dense model for other runs with the same model and
             calibration, for metrics that need them; they are gathered into it where it is not there. Left out: they
             go with the work directory.
@@ -108,6 +112,7 @@ def compress_model(
         checkpoint_seconds,
         choose_device(device)[0],
         attention,
+        savings,
         Path(gradients) if gradients is not None else None,
         progress or (lambda *_: None),
     )
@@ -128,12 +133,14 @@ class _Run:
         interval: float,
         device: torch.device,
         attention: str,
+        savings: Savings | None,
         gradients: Path | None,
         progress: Progress,
     ) -> None:
         self.model_name = model
         self.recipe = recipe
         self.device = device
+        self.savings = savings
         self.gradients = gradients
         self.progress = progress
         if not resume and not Path(model).expanduser().exists() and model.startswith((".", "/", "~")):
@@ -172,12 +179,12 @@ class _Run:
             try:
                 if self.store is not None:
                     self._provide_gradients(self.store)
+                if (chosen := self.recipe.chosen_allocation) is not None:
+                    self.decisions |= self._allocate(chosen)
             except HalveError:
                 self.journal.abandon_if_new()
                 raise
-            self.pruner = BlockPruner(
-                self.model, self.recipe, self.decisions, self._observed, self.store, self.journal.directory
-            )
+            self.pruner = self._pruner(self._observed)
             try:
                 self._prune_blocks()
             except (SourceError, NumericalError):
@@ -413,6 +420,26 @@ class _Run:
         del tensors
         memory.give_back()
         self.progress(index + 1, count, said)
+
+    def _pruner(self, samples: int) -> BlockPruner:
+        return BlockPruner(self.model, self.recipe, self.decisions, samples, self.store, self.journal.directory)
+
+    def _allocate(self, options: AllocateOptions) -> dict[str, str]:
+        """Why the linears stay dense that the allocation keeps, measured in the dense model unless that was done."""
+        record = self.journal.allocation
+        if record is None:
+            windows = self.samples.first(min(options.windows, self._observed))
+            record = allocate(
+                self.model,
+                self._pruner(len(windows)),
+                windows.batches(self._batch_size()),
+                self._pass_on,
+                savings=self.savings,
+                tell=self.progress,
+            ).record()
+            memory.give_back()
+            self.journal.save_allocation(record)
+        return reasons_of(record)
 
     def _distill(self, options: DistillOptions) -> None:
         """All blocks are done: trains the model as a whole."""

@@ -7,7 +7,7 @@ stage, each observed with what was pruned before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,34 @@ class BlockPruner:
         order = {name: number for number, name in enumerate(linears)}
         done.records.sort(key=lambda record: order[record["name"]])
         return done
+
+    def trials(self, index: int, block: nn.Module, hidden: list[Tensor]) -> Iterator[tuple[str, ...]]:
+        """Prunes the linears of a loaded block that read one tensor, those of one tensor after the other, each time in a
+        block that is dense otherwise.
+
+        Channels are not reordered, and targets are the layers' own.
+
+        Args:
+            hidden: the block's inputs, [batch, length, hidden] each, that it is observed on.
+
+        Yields:
+            The names of those that are pruned now; they are dense again when the next are asked for.
+        """
+        linears = self.model.linears(index)
+        wanted = {name: module for name, module in linears.items() if self.decisions[name] is None}
+        gradients = self._gradients_of(index, wanted, hidden)
+        observer = self._observe(index, block, wanted, hidden, self.recipe.needs | {"sample"})
+        units = {tuple(observer.sharing(name)): None for name in wanted if observer.statistics(name) is not None}
+        for names in units:
+            parameters = [parameter for name in names for parameter in linears[name].parameters(recurse=False)]
+            dense = [parameter.data for parameter in parameters]
+            try:
+                for name in names:
+                    self._prune_linear(name, linears[name], observer, gradients[name], {}, PrunedBlock([], {}))
+                yield names
+            finally:
+                for parameter, values in zip(parameters, dense, strict=True):
+                    parameter.data = values
 
     def _prune_stage(
         self,

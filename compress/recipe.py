@@ -16,6 +16,7 @@ from compress.errors import RecipeError, did_you_mean, one_line
 # The methods import torch, which takes two seconds: they are imported where a recipe is checked, so that the
 # schema alone (which `--help` shows) costs nothing.
 if TYPE_CHECKING:
+    from compress.allocate import AllocateOptions
     from compress.distill import DistillOptions
     from compress.methods import Metric, Options, Reconstruction
     from compress.patterns import Group, Pattern
@@ -75,6 +76,16 @@ class Recipe(BaseModel):
     )
     distill_options: dict[str, Scalar] = Field(
         default_factory=dict, description="options of the distillation, NAME=VALUE"
+    )
+    allocate: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of what pruning saves that is given back to keep the linears dense that lose most by it; 0: none "
+        "(see `halve methods`)",
+    )
+    allocate_options: dict[str, Scalar] = Field(
+        default_factory=dict, description="options of the allocation, NAME=VALUE"
     )
     add_bias: bool = Field(
         False,
@@ -140,8 +151,11 @@ class Recipe(BaseModel):
             raise RecipeError("repair_options were given, but no repair; add repair='block' (flag --repair block)")
         if not self.distill and self.distill_options:
             raise RecipeError("distill_options were given, but distill is 0; say on how many tokens (flag --distill)")
+        if not self.allocate and self.allocate_options:
+            raise RecipeError("allocate_options were given, but allocate is 0; say which share (flag --allocate 0.1)")
         if self.targets == "own" and self.targets_options:
             raise RecipeError("targets_options were given, but no targets; add targets='dense' (flag --targets dense)")
+        _ = self.chosen_allocation
         _ = self.chosen_targets
         _ = self.chosen_distillation
         _ = self.chosen_repair
@@ -236,6 +250,18 @@ class Recipe(BaseModel):
 
         options = parse_options(DISTILL, self.distill_options)
         assert isinstance(options, DistillOptions)
+        return options
+
+    @property
+    def chosen_allocation(self) -> AllocateOptions | None:
+        """How linears are chosen that stay dense, or None where all are pruned."""
+        if not self.allocate:
+            return None
+        from compress.allocate import ALLOCATE, AllocateOptions
+        from compress.methods import parse_options
+
+        options = parse_options(ALLOCATE, self.allocate_options)
+        assert isinstance(options, AllocateOptions)
         return options
 
     @property

@@ -62,7 +62,7 @@ def test_methods(halve: Halve) -> None:
     methods = {(method["kind"], method["name"]): method for method in called.document["methods"]}
     assert methods.keys() == {("metric", name) for name in METRICS} | {
         ("reconstruction", name) for name in RECONSTRUCTIONS
-    } | {("targets", "dense"), ("repair", "block"), ("distill", "distill")}
+    } | {("allocate", "allocate"), ("targets", "dense"), ("repair", "block"), ("distill", "distill")}
     assert methods["metric", "wanda"]["needs"] == ["sum_of_squares"]
     assert methods["metric", "gblm"]["needs"] == ["gradient_l2", "sum_of_squares"]  # one of them by its options
     assert methods["reconstruction", "sparsegpt"]["options"]["block_size"]["default"] == 128

@@ -159,6 +159,7 @@ CHANGES: dict[str, Any] = {
     "group": "row",
     "reconstruction_options": {"damping": 0.1},
     "permutation": "fold",
+    "allocate": 0.1,
     "targets": "dense",
     "repair": "block",
     "distill": 1000,
@@ -176,10 +177,10 @@ CHANGES: dict[str, Any] = {
 def test_every_field_is_in_the_digest_and_the_differences() -> None:
     default = Recipe.create()
     digests = {default.digest}
-    assert (
-        CHANGES.keys() | {"metric_options", "targets_options", "repair_options", "distill_options", "training_samples"}
-        == Recipe.model_fields.keys()
-    ), "a new field belongs in this test"
+    options = {f"{stage}_options" for stage in ("metric", "targets", "allocate", "repair", "distill")}
+    assert CHANGES.keys() | options | {"training_samples"} == Recipe.model_fields.keys(), (
+        "a new field belongs in this test"
+    )
     for name, value in CHANGES.items():
         beside = {"reconstruction": "bias"} if name == "add_bias" else {}  # which alone would be refused
         before, changed = Recipe.create(**beside), Recipe.create(**beside, **{name: value})

@@ -26,7 +26,8 @@ from serve.measure.report.checkpoint import Checkpoint, Layer
 from serve.measure.report.page import Page
 from serve.measure.report.results import Result, belongs
 from serve.measure.report.summary import Row, Run
-from tests.runs import Halve, tree
+from tests import tiny_models
+from tests.runs import Halve, compress, tree
 from tests.serve.report_documents import Element, Measured, endpoint_bench, read_page
 
 
@@ -581,3 +582,29 @@ def test_a_large_model_makes_a_small_file() -> None:
     assert page.heat_map.wide.count("<title>") == 80 * 3  # beside the picture's own
     assert "and 15 more: mean 0.08" in page.heat_map.wide
     assert "440 more are in report.json" in text
+
+
+def test_what_was_kept_dense_by_a_budget_is_shown_with_what_it_buys(halve: Halve, tmp_path: Path) -> None:
+    dense = tiny_models.build("llama", tmp_path / "dense", layers=2)
+    sparse = compress(dense, tmp_path / "sparse", allocate=0.3).directory
+    out = tmp_path / "report.html"
+    assert halve("report", sparse, "--out", out).code == 0
+    report = read_report(sparse)
+    assert report is not None
+    found = report["allocation"]
+    page = section(read_page(out), "layers")
+    share = found["given_back"] / found["saves_all"]
+    kept = [candidate for candidate in found["candidates"] if candidate["kept_dense"]]
+    layers = sum(len(candidate["names"]) for candidate in kept)
+    [line] = [p for p in page.all("p") if "of what pruning them all would save" in p.text]
+    assert line.values == [layers, found["given_back"], share, found["error_all"], found["error_left"]]
+    [every] = [details for details in page.all("details") if "loses for what it saves" in details.text]
+    rows = every.rows()
+    for candidate in found["candidates"]:
+        assert rows[", ".join(candidate["names"])] == [candidate["error"], candidate["saves"]]
+    described = next(desc.text for desc in page.all("desc") if "chosen" in desc.text)
+    assert described.endswith(f"chosen: {100 * share:.1f} %, {found['error_left']:.3g}")
+    report["allocation"]["candidates"][0]["error"] = -1
+    write(sparse / "report.json", report)
+    refused = halve("report", sparse, "--out", tmp_path / "other.html")
+    assert "allocation.candidates.0.error" in refused.message

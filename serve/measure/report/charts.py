@@ -1,9 +1,7 @@
 """The pictures of a report, as SVG that stands inside of the page.
 
 matplotlib draws them, without a window and without its global state. Its SVG is plain text, needs no script, and is small;
-the other candidates (plotly, bokeh) put megabytes of script into every file. What it draws becomes part of the page: text
-stays text in the page's font, and colours are the page's CSS variables, so that one picture does for light and dark. While it
-draws, each variable is stood for by a colour of its own, which is replaced afterwards.
+the other candidates (plotly, bokeh) put megabytes of script into every file. `drawing` makes it part of the page.
 
 A picture is made for a width on the screen, because letters that are scaled cannot be read; the heat map, which uses the whole
 width, is made twice.
@@ -11,14 +9,8 @@ width, is made twice.
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,27 +18,19 @@ from markupsafe import Markup
 
 from compress.console import human_bytes
 from compress.errors import UsageError
-from serve.measure.report.checkpoint import Layer
+from serve.measure.report.checkpoint import Allocation, Layer
+from serve.measure.report.drawing import (
+    COLOURS,
+    STEPS,
+    Picture,
+    bare,
+    drawn,
+    place_labels,
+    plain_log_ticks,
+)
 from serve.measure.report.summary import Level, Memory, Run
 
-STEPS = 9
-"""Colours of the heat map."""
-
-_VARIABLES = ("ink", "muted", "rule", "paper", "dense", "accent", "dense-soft", "accent-soft", "cache")
-_COLOURS = {name: f"#0000{10 + index:02x}" for index, name in enumerate(_VARIABLES)}
-_COLOURS |= {f"heat-{step}": f"#0001{10 + step:02x}" for step in range(STEPS)}
-_NAMES = {colour: name for name, colour in _COLOURS.items()}
-_SVG = "http://www.w3.org/2000/svg"
-_LINK = "http://www.w3.org/1999/xlink"
 _SIDES = {"dense": "dense", "sparse": "accent"}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """SVG for the page; ``narrow`` is another one for small screens."""
-
-    wide: Markup
-    narrow: Markup | None = None
 
 
 def require_matplotlib() -> None:
@@ -105,33 +89,63 @@ def accuracy_against_speed(runs: Sequence[Run], front: set[str]) -> Picture | No
 
 
 def _pareto(points: Sequence[tuple[float, float, Run]], front: set[str], size: int, name: str) -> Markup:
-    with _drawn(size, 320, name) as (figure, finish):
+    with drawn(size, 320, name) as (figure, finish):
         axes = figure.add_axes((44 / size, 0.15, 1 - 52 / size, 0.75))
-        _bare(axes)
+        bare(axes)
         axes.set_yscale("log")
-        axes.axvline(1, color=_COLOURS["rule"], linewidth=1, zorder=0)
-        axes.axhline(1, color=_COLOURS["rule"], linewidth=1, zorder=0)
-        axes.plot(1, 1, "D", color=_COLOURS["dense"], markersize=7)
+        axes.axvline(1, color=COLOURS["rule"], linewidth=1, zorder=0)
+        axes.axhline(1, color=COLOURS["rule"], linewidth=1, zorder=0)
+        axes.plot(1, 1, "D", color=COLOURS["dense"], markersize=7)
         line = [(x, y) for x, y, run in points if run.directory in front]
-        axes.plot(*zip(*line, strict=True), color=_COLOURS["accent"], linewidth=1.2, alpha=0.6, zorder=1)
+        axes.plot(*zip(*line, strict=True), color=COLOURS["accent"], linewidth=1.2, alpha=0.6, zorder=1)
         for x, y, run in points:
-            face = _COLOURS["accent" if run.directory in front else "paper"]
-            axes.plot(x, y, "o", markersize=9, markerfacecolor=face, markeredgecolor=_COLOURS["accent"])
+            face = COLOURS["accent" if run.directory in front else "paper"]
+            axes.plot(x, y, "o", markersize=9, markerfacecolor=face, markeredgecolor=COLOURS["accent"])
         xs, ys = [1.0, *(x for x, _, _ in points)], [1.0, *(y for _, y, _ in points)]
         width, height = max(xs) - min(xs) or 0.2, math.log(max(ys) / min(ys)) or 0.2
         axes.set_xlim(min(xs) - 0.1 * width, max(xs) + (0.45 if size > 500 else 0.7) * width)
         axes.set_ylim(min(ys) * math.exp(-0.12 * height), max(ys) * math.exp(0.15 * height))
         marks = [(1.0, 1.0, "dense"), *((x, y, _shortened(run.label, 30)) for x, y, run in points)]
-        _place_labels(axes, marks, size)
+        place_labels(axes, marks, size)
         axes.set_xlabel("decode speed, times dense", loc="left")
-        axes.text(0, 1.04, "perplexity, times dense (log scale)", transform=axes.transAxes, color=_COLOURS["muted"])
-        _plain_log_ticks(axes, min(ys), max(ys))
+        axes.text(0, 1.04, "perplexity, times dense (log scale)", transform=axes.transAxes, color=COLOURS["muted"])
+        plain_log_ticks(axes, min(ys), max(ys))
         described = "; ".join(
             f"{run.name}: {x:.2f} times as fast, perplexity {y:.2f} times dense"
             f"{', not beaten by another' if run.directory in front else ''}"
             for x, y, run in points
         )
         return finish("Accuracy against speed", described)
+
+
+def allocation(found: Allocation) -> Picture | None:
+    """The error that is left against what is given back, unit by unit as the allocation takes them, and what was chosen."""
+    if found.saves_all <= 0 or len(found.candidates) < 2:
+        return None
+    return Picture(_allocation(found, 520, "allocation"), _allocation(found, 350, "allocation-narrow"))
+
+
+def _allocation(found: Allocation, width: int, name: str) -> Markup:
+    spent, left = [0.0], [found.error_all]
+    for candidate in found.candidates:  # in the order in which they are taken
+        spent.append(spent[-1] + max(candidate.saves, 0.0) / found.saves_all)
+        left.append(left[-1] - candidate.error)
+    with drawn(width, 240, name) as (figure, finish):
+        axes = figure.add_axes((52 / width, 0.18, 1 - 64 / width, 0.7))
+        bare(axes)
+        axes.plot([100 * share for share in spent], left, color=COLOURS["accent"], linewidth=2, drawstyle="default")
+        at = (100 * found.given_back / found.saves_all, found.error_left)
+        axes.plot(*at, "o", markersize=9, color=COLOURS["accent"])
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 1.08 * found.error_all)
+        place_labels(axes, [(*at, "chosen")], width)
+        axes.set_xlabel("share of what pruning saves that is given back, %", loc="left")
+        axes.text(0, 1.05, "errors of the blocks that are left", transform=axes.transAxes, color=COLOURS["muted"])
+        described = "; ".join(
+            f"{share:.0%} given back: {error:.3g}"
+            for share, error in list(zip(spent, left, strict=True))[:: max(1, len(spent) // 10)]
+        )
+        return finish("What keeping layers dense buys", f"{described}; chosen: {at[0]:.1f} %, {found.error_left:.3g}")
 
 
 def memory(found: Memory) -> Picture:
@@ -141,7 +155,7 @@ def memory(found: Memory) -> Picture:
 
 def _memory(found: Memory, width: int, name: str) -> Markup:
     height = 46 * len(found.stacks) + 8
-    with _drawn(width, height, name) as (figure, finish):
+    with drawn(width, height, name) as (figure, finish):
         axes = figure.add_axes((52 / width, 0, 1 - 52 / width, 1))
         most = max(stack.total for stack in found.stacks)
         for row, stack in enumerate(reversed(found.stacks)):
@@ -149,15 +163,13 @@ def _memory(found: Memory, width: int, name: str) -> Markup:
             colours = ("dense", "dense-soft") if stack.name == "dense" else ("accent", "accent-soft")
             parts = [(stack.pruned, colours[0]), (stack.rest, colours[1]), (stack.cache or 0.0, "cache")]
             for size, colour in parts:
-                axes.barh(row, size, left=left, height=0.52, color=_COLOURS[colour])
+                axes.barh(row, size, left=left, height=0.52, color=COLOURS[colour])
                 if size / most * 0.8 * width > 66:
                     ink = "paper" if colour in ("dense", "accent") else "ink"
-                    axes.text(
-                        left + 0.012 * most, row, human_bytes(size), va="center", color=_COLOURS[ink], fontsize=12
-                    )
+                    axes.text(left + 0.012 * most, row, human_bytes(size), va="center", color=COLOURS[ink], fontsize=12)
                 left += size
-            axes.text(-0.012 * most, row, stack.name, ha="right", va="center", color=_COLOURS["ink"], fontsize=13)
-            axes.text(left + 0.012 * most, row, human_bytes(left), va="center", color=_COLOURS["ink"], fontsize=13)
+            axes.text(-0.012 * most, row, stack.name, ha="right", va="center", color=COLOURS["ink"], fontsize=13)
+            axes.text(left + 0.012 * most, row, human_bytes(left), va="center", color=COLOURS["ink"], fontsize=13)
         axes.set_xlim(0, 1.28 * most)
         axes.set_ylim(-0.5, len(found.stacks) - 0.5)
         axes.set_axis_off()
@@ -185,7 +197,7 @@ def _heat_map(layers: Sequence[Layer], width: int, name: str, title: str, descri
     row = 24 if width > 500 else 20
     below = 52
     height = row * len(kinds) + below
-    with _drawn(width, height, name) as (figure, finish):
+    with drawn(width, height, name) as (figure, finish):
         axes = figure.add_axes((left / width, below / height, 1 - (left + 1) / width, 1 - below / height))
         axes.set_xlim(0, blocks)
         axes.set_ylim(len(kinds), 0)
@@ -198,8 +210,8 @@ def _heat_map(layers: Sequence[Layer], width: int, name: str, title: str, descri
             mean = means[block, kind]
             step = 0 if not mean or high == low else round((math.log(mean) - low) / (high - low) * (STEPS - 1))
             step = max(step, 0)
-            colour = "none" if mean is None else _COLOURS[f"heat-{step}"]
-            edge = _COLOURS["rule"] if mean is None else "none"
+            colour = "none" if mean is None else COLOURS[f"heat-{step}"]
+            edge = COLOURS["rule"] if mean is None else "none"
             box = Rectangle(
                 (block + gap_x / 2, kind + gap_y / 2), 1 - gap_x, 1 - gap_y, facecolor=colour, edgecolor=edge
             )
@@ -208,21 +220,19 @@ def _heat_map(layers: Sequence[Layer], width: int, name: str, title: str, descri
             titles[f"cell-{block}-{kind}"] = _cell_title(own, mean)
             axes.add_patch(box)
         for index, label in enumerate(labels):
-            axes.text(-8 * blocks / (width - left), index + 0.5, label, ha="right", va="center", color=_COLOURS["ink"])
+            axes.text(-8 * blocks / (width - left), index + 0.5, label, ha="right", va="center", color=COLOURS["ink"])
         every = next(step for step in (1, 2, 5, 10, 20, 50, 100) if blocks / step * 26 <= width - left or step == 100)
         for block in range(0, blocks, every):
             axes.text(
-                block + 0.5, len(kinds) + 0.15, str(block), ha="center", va="top", color=_COLOURS["muted"], fontsize=11
+                block + 0.5, len(kinds) + 0.15, str(block), ha="center", va="top", color=COLOURS["muted"], fontsize=11
             )
         legend = figure.add_axes((left / width, 4 / height, 1 - (left + 1) / width, 14 / height))
         legend.set_xlim(0, width - left)
         legend.set_ylim(0, 14)
         legend.set_axis_off()
         for step in range(STEPS):
-            legend.add_patch(
-                Rectangle((58 + 14 * step, 2), 13, 9, facecolor=_COLOURS[f"heat-{step}"], edgecolor="none")
-            )
-        style: dict[str, Any] = {"va": "center", "color": _COLOURS["muted"], "fontsize": 11}
+            legend.add_patch(Rectangle((58 + 14 * step, 2), 13, 9, facecolor=COLOURS[f"heat-{step}"], edgecolor="none"))
+        style: dict[str, Any] = {"va": "center", "color": COLOURS["muted"], "fontsize": 11}
         legend.text(52, 6.5, f"≤ {shown_from:.1g}", ha="right", **style)
         legend.text(
             64 + 14 * STEPS,
@@ -239,9 +249,9 @@ def _latency(sides: dict[str, list[Level]], key: str, title: str, unit: str, sca
     labels = list(every)
     statistics = ("mean",) if key == "output_tokens_per_second" else ("p50", "p90")
     described = []
-    with _drawn(350, 236, f"latency-{key}") as (figure, finish):
+    with drawn(350, 236, f"latency-{key}") as (figure, finish):
         axes = figure.add_axes((0.13, 0.15, 0.64, 0.72))
-        _bare(axes)
+        bare(axes)
         ends = []
         for side, own in sides.items():
             for statistic in statistics:
@@ -252,7 +262,7 @@ def _latency(sides: dict[str, list[Level]], key: str, title: str, unit: str, sca
                 ]
                 if not points:
                     continue
-                colour = _COLOURS[_SIDES[side]]
+                colour = COLOURS[_SIDES[side]]
                 solid = statistic != "p90"
                 axes.plot(
                     *zip(*points, strict=True), color=colour, linewidth=2 if solid else 1.2,
@@ -276,27 +286,8 @@ def _latency(sides: dict[str, list[Level]], key: str, title: str, unit: str, sca
             down = min([at[1], *(other - 13 for other in taken)])
             taken.append(down)
             axes.annotate(label, (at[0] + 8, down - 4), xycoords="figure pixels", color=colour, fontsize=11)
-        axes.text(-0.02, 1.06, unit, transform=axes.transAxes, color=_COLOURS["muted"], fontsize=11)
+        axes.text(-0.02, 1.06, unit, transform=axes.transAxes, color=COLOURS["muted"], fontsize=11)
         return Picture(finish(title, "; ".join(described)))
-
-
-def _place_labels(axes: Any, marks: Sequence[tuple[float, float, str]], width: int) -> None:
-    """Writes a label beside each mark (x, y, text): on the first side where it meets no mark and no other label."""
-    at = [tuple(axes.transData.transform((x, y))) for x, y, _ in marks]
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
-    for (x, y), (_, _, text) in zip(at, marks, strict=True):
-        length = 6.6 * len(text)  # of 12 px letters
-        sides = [(x + 9, y - 4), (x - 9 - length, y - 4), (x - length / 2, y + 10), (x - length / 2, y - 19)]
-        sides += [(x + 9, y - 4 - 14 * step) for step in (1, 2, 3, 4)]
-        boxes = [(left, down - 2, left + length, down + 11) for left, down in sides]
-        free = (
-            box for box in boxes
-            if box[0] >= 0 and box[2] <= width
-            and not any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken)
-        )  # fmt: skip
-        box = next(free, boxes[0])
-        taken.append(box)
-        axes.annotate(text, (box[0], box[1] + 2), xycoords="figure pixels", color=_COLOURS["ink"], fontsize=12)
 
 
 def _mean_error(layers: Sequence[Layer]) -> float | None:
@@ -319,100 +310,3 @@ def _short(kinds: Sequence[str]) -> list[str]:
 
 def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"…{text[1 - most :]}"
-
-
-def _bare(axes: Any) -> None:
-    """Horizontal rules and letters only."""
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_COLOURS["rule"])
-    axes.tick_params(length=0, labelcolor=_COLOURS["muted"], pad=6)
-    axes.grid(axis="y", color=_COLOURS["rule"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.xaxis.label.set_color(_COLOURS["muted"])
-
-
-def _plain_log_ticks(axes: Any, low: float, high: float) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    candidates = [factor * 10**power for power in range(-2, 7) for factor in (1, 1.5, 2, 3, 5, 7)]
-    inside = [tick for tick in candidates if low * 0.95 <= tick <= high * 1.05]
-    axes.yaxis.set_major_locator(FixedLocator(inside[:: max(1, math.ceil(len(inside) / 7))] or [low]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-Finish = Callable[..., Markup]
-
-
-@contextmanager
-def _drawn(width: int, height: int, name: str) -> Iterator[tuple[Any, Finish]]:
-    """A matplotlib figure of so many CSS pixels, and ``finish(title, description, titles of parts by id)`` -> SVG."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "axes.unicode_minus": False,
-        "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 12, "axes.labelsize": 11,
-        "xtick.labelsize": 11, "ytick.labelsize": 11, "figure.dpi": 72, "savefig.dpi": 72, "path.simplify": False,
-        "axes.facecolor": "none",
-    }  # fmt: skip
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # the page's fonts have it
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(settings)
-        figure = Figure(figsize=(width / 72, height / 72), facecolor="none", edgecolor="none")
-        canvas = FigureCanvasSVG(figure)
-
-        def finish(title: str, description: str, parts: dict[str, str] | None = None) -> Markup:
-            file = io.StringIO()
-            none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            canvas.print_svg(file, metadata=none)
-            return _page_svg(file.getvalue(), name, width, height, title, description, parts or {})
-
-        yield figure, finish
-
-
-def _page_svg(
-    text: str, name: str, width: int, height: int, title: str, description: str, parts: dict[str, str]
-) -> Markup:
-    """matplotlib's file as an element of the page: ids of its own, colours as variables, a title and a description."""
-    root = ElementTree.fromstring(text)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
-                parent.remove(child)
-    for element in root.iter():
-        if (own := element.get("id")) in parts:
-            element.insert(0, _text_element("title", parts[own]))
-        for key, value in list(element.attrib.items()):
-            del element.attrib[key]
-            if key == "id":
-                if own not in parts and "clip" not in value and element.tag.endswith("}g"):
-                    continue  # of groups, nothing refers to
-                value = f"{name}-{value}"
-            elif key == f"{{{_LINK}}}href":
-                key, value = "href", value.replace("#", f"#{name}-")
-            value = re.sub(r"url\(#", f"url(#{name}-", value)
-            value = re.sub(r"#00[0-9a-f]{4}\b", lambda match: f"var(--{_NAMES.get(match[0], 'ink')})", value)
-            value = re.sub(r"font-family: [^;]*; ", "", value)
-            value = re.sub(r"font: (?:[a-z]+ |\d+ )*([\d.]+px)[^;]*", r"font-size: \1", value)
-            element.set(key, value)
-    root.attrib.clear()
-    attributes = {
-        "viewBox": f"0 0 {width} {height}", "width": str(width), "height": str(height), "role": "img",
-        "aria-labelledby": f"{name}-title {name}-description",
-    }  # fmt: skip
-    root.attrib.update(attributes)
-    root.insert(0, _text_element("desc", description, f"{name}-description"))
-    root.insert(0, _text_element("title", title, f"{name}-title"))
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]  # in a page, <svg> needs no namespace
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
-
-
-def _text_element(tag: str, text: str, name: str | None = None) -> ElementTree.Element:
-    element = ElementTree.Element(f"{{{_SVG}}}{tag}", {} if name is None else {"id": name})
-    element.text = text
-    return element

@@ -57,6 +57,7 @@ class Checkpoint:
         summary, recipe: of ``report.json`` and ``recipe.yaml``; empty where halve did not make it.
         sealed: see `compress.files.seal`.
         complete: whether ``report.json`` is there, which accounts for every layer.
+        allocation: which layers were kept dense by a budget, where there was one.
     """
 
     directory: Path
@@ -69,6 +70,7 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     sealed: str | None = None
     complete: bool = False
+    allocation: Allocation | None = None
 
     @property
     def pruned(self) -> list[Layer]:
@@ -103,11 +105,37 @@ class _Layer(BaseModel):
     relative_output_error: Annotated[float, Field(allow_inf_nan=False, ge=0)] | None = None
 
 
+NotNegative = Annotated[float, Field(allow_inf_nan=False, ge=0)]
+
+
+class Candidate(BaseModel):
+    """Layers that stay dense or are pruned together; see `compress.allocate.Candidate`."""
+
+    names: Annotated[list[str], Field(min_length=1)]
+    error: NotNegative
+    saves: Annotated[float, Field(allow_inf_nan=False)]
+    kept_dense: bool
+
+
+class Allocation(BaseModel):
+    """Which layers were kept dense by a budget, and what all of them cost; see `compress.allocate.Allocation`."""
+
+    by: Literal["bytes", "latency"]
+    unit: Literal["bytes", "us"]
+    budget: NotNegative
+    saves_all: NotNegative
+    given_back: NotNegative
+    error_all: NotNegative
+    error_left: Annotated[float, Field(allow_inf_nan=False)]
+    candidates: list[Candidate]
+
+
 class _Report(BaseModel):
     name: str
     summary: dict[str, str | int | float | None]
     warnings: list[str] = []
     layers: list[_Layer]
+    allocation: Allocation | None = None
 
 
 def read(directory: Path) -> Checkpoint:
@@ -153,6 +181,7 @@ def read(directory: Path) -> Checkpoint:
         summary=dict(found.summary),
         warnings=tuple(found.warnings),
         complete=True,
+        allocation=found.allocation,
         **shared,
     )
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from compress.version import version
 from serve.measure.report import charts, summary
 from serve.measure.report.checkpoint import Checkpoint
+from serve.measure.report.drawing import Picture
 from serve.measure.report.quantities import bounds, gain, quantity
 from serve.measure.report.results import Result
 from serve.measure.report.summary import Commands, Row
@@ -48,7 +49,7 @@ class Part:
 @dataclass(frozen=True)
 class Titled:
     title: str
-    picture: charts.Picture
+    picture: Picture
 
 
 class Page:
@@ -252,8 +253,27 @@ class Page:
         return rows
 
     @functools.cached_property
-    def heat_map(self) -> charts.Picture | None:
+    def heat_map(self) -> Picture | None:
         return charts.heat_map(self.checkpoint.layers)
+
+    @functools.cached_property
+    def allocation_picture(self) -> Picture | None:
+        return charts.allocation(self.checkpoint.allocation) if self.checkpoint.allocation else None
+
+    @property
+    def allocation_line(self) -> list[Part]:
+        """What the allocation gave back, and for what."""
+        found = self.checkpoint.allocation
+        if found is None:
+            return []
+        back = f"{found.given_back:.1f} µs" if found.unit == "us" else quantity(found.given_back, "bytes")
+        share = found.given_back / found.saves_all if found.saves_all else 0.0
+        kept = sum(len(candidate.names) for candidate in found.candidates if candidate.kept_dense)
+        return [
+            Part(f"{kept} layers", kept), Part(" stay dense, which gives "), Part(back, found.given_back), Part(", "),
+            Part(f"{share:.1%}", share), Part(" of what pruning them all would save, back. The errors that the layers cause alone fall from "),
+            Part(f"{found.error_all:.4f}", found.error_all), Part(" to "), Part(f"{found.error_left:.4f}", found.error_left), Part("."),
+        ]  # fmt: skip
 
     @functools.cached_property
     def latency_pictures(self) -> list[Titled]:
@@ -268,11 +288,11 @@ class Page:
         ]
 
     @functools.cached_property
-    def pareto(self) -> charts.Picture | None:
+    def pareto(self) -> Picture | None:
         return charts.accuracy_against_speed(self.runs, summary.pareto(self.runs))
 
     @functools.cached_property
-    def memory_picture(self) -> charts.Picture | None:
+    def memory_picture(self) -> Picture | None:
         return charts.memory(self.memory) if self.memory else None
 
     @property
