@@ -3,6 +3,9 @@ ENVIRONMENT := .venv/.ready
 RUN := .venv/bin/
 LIBRARY := serve/kernels/cpu/libhalve_cpu.so
 
+# Some images forbid Python to keep its bytecode, and then every process of the tests compiles torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check format clean
 
 demo: $(ENVIRONMENT) $(LIBRARY)
