@@ -31,6 +31,7 @@ from compress.architecture import (
 from compress.attention import TORCH, set_attention
 from compress.errors import SourceError, one_line
 from compress.sources import Source
+from compress.wide import widen
 
 _COMPARED = 8
 """How many of the latest tensors of a shape a new one is compared with before it is kept as a new one."""
@@ -95,6 +96,7 @@ class BlockModel:
             self.model = skeleton(self.config, dtype)
         self.attention = attention
         set_attention(self.model, attention)
+        widen(self.model, dtype, device)
         self.block_list_name, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self._keys = self._match_keys()

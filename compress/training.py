@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import NumericalError
+from compress.wide import has_known_instructions, is_emulated
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-12
@@ -126,7 +127,7 @@ def precision(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
         return None
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    fast = has_known_instructions() and not is_emulated(torch.bfloat16, device)
     return torch.bfloat16 if fast else None
 
 

@@ -1,4 +1,5 @@
-"""halve's attention for transformers' models: the CPU kernel where it can compute a call, torch's own everywhere else.
+"""halve's attention for transformers' models: the CPU kernel where it can compute a call, torch's own everywhere else (in
+float32 where the processor cannot multiply the dtype).
 
 Importing this module registers it in transformers under `NAME`; a model takes it by ``set_attn_implementation(NAME)``.
 Calls that the kernel does not know (position biases, dropout, masks of numbers, gradients through a mask) go to torch.
@@ -16,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from compress.attention import TORCH, set_attention
+from compress.wide import is_emulated
 from serve.kernels import ops
 from serve.kernels.cpu import attention as cpu
 from serve.kernels.cpu.attention import DifferentiableAttention
@@ -53,13 +55,19 @@ def forward(
                 return ops.attention(query, key, value, attention_mask, scale, causal), None
             if attention_mask is None:
                 return DifferentiableAttention.apply(query, key, value, scale, causal), None
-    return sdpa_attention_forward(
+    stored = query.dtype
+    if is_emulated(stored, query.device) and not torch.is_autocast_enabled("cpu"):
+        query, key, value = query.float(), key.float(), value.float()
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+    out, _ = sdpa_attention_forward(
         *(module, query, key, value, attention_mask),
         dropout=dropout,
         scaling=scaling,
         is_causal=is_causal,
         **kwargs,
     )
+    return out.to(stored), None
 
 
 def use(model: PreTrainedModel) -> None:
@@ -69,7 +77,8 @@ def use(model: PreTrainedModel) -> None:
 
 def name() -> str:
     """What to ask transformers for here; ``HALVE_BACKEND=plain``, which computes as torch does, leaves it to torch."""
-    return NAME if cpu.available() and os.environ.get("HALVE_BACKEND") != "plain" else TORCH
+    gains = cpu.available() or is_emulated(torch.bfloat16, torch.device("cpu"))
+    return NAME if gains and os.environ.get("HALVE_BACKEND") != "plain" else TORCH
 
 
 def _absent(name: str, value: Any) -> bool:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.architecture import LinearModule, shape_of
 from compress.packed import PackedWeight, validate
+from compress.wide import WideLinear, widen
 from serve import attention
 from serve.kernels import Backend, choose, ops, plain
 from serve.kernels.cpu import backend as cpu
@@ -152,8 +152,8 @@ class Sparse24Conv1D(Sparse24Linear):
         return plain.linear_conv1d(x, self.packed, self.bias)
 
 
-class StreamedLinear(nn.Linear):
-    """A dense layer whose weight is read once, as it lies in memory, for few rows of x; torch's own above.
+class StreamedLinear(WideLinear):
+    """A dense layer whose weight is read once, as it lies in memory, for few rows of x; torch's product above.
 
     torch's bfloat16 product on a CPU reorders the weight at every call, which takes several times as long as to read it.
     """
@@ -164,7 +164,7 @@ class StreamedLinear(nn.Linear):
         """input [..., K] -> [..., N]."""
         if 0 < input.numel() <= self.MOST_ROWS * self.in_features:
             return ops.dense_linear(input, self.weight, self.bias)
-        return functional.linear(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 def prepare_for_serving(model: nn.Module) -> None:
@@ -177,6 +177,8 @@ def prepare_for_serving(model: nn.Module) -> None:
         elif type(module) is nn.Linear and streams(module.weight):
             cpu.gather_into_huge_pages(module.weight)
             module.__class__ = StreamedLinear
+        elif isinstance(module, nn.Linear | Conv1D):
+            widen(module, module.weight.dtype, module.weight.device)
 
 
 def streams(weight: Tensor) -> bool:

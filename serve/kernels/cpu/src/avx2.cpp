@@ -25,6 +25,13 @@ TARGET inline void half_to_floats(const uint16_t* bits, int64_t count, float* to
   }
 }
 
+TARGET inline void floats_to_half(const float* from, uint16_t* bits) {  // 16 of them
+  for (int64_t i = 0; i < kRows; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bits + i), half);
+  }
+}
+
 #include "float_rows.h"
 
 namespace stream {

@@ -23,6 +23,11 @@ TARGET inline void half_to_floats(const uint16_t* bits, int64_t count, float* to
   }
 }
 
+TARGET inline void floats_to_half(const float* from, uint16_t* bits) {  // 16 of them
+  const __m256i half = _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), half);
+}
+
 #include "float_rows.h"
 
 namespace stream {
@@ -65,7 +70,7 @@ INLINE void load_kept(const uint8_t* values, int, F& first, F& second) {
 }  // namespace stream
 
 namespace panel {
-constexpr int kLanes = 16, kMost = 4, kPair = 2;
+constexpr int kLanes = 16, kMost = 8, kPair = 2;
 #include "panel_float.inc"
 }  // namespace panel
 

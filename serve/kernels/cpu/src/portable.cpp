@@ -11,6 +11,10 @@ inline void half_to_floats(const uint16_t* bits, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from_float16(bits[i]);
 }
 
+inline void floats_to_half(const float* from, uint16_t* bits) {  // 16 of them
+  for (int64_t i = 0; i < kRows; ++i) bits[i] = to_float16(from[i]);
+}
+
 #include "float_rows.h"
 
 constexpr int kLanes = 4, kMost = 4, kPair = 1;
