@@ -60,6 +60,7 @@ def forward(
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
+        kwargs = {name: given.float() if _is_of(given, stored) else given for name, given in kwargs.items()}
     out, _ = sdpa_attention_forward(
         *(module, query, key, value, attention_mask),
         dropout=dropout,
@@ -84,6 +85,10 @@ def name() -> str:
 def _absent(name: str, value: Any) -> bool:
     """Whether an argument that is not known here asks for nothing."""
     return name in _IGNORED or value is None or value is False
+
+
+def _is_of(value: Any, dtype: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ void run_dense(void* context, int64_t first, int64_t last) {
 
 bool has_attention([[maybe_unused]] int path) {
 #if defined(__x86_64__)
-  return path == kAvx512Bf16 && can_run(path);
+  return (path == kAvx512 || path == kAvx512Bf16) && can_run(path);
 #else
   return false;
 #endif
@@ -106,10 +106,9 @@ bool has_attention([[maybe_unused]] int path) {
 const AttentionKernel* attention_of(int path, [[maybe_unused]] const AttentionCall& call) {
   if (!has_attention(path)) return nullptr;
 #if defined(__x86_64__)
-  if (call.queries <= kFewQueries && call.heads / call.kv_heads * call.queries <= kFewRows) {
-    return &kAvx512Bf16FewAttention;
-  }
-  return &kAvx512Bf16Attention;
+  const bool few = call.queries <= kFewQueries && call.heads / call.kv_heads * call.queries <= kFewRows;
+  if (path == kAvx512) return few ? &kAvx512FewAttention : &kAvx512Attention;
+  return few ? &kAvx512Bf16FewAttention : &kAvx512Bf16Attention;
 #else
   return nullptr;
 #endif
@@ -126,7 +125,7 @@ void place(AttentionCall& call, const void* q, const void* k, const void* v, con
 
 const AttentionBackward* attention_backward_of(int path) {
 #if defined(__x86_64__)
-  if (has_attention(path)) return &kAvx512Bf16AttentionBackward;
+  if (has_attention(path)) return path == kAvx512 ? &kAvx512AttentionBackward : &kAvx512Bf16AttentionBackward;
 #endif
   (void)path;
   return nullptr;
