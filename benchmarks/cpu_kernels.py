@@ -8,7 +8,9 @@ Sides, one call each in every round, in turn:
 - ``dense``: halve's own dense kernel, for as many rows as it is used for;
 - ``eager``: ``torch.nn.functional.linear``, what a dense layer of plain transformers runs;
 - ``frozen``: the operator that torch.compile with ``freezing`` calls (`frozen_operator` looks it up in a compiled
-  module's code), on weights that it packed before.
+  module's code), on weights that it packed before;
+- ``wide``: the weight widened to float32 at each call and multiplied so, where the processor has no 16-bit products: what a
+  dense layer of halve runs there (`compress.wide`).
 
 Each side has copies of the weight of 512 MB in all, and takes the next one at each call, so no weight is in a cache. Figures
 are medians over the rounds; a ratio is the median of the ratios within a round, with the quartiles. One process a number of
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compress import wide
 from compress.packed import pack
 from compress.patterns import NMPattern
 from serve.kernels import ops
@@ -46,7 +49,7 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = ("4096x4096", "14336x4096", "4096x14336")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 COPIES_BYTES = 512 << 20
-DENSE = ("dense", "eager", "frozen")
+DENSE = {"dense": "halve's dense", "eager": "torch eager", "frozen": "torch frozen", "wide": "float32"}
 
 Side = Callable[[Tensor], Tensor]
 
@@ -90,6 +93,8 @@ class Weights:
             weight = next(self.dense)
             frozen = itertools.cycle([mkldnn._reorder_linear_weight(weight, rows) for _ in range(self.copies)])
             result["frozen"] = lambda x: mkldnn._linear_pointwise(x, next(frozen), None, "none", [], "")
+        if wide.is_emulated(self.dtype, torch.device("cpu")):
+            result["wide"] = lambda x: wide.linear(x, next(self.dense), None)
         return result
 
     def bytes_of(self, side: str) -> int:
@@ -161,32 +166,35 @@ def _line(threads: int, result: dict[str, Any]) -> str:
 
 def render(document: dict[str, Any]) -> str:
     """Two tables: the range over the layers for each number of rows, and every layer."""
+    sides = [
+        name for name in DENSE if any(name in layer["speedup"] for run_ in document["runs"] for layer in run_["layers"])
+    ]
+    than = " | ".join(f"than {DENSE[name]}" for name in sides)
     lines = [
         f"# 2:4 against dense, {document['dtype']}, {document['path']} kernels",
         "",
         "How many times faster one 2:4 layer is, weights from memory: medians over the rounds, and of these the range over "
-        f"{len({(layer['n'], layer['k']) for layer in document['runs'][0]['layers']})} layers. Best: the fastest of the three dense products for that layer.",
+        f"{len({(layer['n'], layer['k']) for layer in document['runs'][0]['layers']})} layers. Best: the fastest of the dense products for that layer.",
         "",
-        "| threads | rows of x | than the best dense | than halve's dense | than torch eager | than torch frozen |",
-        "|---:|---:|---:|---:|---:|---:|",
+        f"| threads | rows of x | than the best dense | {than} |",
+        "|---:|---:|---:|" + "---:|" * len(sides),
     ]
     for run_ in document["runs"]:
         for rows in dict.fromkeys(layer["rows"] for layer in run_["layers"]):
             gains = [_gains(layer) for layer in run_["layers"] if layer["rows"] == rows]
-            cells = [_range([gain[name] for gain in gains if name in gain]) for name in ("best", *DENSE)]
+            cells = [_range([gain[name] for gain in gains if name in gain]) for name in ("best", *sides)]
             lines.append(f"| {run_['threads']} | {rows} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Every layer; GB/s counts the bytes of the weight in its own form, quartiles and samples are in the JSON.",
         "",
-        "| threads | layer | rows of x | 2:4, ms | than halve's dense | than torch eager | than torch frozen | 2:4, GB/s | "
-        "best dense, GB/s |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| threads | layer | rows of x | 2:4, ms | {than} | 2:4, GB/s | best dense, GB/s |",
+        "|---:|---|---:|---:|" + "---:|" * (len(sides) + 2),
     ]
     for run_ in document["runs"]:
         for layer in run_["layers"]:
             gains = _gains(layer)
-            cells = [f"{gains[name]:.2f}" if name in gains else "" for name in DENSE]
+            cells = [f"{gains[name]:.2f}" if name in gains else "" for name in sides]
             rates = layer["gigabytes_per_second"]
             dense = max(rate for name, rate in rates.items() if name != "2:4")
             lines.append(

@@ -1,7 +1,8 @@
 """Sparse against dense, one layer at a time: for each shape of a model and each number of rows of x.
 
 What is timed are the very modules that the transformers engine runs, as `prepare_for_serving` leaves them: a packed layer, and
-the dense one in its place (on a processor, halve's own dense kernel up to 16 rows, torch's product above). Both take turns in
+the dense one in its place (on a processor, halve's own dense kernel up to 16 rows, torch's product above, in float32 where the
+processor has no other). Both take turns in
 every round, on copies of the weight that are more than the last cache holds together; a figure is the median over the rounds
 of the ratio within a round, with the quartiles. On a GPU one replay of a CUDA graph runs all copies, so that what is timed is
 the kernels and not Python's calls.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.packed import PackedWeight
+from compress.wide import is_emulated
 from serve.kernels import choose
 from serve.linear import LinearModule, Sparse24Linear, StreamedLinear, prepare_for_serving, replacement
 from serve.measure.speed import ratio
@@ -295,6 +297,9 @@ def _repeated(drawn: Tensor, shape: Sequence[int]) -> Tensor:
 def _baseline(layer: nn.Module, rows: int) -> str:
     if isinstance(layer, StreamedLinear) and rows <= StreamedLinear.MOST_ROWS:
         return "halve's dense kernel, the weight is read once"
+    weight = layer.weight
+    if isinstance(weight, Tensor) and is_emulated(weight.dtype, weight.device):
+        return "torch's float32 product, the weight is widened"
     return "torch's product"
 
 
