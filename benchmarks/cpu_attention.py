@@ -77,9 +77,8 @@ def measure(shape: tuple[int, int, int], what: str, batch: int, length: int, rou
 
         return call
 
-    def in_float32(module: Any, *given: Any) -> tuple[Tensor, None]:
-        *tensors, mask = given
-        y, _ = sdpa_attention_forward(module, *(tensor.float() for tensor in tensors), mask)
+    def in_float32(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+        y, _ = sdpa_attention_forward(module, q.float(), k.float(), v.float(), mask)
         return y.bfloat16(), None
 
     sides = {"halve": side(attention.forward), "torch": side(sdpa_attention_forward)}
