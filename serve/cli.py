@@ -14,6 +14,7 @@ import compress.cli
 from compress.cli import Directory
 from compress.console import Json, emit, human_bytes, out, progress_bar, run_app
 from compress.errors import UsageError
+from compress.recipe import Recipe
 from compress.version import version
 from serve.tune import tune
 
@@ -371,6 +372,12 @@ def advise(
     file: Annotated[
         Path | None, typer.Option("--out", help="write the advice here, to check it afterwards", show_default=False)
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="a recipe whose time and memory is estimated; left out: those of the presets", show_default=False
+        ),
+    ] = None,
     check: Annotated[
         Path | None,
         typer.Option(
@@ -404,6 +411,7 @@ def advise(
             output=output,
             measure=measure,
             budget=budget,
+            recipes=None if recipe is None else {recipe.name: Recipe.load(recipe)},
             progress=progress,
         )
     if file is not None:

@@ -54,8 +54,34 @@ def print_advice(document: Mapping[str, Any]) -> None:
     title = f"prompt {load['prompt']}, output {load['output']}, batch {load['batch']}{mark}"
     out.print(table(title, "", "dense", "2:4", "change", rows=rows))
     _print_layers(document["layers"])
+    _print_pruning(document.get("pruning", {}))
     for note in document["notes"]:
         out.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _print_pruning(pruning: Mapping[str, Mapping[str, Any]]) -> None:
+    """What recipes would take."""
+    if not pruning:
+        return
+    rows = [
+        [
+            name,
+            duration(found["seconds"]),
+            max(found["stages"], key=lambda stage: stage["seconds"])["name"],
+            *(human_bytes(found[key]) for key in ("device_bytes", "activation_bytes", "disk_bytes")),
+        ]
+        for name, found in pruning.items()
+    ]
+    source = next(iter(pruning.values()))["rates"]["source"]
+    titles = ("recipe", "time", "most of it", "memory", "activations", "on disk")
+    out.print(table(f"pruning it there (estimate, by {source})", *titles, rows=rows))
+
+
+def duration(seconds: float) -> str:
+    """``"40 s"``, ``"24 min"``, ``"3.1 h"``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _print_layers(layers: list[Mapping[str, Any]]) -> None:

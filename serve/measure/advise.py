@@ -19,8 +19,10 @@ import torch
 
 from compress.device import choose_device
 from compress.errors import OutputError, UsageError
+from compress.presets import PRESETS
+from compress.recipe import Recipe
 from serve.kernels import choose
-from serve.measure import estimate, gpus, kernel_table, shallow, shapes, table_cache, tuned
+from serve.measure import effort, estimate, gpus, kernel_table, shallow, shapes, table_cache, tuned
 from serve.measure.environment import environment, processor
 from serve.measure.kernel_table import ROWS, WINS, Entry, Shape
 from serve.measure.shallow import Load
@@ -79,6 +81,7 @@ def advise(
     output: int = 128,
     measure: bool | None = None,
     budget: float = 90.0,
+    recipes: Mapping[str, Recipe] | None = None,
     progress: Progress = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """What 2:4 would change for a model on a device.
@@ -88,6 +91,7 @@ def advise(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` for what is here, or the name of a GPU (`gpus.GPUS`).
         measure: False: an estimate that measures nothing; None: measured where the device is here.
         budget: seconds for measuring; three rounds are made however long they take.
+        recipes: by name, those whose time and memory are estimated; left out: the presets.
 
     Returns:
         A document with times, speed-ups and memory, dense and sparse, the layers, and a verdict with its reasons.
@@ -112,7 +116,7 @@ def advise(
             roofline = gpus.Roofline(place.gpu)
             timed = _from_roofline(roofline, shape, load)
             speeds = _estimated(shape, load, roofline)
-            notes += roofline.ASSUMPTIONS
+            notes += [*roofline.ASSUMPTIONS, "how long pruning takes was never checked on a GPU: expect more"]
         else:
             assert place.here is not None
             seconds = budget * _OF_BUDGET if measured else 0.0
@@ -131,6 +135,7 @@ def advise(
                     "made of the kernel table alone: attention is guessed, and all between the layers is left out"
                 ]
     memory = _memory(shape, load, place)
+    pruning = {} if refusal is not None else _pruning(shape, place, measured, recipes)
     layers = [_layer(layers, load, timed.get(layers.shape, {})) for layers in shape.layers]
     document = {
         "kind": "advice",
@@ -148,11 +153,27 @@ def advise(
         "times": None if speeds is None else {form: _times(speeds[form], load) for form in _FORMS},
         "speedup": None if speeds is None else _speedup(speeds, load),
         "memory": memory,
+        "pruning": pruning,
         "layers": layers,
         "kernels": kernel_table.document_of(entries),
         "notes": notes,
     }
     return {**document, "verdict": _verdict(document, refusal)}
+
+
+def _pruning(
+    shape: ModelShape, place: Place, measured: bool, recipes: Mapping[str, Recipe] | None
+) -> dict[str, dict[str, Any]]:
+    """What each recipe would take, by name; nothing where nothing is known of the device."""
+    if place.gpu is not None:
+        rates = effort.of_gpu(place.gpu)
+    elif measured and place.here is not None:
+        rates = effort.measured(shape.dtype, place.here)
+    else:
+        return {}
+    if recipes is None:
+        recipes = {name: Recipe.create(**preset.fields) for name, preset in PRESETS.items()}
+    return {name: effort.estimate(shape, recipe, rates) for name, recipe in recipes.items()}
 
 
 def kernels(

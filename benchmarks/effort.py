@@ -1,0 +1,106 @@
+"""How far the estimates of `halve advise` for pruning are off, on this machine: recipes that are run, and what was said before.
+
+    python -m benchmarks.effort [--model DIR] [--threads 2] [--only NAME ...]
+
+Each recipe is a process of its own; the rates are measured in it, just before. Nothing else may run beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "wanda": {"metric": "wanda", "reconstruction": "none", "samples": 32, "length": 512},
+    "sparsegpt": {"reconstruction": "sparsegpt", "samples": 32, "length": 512},
+    "apt": {"reconstruction": "apt", "samples": 32, "length": 512},
+    "admm": {"reconstruction": "admm", "samples": 32, "length": 512},
+    "admm, dense targets": {"reconstruction": "admm", "samples": 32, "length": 512, "targets": "dense"},
+    "admm, blocks trained": {
+        "reconstruction": "admm", "samples": 16, "training_samples": 32, "length": 512,
+        "repair": "block", "repair_options": {"passes": 2},
+    },
+    "sparsegpt, allocated": {"reconstruction": "sparsegpt", "samples": 32, "length": 512, "allocate": 0.1},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "runs" / "smollm2-135m")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", nargs="*", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(_measure(**json.loads(arguments.child))))
+        return
+    if not (arguments.model / "config.json").is_file() and arguments.model.name == "smollm2-135m":
+        from benchmarks.demo import prepare_smollm2
+
+        prepare_smollm2(arguments.model)
+    path = RESULTS / "effort.json"
+    document: dict[str, Any] = {"model": arguments.model.name, "threads": arguments.threads, "runs": {}}
+    for name in arguments.only:
+        request = json.dumps({"model": str(arguments.model), "name": name})
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.effort", "--child", request],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        document["runs"][name], document["environment"] = found["run"], found["environment"]
+        print(name, found["run"]["seconds"], found["run"]["estimate"]["seconds"], file=sys.stderr)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.with_suffix(".md").write_text(render(document))
+
+
+def _measure(model: str, name: str) -> dict[str, Any]:
+    import torch
+
+    from compress.pipeline import compress_model
+    from compress.recipe import Recipe
+    from serve import attention
+    from serve.measure import effort, shapes
+    from serve.measure.environment import environment
+
+    recipe, shape = Recipe.create(**RECIPES[name]), shapes.read(model)
+    estimate = effort.estimate(shape, recipe, effort.measured(shape.dtype, torch.device("cpu")))
+    with tempfile.TemporaryDirectory(prefix="halve-effort-") as directory:
+        started = time.perf_counter()
+        compress_model(model, Path(directory) / "out", recipe=recipe, attention=attention.name())
+        seconds = time.perf_counter() - started
+    return {"run": {"seconds": seconds, "estimate": estimate}, "environment": environment()}
+
+
+def render(document: dict[str, Any]) -> str:
+    """The table."""
+    lines = [
+        f"# What pruning takes: estimated and measured, {document['model']}",
+        "",
+        "| recipe | estimated, s | measured, s | error | most of it, by the estimate |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for name, run in document["runs"].items():
+        said, took = run["estimate"]["seconds"], run["seconds"]
+        most = max(run["estimate"]["stages"], key=lambda stage: stage["seconds"])["name"]
+        lines.append(f"| {name} | {said:.0f} | {took:.0f} | {said / took - 1:+.0%} | {most} |")
+    place = document["environment"]
+    lines += ["", f"{place['machine']}, {document['threads']} threads, {place['date']}."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
