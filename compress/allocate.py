@@ -1,7 +1,7 @@
 """Allocation: which few linears stay dense, where a part of what 2:4 saves may be given back for accuracy.
 
-The linears that read one tensor (q, k and v; gate and up) are one unit, because servers multiply them as one and can only
-keep such a layer dense as a whole. Before anything is pruned, every unit is pruned alone, by the recipe's own metric and
+The linears that read one tensor (q, k and v; gate and up; in parallel blocks all of these) are one unit, because servers multiply
+q, k and v, and gate and up, as one, and can only keep such a layer dense as a whole. Before anything is pruned, every unit is pruned alone, by the recipe's own metric and
 reconstruction, in the dense model, and the error of its block's output is measured on windows that the statistics did not see:
 
     error = mean over tokens of ‖block_pruned(x) − block(x)‖² / ‖block(x)‖².
@@ -16,6 +16,7 @@ knapsack; the measure is that of `compress.repair`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,24 +24,27 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from compress.architecture import shape_of
 from compress.blocks import BlockModel
-from compress.errors import RecipeError
+from compress.errors import NumericalError, RecipeError
 from compress.methods import Options
 from compress.pruner import BlockPruner
+from compress.recipe import Recipe
 from compress.repair import Repair, held_out_batches, relative_error
 
-Savings = Callable[[int, torch.dtype], Mapping[tuple[int, int], float]]
-"""``savings(rows, dtype)``: microseconds that 2:4 saves in one product, by the shape (N, K) of the weight; negative where it
-is slower."""
+Weight = tuple[int, int, bool]
+"""N, K, and whether it is that of a Conv1D, which is another product."""
+Savings = Callable[[int, torch.dtype, torch.device], Mapping[Weight, float]]
+"""``savings(rows, dtype, device)``: microseconds that 2:4 saves in one product there; negative where it is slower."""
 Telling = Callable[[int, int, str], None]
 
 
 class AllocateOptions(Options):
     by: Literal["bytes", "latency"] = Field(
         "bytes",
-        description="what the budget is a share of: bytes, or latency (needs `halve tune MODEL` on this device)",
+        description="what the budget is a share of: bytes, or latency (needs `halve tune MODEL` on the device of the run)",
     )
     rows: int = Field(1, ge=1, description="rows of x, as many as sequences are decoded at once, for by=latency")
     windows: int = Field(48, ge=1, description="calibration windows that the errors are measured with")
@@ -130,7 +134,7 @@ def choose(candidates: Iterable[Candidate], share: float, by: str) -> Allocation
     free = [index for index, candidate in enumerate(ordered) if candidate.saves <= 0]
     greedy, spent = list[int](), 0.0
     for index, candidate in enumerate(ordered):
-        if candidate.saves > 0 and spent + candidate.saves <= budget:
+        if candidate.saves > 0 and candidate.error > 0 and spent + candidate.saves <= budget:
             greedy.append(index)
             spent += candidate.saves
     fitting = [index for index, candidate in enumerate(ordered) if 0 < candidate.saves <= budget]
@@ -145,8 +149,8 @@ def allocate(
     pruner: BlockPruner,
     batches: Iterable[Mapping[str, Any]],
     pass_on: Callable[[int, list[Tensor]], None],
+    saves: Mapping[str, float],
     *,
-    savings: Savings | None = None,
     tell: Telling = lambda done, total, text: None,
 ) -> Allocation:
     """Measures every unit of a dense model, and spends the budget of the pruner's recipe.
@@ -155,20 +159,15 @@ def allocate(
         pruner: prunes by the recipe what its decisions let it.
         batches: what the model is called with.
         pass_on: overwrites the inputs of a loaded block with its outputs.
-        savings: needed for an allocation by latency.
+        saves: what pruning saves, by linear; see `what_pruning_saves`.
         tell: called with the blocks done, all blocks, and a line.
 
     Raises:
-        RecipeError: what a linear saves is not known, or no linear saves anything.
+        RecipeError: no unit saves anything. NumericalError: an error is not finite; names the unit.
     """
     recipe = pruner.recipe
     options = recipe.chosen_allocation
     assert options is not None, "the recipe asks for it"
-    saves = _saves(model, pruner, options, savings)
-    if not any(value > 0 for value in saves.values()):
-        raise RecipeError(
-            "allocate by latency: 2:4 is faster for no linear on this device, so there is nothing to prune"
-        )
     hidden = model.record_calls(batches)
     candidates = []
     for index in range(len(model.blocks)):
@@ -178,7 +177,14 @@ def allocate(
             candidates.append(Candidate(names, error, sum(saves[name] for name in names)))
         pass_on(index, hidden)
         model.drop_block(index)
-    return choose(candidates, recipe.allocate, options.by)
+    found = choose(candidates, recipe.allocate, options.by)
+    if not found.total:
+        raise _nothing_to_prune()
+    return found
+
+
+def _nothing_to_prune() -> RecipeError:
+    return RecipeError("allocate by latency: 2:4 is faster for no linear on this device, so there is nothing to prune")
 
 
 def measure_block(
@@ -199,33 +205,52 @@ def measure_block(
         errors = [
             relative_error(model.run_block(index, batch, hidden[batch]), dense[batch]).flatten() for batch in measured
         ]
-        found.append((names, float(torch.cat(errors).double().mean())))
+        error = float(torch.cat(errors).double().mean())
+        if not math.isfinite(error):
+            raise NumericalError(
+                f"{names[0]}: with it pruned, the block's output is not finite in {model.dtype}; try --dtype float32, or leave "
+                "the linear dense (--ignore)"
+            )
+        found.append((names, error))
     return found
 
 
-def _saves(
-    model: BlockModel, pruner: BlockPruner, options: AllocateOptions, savings: Savings | None
+def what_pruning_saves(
+    model: BlockModel, recipe: Recipe, decisions: Mapping[str, str | None], savings: Savings | None
 ) -> dict[str, float]:
-    """What pruning saves, for each linear that can be pruned."""
-    recipe, saves = pruner.recipe, dict[str, float]()
-    known = savings(options.rows, model.dtype) if options.by == "latency" and savings is not None else {}
+    """Bytes or microseconds, for each linear that can be pruned.
+
+    Args:
+        decisions: for every linear the reason why it stays dense, or None.
+        savings: needed for an allocation by latency.
+
+    Raises:
+        RecipeError: what a linear saves is not known, or no linear saves anything.
+    """
+    options, saves = recipe.chosen_allocation, dict[str, float]()
+    assert options is not None, "the recipe asks for it"
+    by_latency = options.by == "latency"
+    known = savings(options.rows, model.dtype, model.device) if by_latency and savings is not None else {}
     for index in range(len(model.blocks)):
         for name, module in model.linears(index).items():
-            if pruner.decisions[name] is not None:
+            if decisions[name] is not None:
                 continue
             n, k = shape_of(module)
-            if options.by == "bytes":
+            if not by_latency:
                 dense = n * k * model.dtype.itemsize
                 saves[name] = (
                     dense / 2 - n * k / 8 if recipe.format == "packed" else dense * recipe.parsed_pattern.sparsity
                 )
-            elif (n, k) in known:
-                saves[name] = known[n, k]
-            else:
+                continue
+            weight = (n, k, isinstance(module, Conv1D))
+            if weight not in known:
                 raise RecipeError(
-                    f"allocate by latency: {name} is {n} x {k}, and the kernel table of this device does not know that shape "
-                    f"at {options.rows} rows of x; run `halve tune MODEL` first, or use --allocate-options by=bytes"
+                    f"allocate by latency: {name} is {n} x {k}, and the kernel table of {model.device.type} does not know that shape "
+                    f"at {options.rows} rows of x; run `halve tune MODEL` there first, or use --allocate-options by=bytes"
                 )
+            saves[name] = known[weight]
+    if not any(value > 0 for value in saves.values()):
+        raise _nothing_to_prune()
     return saves
 
 

@@ -113,7 +113,7 @@ def _allocation_rows(allocation: dict[str, Any] | None) -> list[list[str]]:
     """What the linears that were kept dense cost and bought."""
     if allocation is None:
         return []
-    share = allocation["given_back"] / allocation["saves_all"]
+    share = allocation["given_back"] / allocation["saves_all"] if allocation["saves_all"] else 0.0
     return [
         [
             "kept dense by the allocation",

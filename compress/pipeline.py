@@ -8,7 +8,7 @@ recipe on the same machine gives the same bytes, so an interrupted run can go on
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress import artefact, calibration, memory, packed, vision
 from compress.activations import spilled
-from compress.allocate import AllocateOptions, Savings, allocate, reasons_of
+from compress.allocate import AllocateOptions, Savings, allocate, reasons_of, what_pruning_saves
 from compress.architecture import reads_images, shape_of
 from compress.assembly import assemble
 from compress.attention import TORCH
@@ -177,10 +177,11 @@ class _Run:
         if not self.journal.finished(count):
             self._require_space()
             try:
+                saves = self._what_pruning_saves()  # (refuses, and gradients may take hours)
                 if self.store is not None:
                     self._provide_gradients(self.store)
-                if (chosen := self.recipe.chosen_allocation) is not None:
-                    self.decisions |= self._allocate(chosen)
+                if self.recipe.chosen_allocation is not None:
+                    self.decisions |= self._allocate(self.recipe.chosen_allocation, saves)
             except HalveError:
                 self.journal.abandon_if_new()
                 raise
@@ -280,7 +281,8 @@ class _Run:
         size = sum(info.nbytes for info in self.source.tensors.info.values())
         if self.recipe.format == "packed":
             pruned = {self.model.key_of(f"{name}.weight") for name, reason in self.decisions.items() if reason is None}
-            size -= sum(self.source.tensors.info[key].nbytes for key in pruned) * 7 // 16
+            saved = sum(self.source.tensors.info[key].nbytes for key in pruned) * 7 / 16
+            size -= int(saved * (1 - self.recipe.allocate))
         tokens = len(self.samples) * self._tokens_of_a_sample()
         # Saved for a resume, and a second time where they are too large for the memory.
         sets = 2 * (2 if self._dense_wanted else 1) * tokens
@@ -424,18 +426,22 @@ class _Run:
     def _pruner(self, samples: int) -> BlockPruner:
         return BlockPruner(self.model, self.recipe, self.decisions, samples, self.store, self.journal.directory)
 
-    def _allocate(self, options: AllocateOptions) -> dict[str, str]:
+    def _what_pruning_saves(self) -> dict[str, float]:
+        """By linear, where an allocation is still to be made."""
+        if self.recipe.chosen_allocation is None or self.journal.allocation is not None:
+            return {}
+        return what_pruning_saves(self.model, self.recipe, self.decisions, self.savings)
+
+    def _allocate(self, options: AllocateOptions, saves: Mapping[str, float]) -> dict[str, str]:
         """Why the linears stay dense that the allocation keeps, measured in the dense model unless that was done."""
         record = self.journal.allocation
         if record is None:
-            windows = self.samples.first(min(options.windows, self._observed))
+            windows, size = self.samples.first(min(options.windows, self._observed)), self._batch_size()
+            batches = -(-len(windows) // size)
+            fitted = min(len(windows), (batches - held_out_batches(batches)) * size)
+            pruner = self._pruner(fitted)
             record = allocate(
-                self.model,
-                self._pruner(len(windows)),
-                windows.batches(self._batch_size()),
-                self._pass_on,
-                savings=self.savings,
-                tell=self.progress,
+                self.model, pruner, windows.batches(size), self._pass_on, saves, tell=self.progress
             ).record()
             memory.give_back()
             self.journal.save_allocation(record)

@@ -155,7 +155,15 @@ class Recipe(BaseModel):
             raise RecipeError("allocate_options were given, but allocate is 0; say which share (flag --allocate 0.1)")
         if self.targets == "own" and self.targets_options:
             raise RecipeError("targets_options were given, but no targets; add targets='dense' (flag --targets dense)")
-        _ = self.chosen_allocation
+        if (
+            (allocation := self.chosen_allocation) is not None
+            and allocation.by == "latency"
+            and self.format != "packed"
+        ):
+            raise RecipeError(
+                "allocate by latency goes by the times of packed 2:4 weights, and the format is 'dense'; use by='bytes' (flag "
+                "--allocate-options by=bytes)"
+            )
         _ = self.chosen_targets
         _ = self.chosen_distillation
         _ = self.chosen_repair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -168,12 +169,16 @@ class StreamedLinear(WideLinear):
 
 
 def prepare_for_serving(model: nn.Module) -> None:
-    """Puts every packed weight into the form of its backend, and lets dense linears and attention take the faster path there is."""
+    """Puts every packed weight into the form of its backend, and lets dense linears and attention take the faster path there is;
+    ``HALVE_BACKEND=plain`` leaves these to torch."""
     if isinstance(model, PreTrainedModel):
         attention.use(model)
+    plain_only = os.environ.get("HALVE_BACKEND") == "plain"
     for name, module in model.named_modules():
         if isinstance(module, Sparse24Linear):
             module.prepare(name)
+        elif plain_only:
+            continue
         elif type(module) is nn.Linear and streams(module.weight):
             cpu.gather_into_huge_pages(module.weight)
             module.__class__ = StreamedLinear

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from compress.device import choose_device
 from serve.kernels import plain
 from serve.linear import Sparse24Conv1D, Sparse24Linear
 from serve.measure import table_cache
@@ -57,12 +56,12 @@ def slow_shapes(device: torch.device) -> dict[tuple[Shape, str], str]:
     return {key: reason for key, found in by_shape.items() if (reason := loses(found)) is not None}
 
 
-def savings(rows: int, dtype: torch.dtype) -> dict[tuple[int, int], float]:
-    """Microseconds that 2:4 saves in one product with ``rows`` rows of x, by the shape (N, K) of the weight, as the table
-    of the device that serves has them; for `compress.compress_model`. Negative where 2:4 is slower."""
-    entries, _ = table_cache.load(table_cache.Identity.of(choose_device("auto")[0]))
+def savings(rows: int, dtype: torch.dtype, device: torch.device) -> dict[tuple[int, int, bool], float]:
+    """Microseconds that 2:4 saves in one product with ``rows`` rows of x, by the weight's N and K and whether it is a Conv1D's, as the
+    table of a device has them; for `compress.compress_model`. Negative where 2:4 is slower."""
+    entries, _ = table_cache.load(table_cache.Identity.of(device))
     return {
-        (entry.n, entry.k): 1e6 * (entry.dense_seconds - entry.sparse_seconds)
+        (entry.n, entry.k, entry.conv1d): 1e6 * (entry.dense_seconds - entry.sparse_seconds)
         for entry in entries
         if entry.rows == rows and entry.dtype == dtype_name(dtype)
     }

@@ -16,9 +16,13 @@ from compress import allocate as allocation
 from compress import pipeline
 from compress.allocate import Candidate, choose, reasons_of
 from compress.architecture import find_blocks, linears_of
-from compress.errors import RecipeError
+from compress.errors import NumericalError, RecipeError
 from compress.pruner import BlockPruner
+from compress.recipe import Recipe
 from compress.repair import held_out_batches
+from serve.measure import table_cache, tuned
+from serve.measure.kernel_table import Entry, Spread
+from serve.measure.table_cache import Identity
 from tests import tiny_models
 from tests.runs import LENGTH, Halve, compress, flags, stored, tree
 from tests.runs import load as load_model
@@ -64,6 +68,7 @@ def test_the_budget_holds_and_half_of_the_best_is_avoided(units: list[Candidate]
     )
     avoided = sum(found.candidates[index].error for index in found.kept)
     assert avoided >= free + best / 2 - 1e-9
+    assert all(found.candidates[index].error > 0 or found.candidates[index].saves <= 0 for index in found.kept)
     assert all(index in found.kept for index, unit in enumerate(found.candidates) if unit.saves <= 0)
     record = found.record()
     assert record["error_left"] == pytest.approx(sum(unit.error for unit in units) - avoided, abs=1e-6)
@@ -173,20 +178,21 @@ def test_what_is_kept_is_dense_to_the_bit_and_the_rest_is_pruned_as_without(form
 
 def test_by_latency_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build("llama", tmp_path)
-    asked: list[tuple[int, torch.dtype]] = []
-    shapes: dict[tuple[int, int], float] = {}
+    asked: list[tuple[int, torch.dtype, torch.device]] = []
+    shapes: dict[tuple[int, int, bool], float] = {}
     for module in linears_of(find_blocks(load_model(source))[1], "").values():
-        shapes[tuple(module.weight.shape)] = 2.0
-    slow = (tiny_models.HIDDEN, tiny_models.INTERMEDIATE)
+        n, k = module.weight.shape
+        shapes[n, k, False] = 2.0
+    slow = (tiny_models.HIDDEN, tiny_models.INTERMEDIATE, False)
     shapes[slow] = -1.0
 
-    def savings(rows: int, dtype: torch.dtype) -> dict[tuple[int, int], float]:
-        asked.append((rows, dtype))
+    def savings(rows: int, dtype: torch.dtype, device: torch.device) -> dict[tuple[int, int, bool], float]:
+        asked.append((rows, dtype, device))
         return shapes
 
     settings = {**SETTINGS, "allocate_options": {"by": "latency", "rows": 4}, "savings": savings}
     found = report(compress(source, tmp_path / "out", **settings).directory)["allocation"]
-    assert asked == [(4, torch.float32)]
+    assert asked == [(4, torch.float32, torch.device("cpu"))]
     assert found["unit"] == "us"
     assert found["saves_all"] == 2 * (4 + 2) * 2.0
     for candidate in found["candidates"]:
@@ -203,7 +209,7 @@ def test_by_latency_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
         compress(
             source,
             tmp_path / "other",
-            **{**settings, "savings": lambda rows, dtype: dict.fromkeys([*shapes, slow], 0.0)},
+            **{**settings, "savings": lambda *asked: dict.fromkeys([*shapes, slow], 0.0)},
         )
     assert not (tmp_path / "other.partial").exists()
 
@@ -284,3 +290,56 @@ def test_the_command_says_what_it_cost(tmp_path: Path, halve: Halve) -> None:
     assert "allocate is 0" in refused.message
     refused = halve(*flags(source, tmp_path / "other", allocate=0.1, allocate_options="by=weight"))
     assert "by" in refused.message
+
+
+def test_units_that_save_nothing_together_leave_nothing_to_prune(tmp_path: Path) -> None:
+    """One linear gains, the unit that it belongs to does not."""
+    source = build("llama", tmp_path)
+
+    def savings(*asked: Any) -> dict[tuple[int, int, bool], float]:
+        found = {}
+        for name, module in linears_of(find_blocks(load_model(source))[1], "").items():
+            found[(*module.weight.shape, False)] = 1.0 if name.endswith("q_proj") else -5.0
+        return found
+
+    with pytest.raises(RecipeError, match="faster for no linear"):
+        compress(source, tmp_path / "out", **SETTINGS, allocate_options={"by": "latency"}, savings=savings)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_is_refused_is_refused_before_the_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline._Run, "_provide_gradients", lambda *a: pytest.fail("hours are spent for nothing"))
+    with pytest.raises(RecipeError, match="halve tune MODEL"):
+        compress(
+            build("llama", tmp_path), tmp_path / "out", **SETTINGS, metric="gblm", allocate_options={"by": "latency"}
+        )
+
+
+def test_an_error_that_is_not_finite_names_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "relative_error", lambda output, target: torch.full(output.shape[:2], torch.inf))
+    with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj: with it pruned.*not finite"):
+        compress(build("llama", tmp_path), tmp_path / "out", **SETTINGS)
+
+
+def test_times_of_packed_weights_say_nothing_of_others() -> None:
+    with pytest.raises(RecipeError, match="times of packed 2:4"):
+        Recipe.create(allocate=0.1, allocate_options={"by": "latency"}, format="dense", pattern="4:8")
+
+
+def test_the_table_knows_which_product_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALVE_CACHE_DIR", str(tmp_path / "cache"))
+    cpu = torch.device("cpu")
+    spread = Spread(median=2.0, p25=1.9, p75=2.1)
+
+    def entry(conv1d: bool, rows: int, dense: float) -> Entry:
+        return Entry(
+            n=768, k=768, conv1d=conv1d, dtype="bfloat16", rows=rows, ratio=spread, sparse_seconds=1e-5, dense_seconds=dense,
+            backend="cpu", reason="", baseline="", rounds=5, date="2026-01-01",
+        )  # fmt: skip
+
+    entries = [entry(False, 1, 2e-5), entry(True, 1, 9e-5), entry(False, 4, 1.0)]
+    assert table_cache.save(Identity.of(cpu), entries) is None
+    assert tuned.savings(1, torch.bfloat16, cpu) == {
+        (768, 768, False): pytest.approx(10.0), (768, 768, True): pytest.approx(80.0),
+    }  # fmt: skip
+    assert tuned.savings(1, torch.float16, cpu) == {}

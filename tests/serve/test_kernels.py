@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from compress import wide
 from compress.errors import CorruptCheckpointError, UsageError
 from compress.packed import PackedWeight, pack, unpack
 from compress.patterns import NMPattern
@@ -231,3 +232,22 @@ def test_huge_pages_leave_contents_and_address_alone() -> None:
     assert tensor.data_ptr() == address
     assert torch.equal(tensor, torch.arange(3_000_000, dtype=torch.int32))
     cpu.gather_into_huge_pages(torch.empty(0))
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+@pytest.mark.parametrize("asked", ["plain", "auto"])
+def test_dense_layers_are_torchs_own_where_plain_is_asked_for(
+    asked: str, emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALVE_BACKEND", asked)
+    monkeypatch.setattr(wide, "EMULATED", {torch.bfloat16: emulated})
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), Conv1D(16, 32)).bfloat16()
+    before, x = copy.deepcopy(model), drawn(40, 64, dtype=torch.bfloat16)
+    prepare_for_serving(model)
+    kinds = [type(module) for module in model]
+    if asked == "plain":
+        assert kinds == [torch.nn.Linear, Conv1D]
+        assert torch.equal(model(x), before(x))
+    else:
+        assert issubclass(kinds[0], wide.WideLinear) or not emulated
+        assert kinds[1] is (wide.WideConv1D if emulated else Conv1D)

@@ -607,4 +607,4 @@ def test_what_was_kept_dense_by_a_budget_is_shown_with_what_it_buys(halve: Halve
     report["allocation"]["candidates"][0]["error"] = -1
     write(sparse / "report.json", report)
     refused = halve("report", sparse, "--out", tmp_path / "other.html")
-    assert "allocation.candidates.0.error" in refused.message
+    assert "allocation.candidates.0.error" in refused.stderr

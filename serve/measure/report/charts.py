@@ -120,7 +120,7 @@ def _pareto(points: Sequence[tuple[float, float, Run]], front: set[str], size: i
 
 def allocation(found: Allocation) -> Picture | None:
     """The error that is left against what is given back, unit by unit as the allocation takes them, and what was chosen."""
-    if found.saves_all <= 0 or len(found.candidates) < 2:
+    if found.saves_all <= 0 or found.error_all <= 0 or len(found.candidates) < 2:
         return None
     return Picture(_allocation(found, 520, "allocation"), _allocation(found, 350, "allocation-narrow"))
 

@@ -135,7 +135,7 @@ struct Cut {
 
   int64_t units() const { return token_groups * chunks; }
 };
-constexpr int64_t kChunkBlocks = 32;  // 512 rows x 64 tokens x 4 bytes of sums stay in the second cache
+constexpr int64_t kChunkBlocks = 32;  // 512 rows x 64 or 128 tokens x 4 bytes of sums stay in the second cache
 inline Cut cut(const Call& call, int64_t tokens) {
   const int64_t groups = ceil_div(call.m, tokens), blocks = call.weight.blocks;
   int64_t chunks = ceil_div(blocks, kChunkBlocks);
@@ -144,9 +144,8 @@ inline Cut cut(const Call& call, int64_t tokens) {
   return Cut{tokens, groups, size, ceil_div(blocks, size)};
 }
 
-// How far ahead of the place that is read a weight is asked for. Measured: Intel's processors (here one of Cascade Lake) wait for
-// memory between two products where nobody asks, and take up to twice as long for a row of x; AMD's read ahead by themselves, and
-// to ask costs time.
+// How far ahead of the place that is read a weight is asked for. Intel's processors wait for memory between two products
+// where nobody asks (measured on one of Cascade Lake's time); AMD's read ahead by themselves, and to ask costs time.
 #if defined(__x86_64__)
 inline int64_t bytes_ahead() {
   static const int64_t bytes = (__builtin_cpu_init(), __builtin_cpu_is("intel") ? 8192 : 0);
