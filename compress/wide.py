@@ -9,9 +9,11 @@ part of it is held in float32, which costs little where many rows of x share it.
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
@@ -51,13 +53,49 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times the transposed weight [N, K] plus bias [N] -> [..., N] in x's dtype; in float32 where its own is emulated."""
     if _as_it_is(x, weight):
         return functional.linear(x, weight, bias)
-    wide = x.float()
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return _WideProduct.apply(x, weight, bias) if wanted else _product(x, weight, bias)
+
+
+def _parts(weight: Tensor) -> list[slice]:
+    """Rows of a weight [N, K] that are widened together."""
     rows = max(1, PART // max(weight.shape[1], 1))
+    return [slice(first, first + rows) for first in range(0, len(weight), rows)]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = x.float()
     parts = [
-        functional.linear(wide, part.float(), None if bias is None else bias[first : first + rows].float()).to(x.dtype)
-        for first, part in zip(range(0, len(weight), rows), weight.split(rows), strict=True)
+        functional.linear(wide, weight[rows].float(), None if bias is None else bias[rows].float()).to(x.dtype)
+        for rows in _parts(weight)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class _WideProduct(torch.autograd.Function):
+    """The product with its gradients; between the passes the 16-bit tensors are kept, and no wide copies of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (slope,), (x, weight) = slopes, ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        d_x, d_weight = None, torch.empty_like(weight) if need_weight else None
+        wide_x = x.flatten(0, -2).float() if need_weight else x  # [T, K]
+        for rows in _parts(weight):
+            part = slope[..., rows].float()  # [..., some of N]
+            if need_x:
+                towards = part @ weight[rows].float()
+                d_x = towards if d_x is None else d_x.add_(towards)
+            if d_weight is not None:
+                d_weight[rows] = part.flatten(0, -2).T @ wide_x
+        d_bias = slope.flatten(0, -2).float().sum(dim=0).to(slope.dtype) if need_bias else None
+        return None if d_x is None else d_x.to(x.dtype), d_weight, d_bias
 
 
 class WideLinear(nn.Linear):

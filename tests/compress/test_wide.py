@@ -83,7 +83,11 @@ def test_gradients_go_through(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(16, 12).bfloat16(), torch.randn(9, 16).bfloat16().requires_grad_()
     reference, y = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
     widen(layer, torch.bfloat16, CPU)
-    layer(x).square().sum().backward()
+    kept: list[torch.dtype] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        y_wide = layer(x)
+    assert set(kept) == {torch.bfloat16}  # no wide copies wait for the backward pass
+    y_wide.square().sum().backward()
     reference(y).square().sum().backward()
     for found, exact in zip((x, *layer.parameters()), (y, *reference.parameters()), strict=True):
         assert found.grad is not None
