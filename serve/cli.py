@@ -465,9 +465,9 @@ def serve(
             )
         vllm.run(str(directory), max_num_seqs=max_num_seqs, extra=context.args, **shared)
     _refuse_extra(context)
-    from serve.server import run
+    from serve.server import run_to_the_end
 
-    run(str(directory), max_num_seqs=16 if max_num_seqs is None else max_num_seqs, device=device, **shared)
+    run_to_the_end(str(directory), max_num_seqs=16 if max_num_seqs is None else max_num_seqs, device=device, **shared)
 
 
 @app.command()

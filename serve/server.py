@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -67,10 +68,16 @@ def run(
     try:
         asyncio.run(_serve(uvicorn.Server(config), listener, name))
     finally:
-        for sig, handler in before.items():
-            signal.signal(sig, handler)
         engine.close()
         listener.close()
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+def run_to_the_end(model_dir: str, **options: Any) -> None:
+    """`run` for a process that ends afterwards: a second SIGTERM while it does is no failure, either."""
+    run(model_dir, **options)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, name: str) -> None:
@@ -162,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.pop("stop_on_eof"):
         _stop_on_eof()
     try:
-        run(options.pop("model_dir"), api_key=os.environ.get(KEY_VARIABLE), **options)
+        run_to_the_end(options.pop("model_dir"), api_key=os.environ.get(KEY_VARIABLE), **options)
     except HalveError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from compress.layout import Layout
+from compress.wide import is_emulated
 from serve.vllm.sound import CHECKED_VARIABLE
 from tests.runs import ROOT
 from tests.serve import vllm_checkpoints as checkpoints
@@ -143,6 +145,17 @@ def session(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return run_session(cases(made), tmp_path_factory.mktemp("session"))
 
 
+def logits_of(directory: Path, dtype: torch.dtype) -> Callable[[list[int]], torch.Tensor]:
+    """transformers' model of a checkpoint: token ids -> logits [tokens, vocabulary], float32."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+
+    def logits(tokens: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(torch.tensor([tokens])).logits[0].float()
+
+    return logits
+
+
 def complete(result: Result) -> list[list[int]]:
     assert result.error is None
     assert [len(tokens) for tokens in result.tokens] == [NEW_TOKENS] * len(PROMPTS)
@@ -158,8 +171,19 @@ def test_the_tokens_are_those_of_the_dense_checkpoint_with_zeros(session: dict[s
     assert complete(session[name]) == expected
 
 
-def test_the_same_compiled(session: dict[str, Result]) -> None:
-    assert complete(session["packed compiled"]) == complete(session["zeros compiled"])
+def test_the_same_compiled(session: dict[str, Result], made: dict[str, Path]) -> None:
+    """Where the processor multiplies bfloat16. Where it cannot, compiled code rounds in other places than we do, and answers may
+    part where the float32 model all but ties."""
+    packed, zeros = complete(session["packed compiled"]), complete(session["zeros compiled"])
+    if not is_emulated(torch.bfloat16, torch.device("cpu")):
+        assert packed == zeros
+    exact, rounded = (logits_of(made["zeros"], dtype) for dtype in (torch.float32, torch.bfloat16))
+    for prompt, one, other in zip(PROMPTS, packed, zeros, strict=True):
+        parts = next((i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), None)
+        if parts is not None:
+            context = [*prompt, *one[:parts]]
+            right, near = exact(context)[-1], rounded(context)[-1]
+            assert (right[one[parts]] - right[other[parts]]).abs() <= 2 * (near - right).abs().max()
 
 
 def test_another_dtype_than_the_stored_one(session: dict[str, Result]) -> None:
@@ -184,22 +208,20 @@ def test_made_up_weights_run(session: dict[str, Result]) -> None:
 
 
 def test_prompt_logprobs_agree_with_transformers(session: dict[str, Result], made: dict[str, Path]) -> None:
-    """As far from the float32 model as transformers' own bfloat16 model is, but for a factor of two."""
+    """As far from the float32 model as transformers' own bfloat16 model is, but for a factor of two; over all prompts, as a few
+    tokens say little of a largest error."""
 
-    def of_transformers(dtype: torch.dtype) -> list[torch.Tensor]:
-        model = AutoModelForCausalLM.from_pretrained(made["zeros"], dtype=dtype).eval()
-        found = []
-        for prompt in PROMPTS:
-            with torch.inference_mode():
-                logits = model(torch.tensor([prompt])).logits[0, :-1]
-            found.append(logits.float().log_softmax(-1).gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0])
-        return found
+    def of_transformers(dtype: torch.dtype) -> torch.Tensor:
+        logits = logits_of(made["zeros"], dtype)
+        return torch.cat([
+            logits(prompt)[:-1].log_softmax(-1).gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0] for prompt in PROMPTS
+        ])  # fmt: skip
 
     exact, rounded = of_transformers(torch.float32), of_transformers(torch.bfloat16)
     for name in ("packed", "zeros"):
-        for mine, right, near in zip(session[name].prompt_logprobs, exact, rounded, strict=True):
-            assert (torch.tensor(mine) - right).abs().max() <= 2 * (near - right).abs().max()
-            assert (torch.tensor(mine) - right).abs().mean() <= 1.5 * (near - right).abs().mean()
+        mine = torch.tensor([value for values in session[name].prompt_logprobs for value in values])
+        assert (mine - exact).abs().max() <= 2 * (rounded - exact).abs().max()
+        assert (mine - exact).abs().mean() <= 1.5 * (rounded - exact).abs().mean()
 
 
 def test_a_line_says_what_runs_sparse_and_what_is_left(session: dict[str, Result]) -> None:
