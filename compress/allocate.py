@@ -1,8 +1,9 @@
 """Allocation: which few linears stay dense, where a part of what 2:4 saves may be given back for accuracy.
 
-The linears that read one tensor (q, k and v; gate and up; in parallel blocks all of these) are one unit, because servers multiply
-q, k and v, and gate and up, as one, and can only keep such a layer dense as a whole. Before anything is pruned, every unit is pruned alone, by the recipe's own metric and
-reconstruction, in the dense model, and the error of its block's output is measured on windows that the statistics did not see:
+The linears that read one tensor (q, k and v; gate and up; in parallel blocks all of these) are one unit, because servers
+multiply q, k and v, and gate and up, as one, and can only keep such a layer dense as a whole. Before anything is pruned,
+every unit is pruned alone, by the recipe's own metric and reconstruction, in the dense model, and the error of its block's
+output is measured on windows that the statistics did not see:
 
     error = mean over tokens of ‖block_pruned(x) − block(x)‖² / ‖block(x)‖².
 

@@ -42,6 +42,19 @@ def compress(model: Path, out: Path, **settings: Any) -> Compressed:
     return compress_model(model, out, **{**defaults, **settings})
 
 
+def build_with_text(
+    family: str, directory: Path, *, layers: int = 2, dtype: torch.dtype = torch.float32, **more: Any
+) -> Path:
+    """A tiny model, beside a calibration text of some more windows than most tests need: some are held out."""
+    (directory / "calibration.txt").write_text(tiny_models.text(4))
+    return tiny_models.build(family, directory / "source", layers=layers, dtype=dtype, **more)
+
+
+def report(directory: Path) -> dict[str, Any]:
+    """What an artefact says of itself."""
+    return json.loads((directory / "report.json").read_text())
+
+
 def flags(model: Path, out: Path, **settings: Any) -> list[str]:
     """The same as arguments of the command."""
     defaults = {"calibration": str(calibration(model.parent)), "samples": SAMPLES, "length": LENGTH}

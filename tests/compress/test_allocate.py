@@ -24,7 +24,8 @@ from serve.measure import table_cache, tuned
 from serve.measure.kernel_table import Entry, Spread
 from serve.measure.table_cache import Identity
 from tests import tiny_models
-from tests.runs import LENGTH, Halve, compress, flags, stored, tree
+from tests.runs import LENGTH, Halve, compress, flags, report, stored, tree
+from tests.runs import build_with_text as build
 from tests.runs import load as load_model
 
 SAMPLES = 12
@@ -35,15 +36,6 @@ SETTINGS: dict[str, Any] = {"allocate": 0.3, "samples": SAMPLES}
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """One window a batch, so that there are some to hold out."""
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", LENGTH)
-
-
-def build(family: str, directory: Path, layers: int = 2, dtype: torch.dtype = torch.float32) -> Path:
-    (directory / "calibration.txt").write_text(tiny_models.text(4))
-    return tiny_models.build(family, directory / "source", layers=layers, dtype=dtype)
-
-
-def report(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "report.json").read_text())
 
 
 def candidates() -> st.SearchStrategy[list[Candidate]]:

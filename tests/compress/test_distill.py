@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from compress.recipe import Recipe
 from compress.repair import held_out_batches
 from compress.training import MaskedAdam, precision
 from tests import tiny_models
-from tests.runs import LENGTH, compress, stored, tree
+from tests.runs import LENGTH, compress, report, stored, tree
+from tests.runs import build_with_text as build
 from tests.runs import load as load_model
 
 SAMPLES, STEPS, BATCH = 24, 12, 2
@@ -27,15 +27,6 @@ SETTINGS: dict[str, Any] = {
     "distill": STEPS * BATCH * LENGTH,
     "distill_options": {"batch": BATCH, "rate": 0.01},
 }
-
-
-def build(family: str, directory: Path, **settings: Any) -> Path:
-    (directory / "calibration.txt").write_text(tiny_models.text(4))
-    return tiny_models.build(family, directory / "source", layers=2, dtype=torch.float32, **settings)
-
-
-def report(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "report.json").read_text())
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from compress.journal import Journal
 from compress.recipe import Recipe
 from compress.repair import held_out_batches, relative_error
 from compress.training import MaskedAdam
-from tests import tiny_models
-from tests.runs import LENGTH, Halve, calibration, compress, stored, tree
+from tests.runs import LENGTH, Halve, calibration, compress, report, stored, tree
+from tests.runs import build_with_text as build
 from tests.runs import load as load_model
 
 SAMPLES = 36
@@ -31,16 +30,6 @@ FAMILIES = ["llama", "qwen3", "gemma2", "opt", "gpt2", "gpt_neox", "phi3", "mamb
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """One window a batch, so that there are some to hold out."""
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", LENGTH)
-
-
-def build(family: str, directory: Path, layers: int = 2, dtype: torch.dtype = torch.float32) -> Path:
-    """A tiny model, beside a text of some more windows than other tests need."""
-    (directory / "calibration.txt").write_text(tiny_models.text(4))
-    return tiny_models.build(family, directory / "source", layers=layers, dtype=dtype)
-
-
-def report(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "report.json").read_text())
 
 
 def block_outputs(directory: Path, windows: torch.Tensor, names: list[str]) -> list[list[torch.Tensor]]:

@@ -3,12 +3,7 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#if !defined(__clang__)
-// gcc 12 takes the deliberately undefined operands in its own <immintrin.h> for mistakes.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
+#include "avx512_intrinsics.h"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")))
 #define INLINE TARGET inline __attribute__((always_inline))
