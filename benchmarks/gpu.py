@@ -37,6 +37,7 @@ from benchmarks import gpu_checks
 from serve.kernels import ops, plain
 from serve.kernels.cuda import backend, compiler, cusparselt, driver, plan
 from serve.kernels.cuda.plan import Form
+from serve.kernels.triton import backend as triton_backend
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parent.parent
@@ -271,7 +272,8 @@ def forms(run: Run) -> None:
 
 
 def prefill(run: Run) -> None:
-    """Many rows. ``2:4``: halve's operator, which expands the weight and multiplies densely. ``cusparselt``: its product with
+    """Many rows. ``2:4``: halve's operator, which passes over the weight some times, and for more rows expands it and multiplies
+    densely; ``expanded``: that from the first row on. ``cusparselt``: its product with
     the algorithm that its search found, on a weight in its own form. ``cusparselt from ours``: the same from the weight as
     decoding has it, expanded and compressed anew at each call, so that only one form is kept. ``torch``: its own operator.
     """
@@ -286,9 +288,16 @@ def prefill(run: Run) -> None:
         compressed = None
         if library is not None:
             compressed = _attempt(run, "cusparselt", lambda w=dense: library.compress(w, _stream()))
-        for rows in (2048, 8192, 128, 512):
+        for rows in (2048, 8192, 128, 256, 512):
             x = gpu_checks.random_input(rows, k, DTYPE)
             sides = {"2:4": weights.sparse_calls(x)[:4], "dense": weights.dense_calls(x)[:4]}
+            if rows <= 2 * plan.MOST_PASSES * plan.MOST_ROWS:
+
+                def expanded(x: Tensor = x, w: Tensor = prepared, n: int = n, k: int = k) -> Tensor:
+                    kernels.expand(w, to := x.new_empty(n, k), _stream())
+                    return functional.linear(x, to)
+
+                sides["expanded"] = [expanded] * 4
             if semi is not None:
                 sides["torch"] = [lambda x=x, w=semi: functional.linear(x, w)] * 4
             if library is not None and compressed is not None:
@@ -312,6 +321,25 @@ def prefill(run: Run) -> None:
                     del sides[name]
             run.add("prefill", {"n": n, "k": k, "rows": rows, **summary(times(sides, 7))})
         del weights, prepared, dense, semi, compressed
+
+
+def triton(run: Run) -> None:
+    """The fallback's kernels, for few rows and many."""
+    if refusal := triton_backend.why_not(torch.device("cuda"), DTYPE):
+        run.document["broken"]["triton"] = refusal
+        return
+    for n, k in SHAPES[:4]:
+        if not run.has_time(f"triton {n}x{k}", 6):
+            continue
+        weights = Weights(n, k)
+        packed = backend.restore(weights.prepared[0])
+        copies = [triton_backend.prepare(packed) for _ in weights.prepared]
+        for rows in (1, 16, 64, 256, 2048):
+            x = gpu_checks.random_input(rows, k, DTYPE)
+            calls = [lambda w=w, x=x, n=n: ops.sparse24_linear_triton(x, w, None, n) for w in _cycled(copies)]
+            found = summary(times({"triton": calls, "dense": weights.dense_calls(x)}, 7))
+            run.add("triton", {"n": n, "k": k, "rows": rows, **found})
+        del weights, copies
 
 
 def _cusparselt(run: Run) -> cusparselt.CusparseLt | None:
@@ -417,7 +445,7 @@ def tests(run: Run) -> None:
 
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
-    one.__name__: one for one in (checks, bandwidth, decode, block, host, prefill, splits, forms, tests)
+    one.__name__: one for one in (checks, bandwidth, decode, block, host, prefill, splits, forms, triton, tests)
 }
 
 
@@ -456,7 +484,11 @@ def render(document: dict[str, Any]) -> str:
                 f"{gain['2:4']['median']:.2f} | {gain['2:4']['p25']:.2f} to {gain['2:4']['p75']:.2f} | {overlap} | "
                 f"{rate['2:4']:.0f} | {share} | {rate['dense']:.0f} |"
             )
-    for section, title in (("block", "decoder block of Llama-3-8B's shape"), ("prefill", "many rows")):
+    for section, title in (
+        ("block", "decoder block of Llama-3-8B's shape"),
+        ("prefill", "many rows"),
+        ("triton", "Triton"),
+    ):
         if section in document:
             sides = list(dict.fromkeys(name for row in document[section] for name in row["microseconds"]))
             lines += ["", "| " + " | ".join([title, *(f"{side}, us" for side in sides), "faster than dense"]) + " |"]

@@ -17,9 +17,10 @@ from torch.nn import functional
 from compress.packed import PackedWeight, unpack_bits
 from serve.kernels import ops, plain
 from serve.kernels.cuda import backend, layout, plan
+from serve.kernels.triton import backend as triton
 
 DTYPES = (torch.bfloat16, torch.float16)
-ROWS = (*range(1, 81), 96, 127, 128, 200, 1000, 2049)
+ROWS = (*range(1, 81), 96, 127, 128, 200, 256, 257, 1000, 2049)
 FAMILIES = {
     "Llama-3-8B": ((4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)),
     "Llama-3-70B": ((8192, 8192), (10240, 8192), (57344, 8192), (8192, 28672)),
@@ -257,11 +258,33 @@ def expansion() -> None:
             loaded(dtype).expand(backend.prepare(weight), dense, torch.cuda.current_stream().cuda_stream)
             if not torch.equal(dense, plain.expand(weight)):
                 raise WrongError(f"the expanded weight [{n}, {k}] in {dtype} is wrong")
-            x = random_input(65, k, dtype)
+            x = random_input(plan.MOST_PASSES * plan.MOST_ROWS + 1, k, dtype)
             if not torch.equal(
                 ops.sparse24_linear(x, backend.prepare(weight), None, n), functional.linear(x, plain.expand(weight))
             ):
-                raise WrongError(f"65 rows, [{n}, {k}], {dtype}: not the dense product")
+                raise WrongError(f"{len(x)} rows, [{n}, {k}], {dtype}: not the dense product")
+
+
+def in_triton() -> None:
+    """The Triton kernels, through their operator, with every tile: odd shapes, the same result every time, also from a graph."""
+    for dtype in DTYPES:
+        if refusal := triton.why_not(torch.device("cuda"), dtype):
+            raise WrongError(f"the triton backend cannot be used: {refusal}")
+        for n, k in ((1, 8), (129, 264), (200, 1032), (4096, 4096), (1024, 14336)):
+            weight = random_weight(n, k, dtype)
+            prepared, dense, bias = triton.prepare(weight), plain.expand(weight), random_input(1, n, dtype)[0]
+            for count in (1, 15, 16, 17, 40, 64, 65, 200, 513):
+                x, added = random_input(count, k, dtype, count), bias if count % 2 else None
+                y = ops.sparse24_linear_triton(x, prepared, added, n)
+                check(y, x, dense, added, f"Triton, {count} rows, weight [{n}, {k}], {dtype}")
+                if not torch.equal(y, ops.sparse24_linear_triton(x, prepared, added, n)):
+                    raise WrongError(f"Triton, {count} rows, weight [{n}, {k}], {dtype}: another result than before")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ops.sparse24_linear_triton(x, prepared, None, n)
+        captured.fill_(float("nan"))
+        graph.replay()
+        check(captured, x, dense, None, f"Triton, graph replay, {dtype}")
 
 
 CHECKS: tuple[Callable[[], None], ...] = (
@@ -274,6 +297,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     chained_overlap,
     expansion,
     families,
+    in_triton,
 )
 
 

@@ -148,14 +148,12 @@ def validate_shapes(packed: PackedWeight, name: str) -> None:
         )
 
 
-def validate(packed: PackedWeight, name: str) -> None:
-    """Checks a packed weight that was read from somewhere: shapes, dtypes, two bits a group, finite values.
+def validate_mask(mask: Tensor, name: str) -> None:
+    """Checks that a mask [N, K/8] has two bits in every group of four.
 
     Raises:
-        CorruptCheckpointError: names the layer and what is wrong with it.
+        CorruptCheckpointError: names the layer and the place.
     """
-    validate_shapes(packed, name)
-    values, mask = packed.values, packed.mask
     table = torch.tensor(_TWO_OF_FOUR, device=mask.device)
     valid = table[mask.int()]
     if not bool(valid.all()):
@@ -165,6 +163,17 @@ def validate(packed: PackedWeight, name: str) -> None:
             f"{name}: the mask does not have two bits in every group of four ({len(bad)} bytes are wrong, the first in "
             f"row {row}, columns {byte * 8} to {byte * 8 + 7}); the file is damaged, get it again"
         )
+
+
+def validate(packed: PackedWeight, name: str) -> None:
+    """Checks a packed weight that was read from somewhere: shapes, dtypes, two bits a group, finite values.
+
+    Raises:
+        CorruptCheckpointError: names the layer and what is wrong with it.
+    """
+    validate_shapes(packed, name)
+    validate_mask(packed.mask, name)
+    values = packed.values
     if not is_finite(values):
         bad = (~torch.isfinite(values)).nonzero()
         raise CorruptCheckpointError(

@@ -254,6 +254,19 @@ def _cuda_backend() -> Check:
     )
 
 
+def _triton_backend() -> Check:
+    """Compiles the kernels and has them prove themselves, where there is a device."""
+    import torch
+
+    from serve.kernels.triton import backend
+
+    if refusal := backend.why_not(torch.device("cuda"), torch.bfloat16):
+        return Check("triton", False, refusal)
+    return Check(
+        "triton", True, f"{backend.reason(torch.bfloat16, 1)}; not measured yet: `python -m benchmarks.gpu` does"
+    )
+
+
 SECTIONS: dict[str, dict[str, Callable[[], Check]]] = {
     "libraries": {
         "torch": _torch,
@@ -266,7 +279,7 @@ SECTIONS: dict[str, dict[str, Callable[[], Check]]] = {
         "vllm": _vllm_engine,
         **{name: _not_in_this_version(name) for name, engine in support.ENGINES.items() if engine.status != "works"},
     },
-    "kernels": {"plain": _plain_backend, "cpu": _cpu_backend, "cuda": _cuda_backend},
+    "kernels": {"plain": _plain_backend, "cpu": _cpu_backend, "cuda": _cuda_backend, "triton": _triton_backend},
 }
 """What is checked, by section and name, in the order of the report."""
 

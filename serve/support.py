@@ -63,11 +63,14 @@ class Engine:
 KERNELS = {
     "cpu": Kernel("cpu", ALL, "AVX-512 BF16, AVX-512, AVX2, portable C++"),
     "cuda": Kernel("cuda", HALF, "sparse tensor cores", first_capability=(8, 0)),
+    "triton": Kernel(
+        "cuda", HALF, "AMD, or NVIDIA where the kernels above do not run; Triton, without sparse tensor cores"
+    ),
     "plain": Kernel(None, ALL, "any; expands, slower than dense"),
 }
 """The best first; the last one runs everywhere."""
 
-_SPARSE = ("cpu", "cuda", "plain")
+_SPARSE = ("cpu", "cuda", "triton", "plain")
 ENGINES = {
     "transformers": Engine("works", {"packed": _SPARSE, "zeros": ("torch",), "dense": ("torch",)}),
     "vllm": Engine(

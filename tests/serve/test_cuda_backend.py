@@ -66,7 +66,7 @@ def number(emulator: Emulator, name: str) -> ctypes.c_int:
 @needs_compiler
 class TestProducts:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("shape", [(), (1,), (9,), (2, 3), (4, 1, 5), (40,), (64,)], ids=str)
+    @pytest.mark.parametrize("shape", [(), (1,), (9,), (2, 3), (4, 1, 5), (40,), (64,), (65,), (2, 65)], ids=str)
     def test_few_rows(self, fake: Emulator, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         n, k = 70, 264
         x, weight, bias = normal(*shape, k, dtype=dtype), random_weight(n, k, dtype), normal(n, dtype=dtype)
@@ -78,11 +78,22 @@ class TestProducts:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_many_rows_are_multiplied_densely(self, fake: Emulator, dtype: torch.dtype) -> None:
-        x, weight, bias = normal(5, 13, 72, dtype=dtype), random_weight(70, 72, dtype), normal(70, dtype=dtype)
+        x, weight, bias = normal(257, 72, dtype=dtype), random_weight(70, 72, dtype), normal(70, dtype=dtype)
         y = backend.linear(x, layout.prepare(weight), bias, 70)
         assert torch.equal(y, functional.linear(x, unpack(weight), bias))
-        assert "expanded, then multiplied densely" in backend.reason(dtype, 65)
-        assert "sparse tensor cores" in backend.reason(dtype, 64)
+        assert "expanded, then multiplied densely" in backend.reason(dtype, 257)
+        assert "once for each 64 rows" in backend.reason(dtype, 256)
+        assert "read once past 64 rows" in backend.reason(dtype, 64)
+
+    @pytest.mark.parametrize("rows", [64, 65, 128, 256])
+    def test_more_rows_are_parts_of_the_same_bits(self, fake: Emulator, rows: int) -> None:
+        """Each part is what it would be alone, by as few launches as there are parts."""
+        x, weight = normal(rows, 72, dtype=torch.bfloat16), random_weight(70, 72, torch.bfloat16)
+        prepared, before = layout.prepare(weight), number(fake, "launches").value
+        y = backend.linear(x, prepared, None, 70)
+        assert number(fake, "launches").value - before == -(-rows // 64)
+        alone = torch.cat([backend.linear(part, prepared, None, 70) for part in x.split(64)])
+        assert torch.equal(y, alone)
 
     def test_nothing_to_multiply(self, fake: Emulator) -> None:
         before = number(fake, "launches").value
@@ -279,7 +290,7 @@ class TestWhyNot:
 
     def test_it_is_chosen(self, hopper: pytest.MonkeyPatch) -> None:
         hopper.setattr(backend, "_kernels", lambda index, dtype: object())
-        few, many = (choose(CUDA, torch.bfloat16, rows, 64, 64) for rows in (1, 65))
+        few, many = (choose(CUDA, torch.bfloat16, rows, 64, 64) for rows in (1, 257))
         assert few.backend is many.backend is dispatch.CUDA
         assert "read once past 1 rows of x" in few.reason
         assert "expanded, then multiplied densely" in many.reason

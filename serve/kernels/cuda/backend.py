@@ -1,7 +1,7 @@
 """Multiplies packed weights on NVIDIA GPUs with the kernels of `src/sparse24.cu`.
 
-Up to `plan.MOST_ROWS` rows of x, the weight is read once, 9/16 of the dense bytes, straight into the sparse tensor cores. Above,
-a kernel expands it, and torch multiplies densely.
+Up to `plan.MOST_ROWS` rows of x, the weight is read once, 9/16 of the dense bytes, straight into the sparse tensor cores. For up
+to `plan.MOST_PASSES` times as many, it is read again for each such part of x. Above, a kernel expands it, and torch multiplies densely.
 
 Everything that takes time or may fail is done when a weight is prepared: kernels are found in the cache or compiled, and
 loaded. A product then is one launch on torch's current stream, without workspace, synchronization or search, so CUDA graphs
@@ -27,7 +27,7 @@ from serve.kernels.cuda import cache as disk
 from serve.kernels.cuda import compiler, driver, layout, plan
 from serve.kernels.cuda.compiler import CompilerError
 from serve.kernels.cuda.driver import Config, Driver, DriverError
-from serve.kernels.cuda.plan import MOST_ROWS, Form
+from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS, Form
 
 _TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 _ALIGNMENT = 16
@@ -218,7 +218,9 @@ def reason(dtype: torch.dtype, rows: int) -> str:
     """What is done with so many rows of x."""
     if rows <= MOST_ROWS:
         return f"sparse tensor cores, the weight is read once past {rows} rows of x"
-    return f"the weight is expanded, then multiplied densely: there are sparse kernels up to {MOST_ROWS} rows of x"
+    if rows <= MOST_PASSES * MOST_ROWS:
+        return f"sparse tensor cores, the weight is read once for each {MOST_ROWS} rows of x"
+    return f"the weight is expanded, then multiplied densely: sparse kernels take up to {MOST_PASSES * MOST_ROWS} rows of x"
 
 
 def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
@@ -264,15 +266,23 @@ def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, 
     rows = x.numel() // shape[-1]
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
     try:
-        if rows > MOST_ROWS:
+        if rows > MOST_PASSES * MOST_ROWS:
             dense = x.new_empty(n, shape[-1])
             if n:
                 kernels.expand(prepared, dense, stream)
             return functional.linear(x, dense, bias)
         y = x.new_empty(*shape[:-1], n)
         if y.numel():
-            flat = aligned(x).view(rows, shape[-1])
-            kernels.multiply(flat, prepared, bias if bias is None else bias.contiguous(), y.view(rows, n), stream)
+            flat, result, bias = (
+                aligned(x).view(rows, shape[-1]),
+                y.view(rows, n),
+                bias if bias is None else bias.contiguous(),
+            )
+            if rows <= MOST_ROWS:
+                kernels.multiply(flat, prepared, bias, result, stream)
+            else:
+                for part, into in zip(flat.split(MOST_ROWS), result.split(MOST_ROWS), strict=True):
+                    kernels.multiply(part, prepared, bias, into, stream)
     except DriverError as error:
         raise RuntimeError(str(error)) from error
     return y

@@ -11,6 +11,13 @@ from serve.kernels.cuda.layout import UNIT, UNIT_BYTES, ceil_div
 MOST_ROWS = 64
 """Of x, for the kernels that read the weight once."""
 
+MOST_PASSES = 4
+"""How often the weight is read for more rows, before it is rather expanded.
+
+By bytes: a pass reads 1.125 for each weight, expanding reads and writes 3.125 and the dense product reads 2 again, so four passes
+are less; and up to some hundred rows neither way is bound by its products. Not measured: `benchmarks.gpu` (prefill) does.
+"""
+
 _SHARED_KIB = {
     (8, 0): 164,
     (8, 6): 100,

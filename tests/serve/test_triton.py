@@ -1,0 +1,274 @@
+"""The Triton kernels without a GPU: Triton interprets them, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.errors import CorruptCheckpointError
+from compress.packed import PackedWeight
+from serve import support
+from serve.kernels import choose, dispatch, ops
+from serve.kernels.triton import backend, layout
+from serve.kernels.triton.backend import Kernels
+from serve.linear import Sparse24Linear
+from tests.interpreted import interpreted
+from tests.serve.cpu_reference import expected, normal, random_weight
+
+DTYPES = [torch.bfloat16, torch.float16]
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def module() -> Iterator[types.ModuleType]:
+    with interpreted("serve.kernels.triton.kernels") as found:
+        yield found
+
+
+@pytest.fixture
+def fake(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """A torch that takes the processor for a GPU with these kernels."""
+    kernels = Kernels(module, processors=4)
+    monkeypatch.setattr(backend, "_kernels", lambda index, dtype: kernels)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    return kernels
+
+
+def product(kernels: Kernels, x: Tensor, weight: PackedWeight, bias: Tensor | None, splits: int = 0) -> Tensor:
+    y = torch.full((len(x), len(weight.values)), torch.nan, dtype=x.dtype)
+    kernels.multiply(x, weight, bias, y, number_of_splits=splits)
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 33, 64, 65, 130])
+def test_products(module: types.ModuleType, dtype: torch.dtype, rows: int) -> None:
+    """Every tile, with edges inside of tiles on all three axes."""
+    n, k = 200, 328
+    x, weight, bias = normal(rows, k, dtype=dtype), random_weight(n, k, dtype), normal(n, dtype=dtype)
+    for added in (None, bias):
+        y = product(Kernels(module, 1), x, weight, added)
+        assert not expected(x, weight, added, flushes=False).wrong(y).any()
+
+
+@pytest.mark.parametrize("splits", [2, 4, 16])
+@pytest.mark.parametrize("k", [8, 512, 1032])
+def test_splits_of_the_sum(module: types.ModuleType, splits: int, k: int) -> None:
+    """Also more of them than there are steps along K."""
+    x, weight = normal(5, k, dtype=torch.bfloat16), random_weight(70, k, torch.bfloat16)
+    bias = normal(70, dtype=torch.bfloat16)
+    for added in (None, bias):
+        y = product(Kernels(module, 1), x, weight, added, splits)
+        assert not expected(x, weight, added, flushes=False).wrong(y).any()
+
+
+def test_every_pair_of_columns(module: types.ModuleType) -> None:
+    """All 36 valid mask bytes, values and inputs that tell the places apart: sums are exact."""
+    pairs = [byte for byte in range(16) if byte.bit_count() == 2]
+    mask = torch.tensor([[low | high << 4] for low in pairs for high in pairs], dtype=torch.uint8)
+    values = torch.arange(1.0, 5.0).repeat(len(mask), 1).half()
+    x = (2.0 ** torch.arange(8)).half().view(1, 8)
+    weight = PackedWeight(values, mask)
+    assert torch.equal(
+        product(Kernels(module, 1), x, weight, None).double(), expected(x, weight, None, flushes=False).middle
+    )
+
+
+def test_what_is_not_finite_stays_in_its_row(module: types.ModuleType) -> None:
+    x, weight = normal(3, 40, dtype=torch.bfloat16), random_weight(20, 40, torch.bfloat16)
+    clean = product(Kernels(module, 1), x, weight, None)
+    x[1, 7] = torch.inf
+    y = product(Kernels(module, 1), x, weight, None)
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+    assert not y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128, 4096])
+@pytest.mark.parametrize(("n", "k"), [(8, 8), (576, 1536), (4096, 4096), (57344, 8192), (8192, 28672)])
+def test_the_number_of_splits(rows: int, n: int, k: int) -> None:
+    cut = backend.tiles(rows)
+    found = backend.splits(cut, rows, n, k, 132)
+    blocks = -(-n // cut.outputs) * -(-rows // cut.rows)
+    assert found in (1, 2, 4, 8, 16)
+    assert found == 1 or found * blocks <= 2 * 132
+    assert found == 1 or -(-k // cut.depth) >= 4 * found
+    if rows == 1 and (n, k) == (4096, 4096):
+        assert found == 4  # a small weight would leave half of the processors idle
+
+
+class TestOperator:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (70,)], ids=str)
+    def test_shapes(self, fake: Kernels, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        x, weight, bias = normal(*shape, 72, dtype=dtype), random_weight(50, 72, dtype), normal(50, dtype=dtype)
+        y = backend.linear(x, backend.prepare(weight), bias, 50)
+        assert y.shape == (*shape, 50)
+        assert not expected(x.view(-1, 72), weight, bias, flushes=False).wrong(y.view(-1, 50)).any()
+
+    def test_nothing_to_multiply(self, fake: Kernels) -> None:
+        empty, some = normal(0, 16, dtype=torch.bfloat16), normal(3, 16, dtype=torch.bfloat16)
+        prepared = backend.prepare(random_weight(5, 16, torch.bfloat16))
+        assert backend.linear(empty, prepared, None, 5).shape == (0, 5)
+        none = backend.prepare(random_weight(0, 16, torch.bfloat16))
+        assert backend.linear(some, none, None, 0).shape == (3, 0)
+
+    def test_views(self, fake: Kernels) -> None:
+        weight, wide = random_weight(20, 40, torch.bfloat16), normal(9, 80, dtype=torch.bfloat16)
+        bias = normal(40, dtype=torch.bfloat16)[::2]
+        y = backend.linear(wide[:, ::2], backend.prepare(weight), bias, 20)
+        assert not expected(wide[:, ::2], weight, bias, flushes=False).wrong(y).any()
+
+    def test_it_is_an_operator_with_shapes(self) -> None:
+        x, prepared = (torch.empty(*shape, device="meta") for shape in ((2, 3, 16), (1,)))
+        assert ops.sparse24_linear_triton(x, prepared, None, 5).shape == (2, 3, 5)
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"x": torch.zeros(2, 24, dtype=torch.bfloat16)}, r"no prepared weight \[5, 24\]"),
+            ({"x": torch.zeros(2, 16)}, "x is torch.float32"),
+            ({"n": 6}, r"no prepared weight \[6, 16\]"),
+            ({"bias": torch.zeros(4, dtype=torch.bfloat16)}, "a bias of 5 numbers"),
+            ({"bias": torch.zeros(5)}, "a bias of 5 numbers in torch.bfloat16"),
+            ({"prepared": torch.zeros(7, dtype=torch.uint8)}, "no prepared weight"),
+        ],
+    )
+    def test_what_does_not_go_together(self, fake: Kernels, change: dict[str, Any], said: str) -> None:
+        weight = random_weight(5, 16, torch.bfloat16)
+        right: dict[str, Any] = {
+            "x": torch.zeros(2, 16, dtype=torch.bfloat16), "prepared": backend.prepare(weight), "bias": None, "n": 5,
+        }  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            backend.linear(**(right | change))
+
+
+class TestLayout:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("n", "k"), [(1, 8), (5, 24), (64, 136), (0, 8)])
+    def test_there_and_back(self, dtype: torch.dtype, n: int, k: int) -> None:
+        weight = random_weight(n, k, dtype)
+        prepared = layout.prepare(weight)
+        assert len(prepared) == layout.prepared_bytes(n, k) == layout.HEADER_BYTES + weight.nbytes
+        restored = layout.restore(prepared)
+        assert torch.equal(restored.values, weight.values)
+        assert torch.equal(restored.mask, weight.mask)
+        assert restored.values.dtype == dtype
+
+    def test_damaged(self) -> None:
+        prepared = layout.prepare(random_weight(5, 24, torch.bfloat16))
+        for damaged in (
+            prepared[:-1],
+            prepared[:10],
+            prepared.view(1, -1),
+            prepared.clone().fill_(0),
+            prepared.view(torch.int8),
+        ):
+            with pytest.raises(ValueError, match="damaged"):
+                layout.restore(damaged)
+
+    def test_a_mask_that_is_not_two_of_four(self) -> None:
+        weight = random_weight(5, 24, torch.bfloat16)
+        weight.mask[3, 1] ^= 1
+        with pytest.raises(CorruptCheckpointError, match=r"layer\.q: .*row 3, columns 8 to 15"):
+            layout.prepare(weight, "layer.q")
+
+
+class TestChoice:
+    def test_it_comes_after_the_sparse_tensor_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("HALVE_BACKEND", raising=False)
+        able = {name: None for name in support.KERNELS}
+        for name in ("CUDA", "TRITON"):
+            one = getattr(dispatch, name)
+            replaced = dataclasses.replace(
+                one, why_not=lambda device, dtype, name=one.name: able[name], reason=lambda d, r: "it"
+            )
+            monkeypatch.setattr(
+                dispatch, "BACKENDS", tuple(replaced if b.name == one.name else b for b in dispatch.BACKENDS)
+            )
+        assert choose(CUDA, torch.bfloat16, 1, 8, 8).backend.name == "cuda"
+        able["cuda"] = "NVRTC is missing"
+        fallen = choose(CUDA, torch.bfloat16, 1, 8, 8)
+        assert fallen.backend.name == "triton"
+        assert fallen.backend.linear is ops.sparse24_linear_triton
+        assert "not cuda: NVRTC is missing" in fallen.reason
+        able["triton"] = "no Triton"
+        assert choose(CUDA, torch.bfloat16, 1, 8, 8).backend.name == "plain"
+
+    def test_a_layer_runs_on_it(self, fake: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Prepared, run, and given back, as `serve.linear` does."""
+        here = dataclasses.replace(dispatch.TRITON, why_not=lambda device, dtype: None, linear=backend.linear)
+        monkeypatch.delenv("HALVE_BACKEND", raising=False)
+        monkeypatch.setattr(dispatch, "BACKENDS", (here, *dispatch.BACKENDS))
+        weight, x = random_weight(24, 40, torch.bfloat16), normal(3, 40, dtype=torch.bfloat16)
+        layer = Sparse24Linear(40, 24, bias=False, dtype=torch.bfloat16, device="cpu")
+        layer.load_state_dict({"weight_packed": weight.values, "weight_mask": weight.mask})
+        layer.prepare()
+        assert layer.weight_prepared is not None
+        assert layer.weight_packed.numel() == 0
+        assert not expected(x, weight, None, flushes=False).wrong(layer(x)).any()
+        state = layer.state_dict()
+        assert torch.equal(state["weight_packed"], weight.values)
+        assert torch.equal(state["weight_mask"], weight.mask)
+
+    @pytest.mark.parametrize(("device", "dtype", "said"), [
+        ("cpu", torch.bfloat16, "the weight is on cpu"),
+        ("cuda", torch.float32, "values are float32"),
+        ("cuda", torch.bfloat16, "torch finds no GPU"),
+    ])  # fmt: skip
+    def test_why_not(self, device: str, dtype: torch.dtype, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert said in str(backend.why_not(torch.device(device), dtype))
+
+    @pytest.fixture
+    def a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        properties = types.SimpleNamespace(multi_processor_count=4)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(torch.cuda, "device", lambda index: torch.device("cpu"))  # a context that does nothing here
+        backend._kernels.cache_clear()
+
+    def test_without_triton(self, a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing(name: str) -> types.ModuleType:
+            raise ImportError("No module named 'triton'")
+
+        monkeypatch.setattr(backend.importlib, "import_module", missing)
+        assert backend.why_not(CUDA, torch.bfloat16) == "Triton cannot be imported: No module named 'triton'"
+        backend._kernels.cache_clear()
+
+    def test_a_compiler_that_fails(self, a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*arguments: object) -> None:
+            raise RuntimeError("PTX was compiled for another GPU\nand a stack of lines")
+
+        monkeypatch.setattr(backend, "wrong", broken)
+        assert backend.why_not(CUDA, torch.float16) == (
+            "Triton's kernels do not run here: RuntimeError: PTX was compiled for another GPU"
+        )
+        backend._kernels.cache_clear()
+
+
+class TestProof:
+    """The kernels prove themselves before they are used."""
+
+    def test_right_ones_pass(self, module: types.ModuleType) -> None:
+        for dtype in DTYPES:
+            assert backend.wrong(Kernels(module, 4), torch.device("cpu"), dtype) is None
+
+    @pytest.mark.parametrize("rows", [16, 32, 64, 128])
+    def test_a_wrong_one_is_found(self, module: types.ModuleType, rows: int) -> None:
+        @dataclasses.dataclass(frozen=True)
+        class Wrong(Kernels):
+            def multiply(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, **more: Any) -> None:
+                super().multiply(x, weight, bias, y, **more)
+                if len(x) == rows:
+                    y[rows // 2, 3] += 0.05 * y[rows // 2].abs().max()
+
+        assert f"for {rows} rows of x computes wrongly" in str(
+            backend.wrong(Wrong(module, 4), torch.device("cpu"), torch.bfloat16)
+        )
