@@ -34,6 +34,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import gpu_checks
+from compress import fused
+from compress.columns import prune_columns
+from compress.linalg import inverse_factor
+from compress.packed import PATTERN
 from serve.kernels import ops, plain
 from serve.kernels.cuda import backend, compiler, cusparselt, driver, plan
 from serve.kernels.cuda.plan import Form
@@ -342,6 +346,34 @@ def triton(run: Run) -> None:
         del weights, copies
 
 
+def pruning(run: Run) -> None:
+    """SparseGPT of the layers of an 8B model, the factorization and the columns, with the fused kernel and with torch's operators."""
+    kernels = fused.on(torch.device("cuda"))
+    for n, k in ((6144, 4096), (28672, 4096), (4096, 14336)):
+        if not run.has_time(f"pruning {n}x{k}", 20):
+            continue
+        columns, gram, upper = gpu_checks.pruning_problem(n, k)
+        torch.cuda.reset_peak_memory_stats()
+        found = {"factorization": _seconds(lambda gram=gram: inverse_factor(gram, 0.01))}
+        for name, how in (("fused", kernels), ("torch", None)):
+            if name == "torch" or kernels is not None:
+                found[name] = _seconds(
+                    lambda how=how, c=columns, u=upper: prune_columns(c.clone(), u, PATTERN, "block", None, 128, how)
+                )
+        run.add("pruning", {"n": n, "k": k, "seconds": found, "peak_bytes": torch.cuda.max_memory_allocated()})
+        del columns, gram, upper
+
+
+def _seconds(call: Call) -> float:
+    """Of the second of two calls."""
+    call()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def _cusparselt(run: Run) -> cusparselt.CusparseLt | None:
     library = _attempt(run, "cusparselt", lambda: cusparselt.on_device(torch.cuda.current_device()))
     if library is not None:
@@ -445,7 +477,8 @@ def tests(run: Run) -> None:
 
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
-    one.__name__: one for one in (checks, bandwidth, decode, block, host, prefill, splits, forms, triton, tests)
+    one.__name__: one
+    for one in (checks, bandwidth, decode, block, host, prefill, splits, forms, triton, pruning, tests)
 }
 
 
@@ -500,6 +533,11 @@ def render(document: dict[str, Any]) -> str:
                 cells = [f"{row['microseconds'][side]:.1f}" if side in row["microseconds"] else "" for side in sides]
                 gains = ", ".join(f"{side} {gain['median']:.2f}" for side, gain in row["speedup"].items())
                 lines.append(f"| {name} | " + " | ".join([*cells, gains]) + " |")
+    if "pruning" in document:
+        lines += ["", "Pruning a layer by SparseGPT, 2:4:", ""]
+        for row in document["pruning"]:
+            shown = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in row["seconds"].items())
+            lines.append(f"- {row['n']} x {row['k']}: {shown}; peak memory {row['peak_bytes'] / 1e9:.1f} GB")
     for row in document.get("host", []):
         shown = ", ".join(f"{name} {us:.1f} us" for name, us in row["microseconds"].items())
         lines += ["", f"Time of the processor for a call, without a graph: {shown}."]

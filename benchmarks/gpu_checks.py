@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.packed import PackedWeight, unpack_bits
+from compress import fused
+from compress.columns import prune_columns
+from compress.linalg import inverse_factor
+from compress.packed import PATTERN, PackedWeight, unpack_bits
+from compress.patterns import UnstructuredPattern
 from serve.kernels import ops, plain
 from serve.kernels.cuda import backend, layout, plan
 from serve.kernels.triton import backend as triton
@@ -287,6 +291,36 @@ def in_triton() -> None:
         check(captured, x, dense, None, f"Triton, graph replay, {dtype}")
 
 
+def pruning_problem(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight transposed [k, n], the Gram matrix of inputs that hang together [k, k] and the factor of its inverse [k, k]."""
+    mixing = random_input(k, k, torch.float32) / k**0.5
+    x = random_input(4 * k, k, torch.float32, 2) @ (torch.eye(k, device="cuda") + mixing)
+    gram = x.T @ x
+    return random_input(k, n, torch.float32, 3), gram, inverse_factor(gram, 0.01).upper
+
+
+def pruning() -> None:
+    """The fused kernels of pruning are used, and lose as little as the loop over columns with its own roundings does."""
+    kernels = fused.on(torch.device("cuda"))
+    if kernels is None:
+        raise WrongError("the fused kernels cannot be used; the log says why")
+    scores = random_input(999, 4096, torch.float32)
+    if not torch.equal(kernels.keep_largest(scores, 2, 4).cpu(), PATTERN.mask(scores.cpu())):
+        raise WrongError("the fused mask is not that of the processor")
+    for n, k in ((1000, 1024), (4096, 4096)):
+        columns, gram, upper = pruning_problem(n, k)
+        for pattern in (PATTERN, UnstructuredPattern(0.5)):
+            losses = []
+            for how in (None, kernels):
+                pruned, mask = prune_columns(columns.clone(), upper, pattern, "block", None, 128, how)
+                change = (pruned - columns).double()
+                losses.append(float((change * (gram.double() @ change)).sum()))
+            if not abs(losses[1] / losses[0] - 1) < 1e-3 or bool(pruned[~mask].any()):
+                raise WrongError(
+                    f"SparseGPT of [{n}, {k}], {pattern}: the loss is {losses[1]:.6g} instead of {losses[0]:.6g}"
+                )
+
+
 CHECKS: tuple[Callable[[], None], ...] = (
     packing,
     rows,
@@ -298,6 +332,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     expansion,
     families,
     in_triton,
+    pruning,
 )
 
 

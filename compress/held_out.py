@@ -23,8 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.bias import mean_correction
+from compress.damping import FEW_TOKENS, chosen_damping
 from compress.layer_statistics import LayerStatistics
-from compress.linalg import FEW_TOKENS, chosen_damping
 from compress.methods import Options, Reconstructed
 from compress.refit import Refit, joint_refit
 from compress.statistics import Part

@@ -6,27 +6,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.layer_statistics import LayerStatistics
 
 MAX_DAMPING = 1.0
-DAMPING = 0.01
-"""Of the papers (SparseGPT, APT), for a Gram matrix that has seen enough tokens."""
-FEW_TOKENS_DAMPING = 0.1
-FEW_TOKENS = 4
-"""Tokens per input channel below which a Gram matrix fits its tokens rather than the layer's inputs, and is damped more."""
-
-Damping: Any = Field(
-    None,
-    gt=0,
-    le=1,
-    description="ridge on the Gram matrix, as a share of its mean diagonal; left out: 0.01, or 0.1 for fewer than 4 tokens "
-    "per input channel",
-)
-"""The option of every method that factors a Gram matrix."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +26,6 @@ class InverseFactor:
     damping: float
     raised_from: float | None
     dead: Tensor
-
-
-def chosen_damping(given: float | None, statistics: LayerStatistics) -> tuple[float, dict[str, Any]]:
-    """The damping for a layer's Gram matrix, and what the report says of it.
-
-    The given one; or where none was given, that of the papers, or a larger one for too few tokens.
-    """
-    per_channel = statistics.count / statistics.inputs.features
-    few = per_channel < FEW_TOKENS
-    notes: dict[str, Any] = {"tokens_per_input": round(per_channel, 3)}
-    damping = given if given is not None else FEW_TOKENS_DAMPING if few else DAMPING
-    if few:
-        notes["warning"] = (
-            f"{per_channel:.2g} calibration tokens per input channel are few for a Gram matrix (at least {FEW_TOKENS}, "
-            f"better {2 * FEW_TOKENS} or more); damping {damping:g}; raise --samples or --length"
-        )
-    return damping, notes
 
 
 def shared_factor(statistics: LayerStatistics, damping: float) -> tuple[InverseFactor, dict[str, Any]]:

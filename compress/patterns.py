@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress import fused
 from compress.errors import RecipeError
 
 Group = Literal["row", "block", "layer"]
@@ -52,6 +53,9 @@ class NMPattern:
         ``scores`` [..., K], larger is kept. ``group`` is ignored: N:M groups lie inside a row. Of equal scores
         the lower column is kept.
         """
+        kernels = fused.on(scores.device)
+        if kernels is not None and kernels.keeps(self.keep_n, self.m):
+            return kernels.keep_largest(scores, self.keep_n, self.m)
         kept = self.keep(scores.unflatten(-1, (-1, self.m)).unbind(-1))  # m times [..., K/m]
         return torch.stack(kept, dim=-1).flatten(-2)
 

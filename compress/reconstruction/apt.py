@@ -32,9 +32,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from compress.damping import Damping, chosen_damping
 from compress.errors import RecipeError
 from compress.layer_statistics import LayerStatistics
-from compress.linalg import Damping, chosen_damping, shared_factor
+from compress.linalg import shared_factor
 from compress.methods import Options, Pruning, Reconstructed, Reconstruction
 from compress.patterns import NMPattern, Pattern
 from compress.reconstruction.sparsegpt import SparseGPTOptions, sparsegpt

@@ -8,14 +8,9 @@ Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately P
 and the weights with the smallest w_j² / U_jj² go: of each N:M group when its first column is reached, or of
 the whole block of columns at its start for an unstructured pattern.
 
-The reference walks over all columns in Python and touches the whole rest of the block each time, which is
-bound by launches everywhere. Rows are independent given U, and an update may wait until its column is read,
-so here updates wait on three levels: rank-one updates inside of a panel of a few columns (an N:M group), one
-matmul of the panel's errors for the rest of the block, one of the block's errors for the rest of the matrix. The
-arithmetic is the reference's up to the order of additions.
+The loop is `compress.columns.prune_columns`.
 
-Axes: ``N`` output features, ``K`` input features. Inside, the weight is transposed ([K, N]) so that a column is
-contiguous.
+Axes: ``N`` output features, ``K`` input features.
 """
 
 from __future__ import annotations
@@ -24,13 +19,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from compress import fused
+from compress.columns import prune_columns
+from compress.damping import Damping, chosen_damping
 from compress.layer_statistics import LayerStatistics
-from compress.linalg import Damping, chosen_damping, shared_factor
+from compress.linalg import shared_factor
 from compress.methods import Options, Pruning, Reconstructed, Reconstruction
-from compress.patterns import NMPattern
-
-PANEL = 8
-"""Columns that are updated one by one before a matmul carries their errors on; an N:M group is a panel."""
 
 
 class SparseGPTOptions(Options):
@@ -52,49 +46,12 @@ def sparsegpt(
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]
     columns[factor.dead] = 0
     given = None if pruning.mask is None else pruning.mask.T.contiguous()
-    pruned, mask = _prune_columns(columns, factor.upper, pruning, given, options.block_size)
+    kernels = fused.on(columns.device)
+    pruned, mask = prune_columns(
+        columns, factor.upper, pruning.pattern, pruning.group, given, options.block_size, kernels
+    )
 
     return Reconstructed(pruned.T.contiguous(), mask.T.contiguous(), notes=notes | more)
-
-
-def _prune_columns(
-    columns: Tensor, upper: Tensor, pruning: Pruning, given: Tensor | None, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """The loop over blocks, panels and columns. ``columns`` [K, N] is overwritten and returned, with the mask [K, N]."""
-    pattern = pruning.pattern
-    grouped = isinstance(pattern, NMPattern)
-    panel = pattern.m if grouped else PANEL
-    block_size = max(block_size // panel, 1) * panel
-    width = len(columns)
-    inverse_diagonal = upper.diagonal().reciprocal()  # [K]
-    mask = torch.empty_like(columns, dtype=torch.bool) if given is None else given
-
-    for start in range(0, width, block_size):
-        stop = min(start + block_size, width)
-        if given is None and not grouped:
-            scores = (columns[start:stop] * inverse_diagonal[start:stop, None]).square_()
-            # Inside of this loop the block of columns is the whole that competes.
-            mask[start:stop] = pattern.mask(scores.T, "row" if pruning.group == "row" else "layer").T
-        errors = torch.empty_like(columns[start:stop])  # [block, N]
-        for first in range(start, stop, panel):
-            last = min(first + panel, stop)
-            current = columns[first:last]  # [panel, N]
-            diagonal = inverse_diagonal[first:last, None]
-            if given is None and grouped:
-                kept = pattern.keep((current * diagonal).square_().unbind())
-                torch.stack(kept, out=mask[first:last])
-            weight_to_error = diagonal * ~mask[first:last]  # zero where the weight stays
-            panel_errors = errors[first - start : last - start]
-            for i in range(last - first):
-                torch.mul(current[i], weight_to_error[i], out=panel_errors[i])
-                if i + 1 < last - first:
-                    row = upper[first + i, first + i + 1 : last, None]
-                    current[i + 1 :].addcmul_(row, panel_errors[i], value=-1)
-            if last < stop:
-                columns[last:stop].addmm_(upper[first:last, last:stop].T, panel_errors, alpha=-1)
-        if stop < width:
-            columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return columns.masked_fill_(~mask, 0), mask
 
 
 SPARSEGPT = Reconstruction(
