@@ -447,6 +447,15 @@ def serve(
         ),
     ] = None,
     device: Device = "auto",
+    tune: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="seconds to measure layer shapes that `halve tune` does not know on this device, before the model is loaded; "
+            "left out: 30 on a GPU, none on a processor",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """An OpenAI-compatible endpoint. With --engine vllm, what follows -- goes to vLLM as it is."""
     shared: dict[str, Any] = {
@@ -463,11 +472,12 @@ def serve(
             raise UsageError(
                 "vLLM runs on the device that it was built for; leave --device out (CUDA_VISIBLE_DEVICES chooses a GPU)"
             )
-        vllm.run(str(directory), max_num_seqs=max_num_seqs, extra=context.args, **shared)
+        vllm.run(str(directory), tune=tune, max_num_seqs=max_num_seqs, extra=context.args, **shared)
     _refuse_extra(context)
     from serve.server import run_to_the_end
 
-    run_to_the_end(str(directory), max_num_seqs=16 if max_num_seqs is None else max_num_seqs, device=device, **shared)
+    shared |= {"max_num_seqs": 16 if max_num_seqs is None else max_num_seqs, "device": device}
+    run_to_the_end(str(directory), tune=tune, **shared)
 
 
 @app.command()

@@ -36,10 +36,12 @@ def run(
     max_num_seqs: int = 16,
     device: str = "auto",
     dtype: str = "auto",
+    tune: float | None = 0,
 ) -> None:
     """Serves a checkpoint until SIGINT or SIGTERM, and prints one line when it is ready.
 
-    ``port`` 0 takes a free one. The model goes by ``served_model_name``, or else by the directory's name.
+    ``port`` 0 takes a free one. The model goes by ``served_model_name``, or else by the directory's name. ``tune``: seconds to
+    measure what `halve tune` does not know, see `serve.measure.first_load`.
     Raises a `HalveError` where the model cannot be loaded or the address not be used.
     """
     if not logging.getLogger().handlers:
@@ -50,11 +52,13 @@ def run(
     require_checkpoint(model_dir)
     listener = _bind(host, port)
     from serve.engines.transformers import TransformersEngine
+    from serve.measure.first_load import measure_unknown
 
     engine = TransformersEngine(
         model_dir, max_model_len=max_model_len, max_num_seqs=max_num_seqs, device=device, dtype=dtype
     )
     try:
+        measure_unknown(Path(model_dir), device=device, seconds=tune, fused=False)
         engine.load()
     except BaseException:
         listener.close()

@@ -21,13 +21,14 @@ def tune(
     """Time 2:4 against dense for the layer shapes of a model on this device, and serve dense what 2:4 makes slower.
 
     The times go into a table of this machine, which `halve serve` and vLLM read when they load a model: a layer whose
-    shape is slower 2:4 at every number of sequences up to 64 is expanded then.
+    shape is slower 2:4 at every number of sequences up to 64 is expanded then. The layers that vLLM makes of several are
+    measured, too. `halve serve --tune` does it before it loads a model.
     """
     from serve.measure.advice_text import print_kernels
     from serve.measure.advise import kernels_document
 
     with progress_bar("measuring") as progress:
-        document = kernels_document(model, device=device, budget=budget, fresh=again, progress=progress)
+        document = kernels_document(model, device=device, budget=budget, fresh=again, fused=True, progress=progress)
 
     def human() -> None:
         print_kernels(document)

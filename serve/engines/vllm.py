@@ -43,9 +43,13 @@ def installed() -> tuple[str, str] | None:
     return None
 
 
-def run(model_dir: str, **options: Any) -> None:
-    """Becomes vLLM's server. Does not return. ``options``, and what is raised, are those of `launch`."""
+def run(model_dir: str, *, tune: float | None = 0, **options: Any) -> None:
+    """Becomes vLLM's server. Does not return. ``tune``: seconds to measure what `halve tune` does not know, see
+    `serve.measure.first_load`. ``options``, and what is raised, are those of `launch`."""
+    from serve.measure.first_load import measure_unknown
+
     command, environment = launch(model_dir, **options)
+    measure_unknown(Path(model_dir), device="auto", seconds=tune, fused=True)
     os.execvpe(command[0], command, environment)
 
 

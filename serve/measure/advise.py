@@ -183,6 +183,7 @@ def kernels(
     budget: float,
     load: Load | None = None,
     fresh: bool = True,
+    fused: bool = False,
     progress: Progress = lambda done, total, text: None,
 ) -> tuple[list[Entry], list[str]]:
     """The kernel table of a model's shapes: from this machine's own, and what is missing there measured and added to it.
@@ -190,6 +191,7 @@ def kernels(
     Args:
         load: the rows of x that matter most are its; without one all of `ROWS` do.
         fresh: measures everything anew.
+        fused: also the layers that vLLM makes of several.
 
     Returns:
         The entries, and what there is to say about them.
@@ -198,7 +200,7 @@ def kernels(
     dtype = kernel_table.dtype_name(model.dtype)
     known, why = table_cache.load(identity)
     said = [why] if why else []
-    wanted = [(shape, rows) for shape in _shapes(model) for rows in (_rows(load) if load else ROWS)]
+    wanted = [(shape, rows) for shape in _shapes(model, fused) for rows in (_rows(load) if load else ROWS)]
     found = {} if fresh else {key: e for key in wanted if (e := table_cache.find(known, *key, dtype))}
     missing = [key for key in wanted if key not in found]
     if missing and budget > 0:
@@ -217,9 +219,11 @@ def kernels(
     return [found[key] for key in wanted if key in found], said
 
 
-def _shapes(model: ModelShape) -> list[Shape]:
+def _shapes(model: ModelShape, fused: bool = False) -> list[Shape]:
     """Of what can be pruned, the largest first: they decide most."""
-    return sorted({layers.shape for layers in model.prunable}, key=lambda s: (-s.n * s.k, s))
+    return sorted(
+        {layers.shape for layers in (*model.prunable, *(model.fused if fused else ()))}, key=lambda s: (-s.n * s.k, s)
+    )
 
 
 def _rows(load: Load) -> list[int]:
@@ -411,14 +415,14 @@ def _change(faster: float) -> str:
 
 
 def kernels_document(
-    directory: Any, *, device: str, budget: float, progress: Progress, fresh: bool = True
+    directory: Any, *, device: str, budget: float, progress: Progress, fresh: bool = True, fused: bool = False
 ) -> dict[str, Any]:
     """`halve bench --kernels` and `halve tune`: every shape of a model at each of `ROWS`, measured and kept for `halve
-    advise` and for serving; ``fresh``: measured now, even what the table knows."""
+    advise` and for serving; ``fresh``: measured now, even what the table knows; ``fused``: see `kernels`."""
     place, _ = choose_device(device)
     model = shapes.read(str(directory))
-    entries, notes = kernels(model, device=place, budget=budget, fresh=fresh, progress=progress)
-    by_shape = {shape: [entry for entry in entries if entry.shape == shape] for shape in _shapes(model)}
+    entries, notes = kernels(model, device=place, budget=budget, fresh=fresh, fused=fused, progress=progress)
+    by_shape = {shape: [entry for entry in entries if entry.shape == shape] for shape in _shapes(model, fused)}
     return {
         "kind": "kernels",
         "model": str(directory),
@@ -433,7 +437,7 @@ def kernels_document(
                 "count": layers.count,
                 "why_dense": layers.why_dense,
             }
-            for layers in model.layers
+            for layers in (*model.layers, *(model.fused if fused else ()))
         ],
         "kernels": kernel_table.document_of(entries),
         "wins": {str(shape): kernel_table.wins_at(found) for shape, found in by_shape.items()},

@@ -26,6 +26,9 @@ from compress.packed import VALUE_DTYPES
 from compress.quiet import quiet_transformers
 from serve.measure.kernel_table import Shape
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers that read one input, by the name of the one that vLLM makes of them."""
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -54,6 +57,7 @@ class ModelShape:
         name: as it was given.
         kinds: for each block what tells it from others: two of the same kind take the same time.
         layers: the linears of the blocks.
+        fused: what vLLM multiplies as one layer, out of several of ``layers`` (without tensor parallelism).
         head: the output layer, which stays dense.
         weights: bytes of all parameters, tied ones once, when dense.
         kv_bytes_per_token: of keys and values of one token, in all layers; None where it keeps none (a state instead).
@@ -72,6 +76,7 @@ class ModelShape:
     attention_width: int
     ignored: frozenset[str] = frozenset()
     notes: tuple[str, ...] = field(default=())
+    fused: tuple[Layers, ...] = ()
 
     @property
     def prunable(self) -> tuple[Layers, ...]:
@@ -188,6 +193,7 @@ def _shape_of(name: str, config: Any, ignored: frozenset[str]) -> ModelShape:
         attention_width=_attention_width(config.get_text_config(), len(blocks)),
         ignored=ignored,
         notes=tuple(notes),
+        fused=_fused(layout, blocks_name, ignored),
     )
 
 
@@ -214,6 +220,27 @@ def _grouped(layout: Layout, blocks: str, ignored: frozenset[str]) -> tuple[Laye
         key = (place, Shape(linear.n, linear.k, linear.transposed), _why_dense(linear, ignored))
         counts[key] = counts.get(key, 0) + 1
     return tuple(Layers(name, shape, count, why) for (name, shape, why), count in counts.items())
+
+
+def _fused(layout: Layout, blocks: str, ignored: frozenset[str]) -> tuple[Layers, ...]:
+    parents: dict[str, dict[str, LinearInfo]] = {}
+    for linear in layout.block_linears:
+        parent, _, own = linear.name.rpartition(".")
+        parents.setdefault(parent, {})[own] = linear
+    counts: dict[tuple[str, Shape], int] = {}
+    for parent, own in parents.items():
+        place = re.sub(r"^\d+\.", "", parent.removeprefix(f"{blocks}."))
+        for name, names in FUSED.items():
+            parts = [own[part] for part in names if part in own]
+            widths = {part.k for part in parts}
+            if (
+                len(parts) == len(names)
+                and len(widths) == 1
+                and all(_why_dense(part, ignored) is None for part in parts)
+            ):
+                key = (f"{place}.{name}", Shape(sum(part.n for part in parts), widths.pop()))
+                counts[key] = counts.get(key, 0) + 1
+    return tuple(Layers(name, shape, count) for (name, shape), count in counts.items())
 
 
 def _experts(blocks: nn.ModuleList, config: Any) -> list[Experts]:

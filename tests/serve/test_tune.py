@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.packed import unpack
+from serve import server
+from serve.engines import vllm
 from serve.linear import Sparse24Conv1D, Sparse24Linear
 from serve.loading import load_model
-from serve.measure import kernel_table, table_cache, tuned
+from serve.measure import advise, first_load, kernel_table, shapes, table_cache, tuned
+from serve.measure.first_load import measure_unknown
 from serve.measure.kernel_table import ROWS, Entry, Shape, Spread, random_packed
+from serve.measure.shapes import Layers
 from serve.measure.table_cache import Identity
 from tests import tiny_models
 from tests.runs import Halve, compress
@@ -29,6 +33,7 @@ def _own_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HALVE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("HALVE_BACKEND", raising=False)
     monkeypatch.setattr(kernel_table, "last_cache_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr(kernel_table, "_SECONDS", 0.01)
 
 
 def entry(rows: int, median: float, shape: Shape = DOWN, dtype: str = "bfloat16", spread: float = 0.01) -> Entry:
@@ -182,3 +187,132 @@ def test_the_command(halve: Halve, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     halve("tune", model, "--budget", "30", "--again", "--json")
     assert len(measured) == len(first["kernels"])
     assert halve("tune", tmp_path / "nothing").code == 2
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("first-load")
+    return compress(tiny_models.build("llama", root / "model", layers=1), root / "packed", metric="magnitude").directory
+
+
+class TestBeforeServing:
+    """`serve.measure.first_load`: what the table does not know is measured before a model is loaded, within a budget."""
+
+    @pytest.fixture
+    def measured(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Shape, int]]:
+        """What is measured, without measuring it: all 2:4 layers are slower."""
+        found: list[tuple[Shape, int]] = []
+
+        def measure(wanted: Any, **more: Any) -> tuple[list[Entry], list[Any]]:
+            wanted = list(wanted)
+            found.extend(wanted)
+            return [entry(rows, 0.8, shape, kernel_table.dtype_name(more["dtype"])) for shape, rows in wanted], []
+
+        monkeypatch.setattr(kernel_table, "measure", measure)
+        return found
+
+    def test_once(self, packed: Path, measured: list[tuple[Shape, int]]) -> None:
+        measure_unknown(packed, device="cpu", seconds=5, fused=False)
+        assert DOWN in {shape for shape, _ in measured}
+        assert slow_layers(packed)
+        count = len(measured)
+        measure_unknown(packed, device="cpu", seconds=5, fused=False)
+        assert len(measured) == count, "the table knows them"
+        measure_unknown(packed, device="cpu", seconds=5, fused=True)
+        hidden = tiny_models.HIDDEN
+        assert Shape(2 * tiny_models.INTERMEDIATE, hidden) in {shape for shape, _ in measured[count:]}
+
+    @pytest.mark.parametrize("seconds", [0, None])
+    def test_not_on_a_processor_unless_asked(
+        self, packed: Path, measured: list[tuple[Shape, int]], seconds: float | None
+    ) -> None:
+        measure_unknown(packed, device="cpu", seconds=seconds, fused=True)
+        assert not measured
+
+    def test_on_a_gpu_for_a_while(
+        self, packed: Path, measured: list[tuple[Shape, int]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[dict[str, Any]] = []
+        monkeypatch.setattr(first_load, "choose_device", lambda wish: (torch.device("cuda", 1), "it is there"))
+        monkeypatch.setattr(
+            advise, "kernels_document", lambda directory, **how: asked.append(how) or {"served_dense": {}}
+        )
+        measure_unknown(packed, device="auto", seconds=None, fused=True)
+        measure_unknown(packed, device="auto", seconds=0, fused=True)
+        [how] = asked
+        assert (how["device"], how["budget"], how["fresh"], how["fused"]) == (
+            "cuda:1",
+            first_load.GPU_SECONDS,
+            False,
+            True,
+        )
+
+    def test_a_dense_model_is_not_measured(self, tmp_path: Path, measured: list[tuple[Shape, int]]) -> None:
+        measure_unknown(tiny_models.build("llama", tmp_path / "dense", layers=1), device="cpu", seconds=5, fused=False)
+        assert not measured
+
+    def test_a_measurement_that_fails_does_not_stop_the_server(
+        self, packed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(*arguments: Any, **more: Any) -> None:
+            raise RuntimeError("CUDA error: an illegal instruction\nand more")
+
+        monkeypatch.setattr(kernel_table, "measure", broken)
+        measure_unknown(packed, device="cpu", seconds=5, fused=False)
+        [line] = [record.getMessage() for record in caplog.records if record.name == "halve.serve"]
+        assert line.startswith("2:4 is served without a measurement on this device: CUDA error: an illegal instruction")
+
+    def test_the_server_does_it_before_it_loads(
+        self, packed: Path, measured: list[tuple[Shape, int]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Loaded(Exception):
+            pass
+
+        def load(self: Any) -> None:
+            assert measured, "the model was loaded before"
+            raise Loaded
+
+        monkeypatch.setattr("serve.engines.transformers.TransformersEngine.load", load)
+        with pytest.raises(Loaded):
+            server.run(str(packed), port=0, device="cpu", tune=5)
+
+    def test_vllm_is_started_afterwards(
+        self, packed: Path, measured: list[tuple[Shape, int]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Started(Exception):
+            pass
+
+        def become(*arguments: Any) -> None:
+            assert measured, "vLLM was started before"
+            raise Started
+
+        monkeypatch.setattr(vllm, "launch", lambda directory, **options: (["vllm"], {}))
+        monkeypatch.setattr(vllm.os, "execvpe", become)
+        with pytest.raises(Started):
+            vllm.run(str(packed), tune=5)
+        assert Shape(2 * tiny_models.INTERMEDIATE, tiny_models.HIDDEN) in {shape for shape, _ in measured}
+
+
+def slow_layers(packed: Path) -> dict[str, str]:
+    """What is served dense of a checkpoint."""
+    model = load_model(packed)
+    assert not any(isinstance(module, Sparse24Linear) for module in model.modules())
+    return tuned.slow_shapes(CPU)  # type: ignore[return-value]
+
+
+def test_the_layers_that_vllm_makes_of_several(tmp_path: Path) -> None:
+    hidden, kv = tiny_models.HIDDEN, tiny_models.HIDDEN // tiny_models.HEADS * tiny_models.KV_HEADS
+    model = shapes.read(str(tiny_models.build("llama", tmp_path / "llama", layers=3)))
+    assert model.fused == (
+        Layers("self_attn.qkv_proj", Shape(hidden + 2 * kv, hidden), 3),
+        Layers("mlp.gate_up_proj", Shape(2 * tiny_models.INTERMEDIATE, hidden), 3),
+    )
+    assert shapes.read(str(tiny_models.build("gpt2", tmp_path / "gpt2", layers=1))).fused == ()
+
+
+def test_a_layer_that_stays_dense_is_not_fused(tmp_path: Path) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=2)
+    first = "model.layers.0.self_attn.k_proj"
+    directory = compress(source, tmp_path / "out", ignore=[first]).directory
+    counts = {layers.name: layers.count for layers in shapes.read(str(directory)).fused}
+    assert counts == {"self_attn.qkv_proj": 1, "mlp.gate_up_proj": 2}
