@@ -23,6 +23,7 @@ from tests.serve.helpers import metrics
 from tests.serve.vllm_session import ENVIRONMENT
 
 pytestmark = checkpoints.needs_vllm
+DATA = Path(__file__).resolve().parents[1] / "data" / "tasks"
 TEXT = "The miller had three sons, and when he died"
 
 
@@ -149,6 +150,25 @@ def test_bench_through_a_server_that_runs(server: VllmServer, packed: Path, halv
         assert 0 <= one["tpot_seconds"]["p50"] < one["ttft_seconds"]["p50"] <= one["e2e_seconds"]["p50"]
     told = told_by(server.base_url, server.log)
     assert told["kv_cache"] > 0
+
+
+def test_lm_eval_through_the_endpoint_is_that_of_the_process(server: VllmServer, packed: Path, halve: Halve) -> None:
+    """Tasks by vLLM as by transformers, both on halve's kernels: each answer gets the same probability, up to bfloat16."""
+    tasks = ["--no-perplexity", "--tasks", "lambada_openai,arc_easy", "--task-data", DATA, "--json"]
+    served = halve("eval", packed, "--url", server.base_url, "--api-key", "secret", *tasks)
+    assert served.code == 0, served.stderr
+    own = halve("eval", packed, "--device", "cpu", *tasks)
+    assert served.document["through"] == "endpoint"
+    by_vllm, by_transformers = (called.document["models"][0]["tasks"] for called in (served, own))
+    assert by_vllm.keys() == by_transformers.keys() == {"lambada_openai", "arc_easy"}
+    for name, expected in by_transformers.items():
+        assert by_vllm[name]["sha256"] == expected["sha256"]
+        for metric, figure in expected["metrics"].items():
+            tolerance = (
+                {"rel": 0.02, "abs": 0.25} if metric == "perplexity" else {"abs": 0}
+            )  # (its samples are logarithms)
+            assert by_vllm[name]["metrics"][metric]["samples"] == pytest.approx(figure["samples"], **tolerance)
+    assert by_vllm["arc_easy"]["metrics"]["acc"]["value"] == by_transformers["arc_easy"]["metrics"]["acc"]["value"]
 
 
 def test_a_server_that_does_not_start_says_why(packed: Path) -> None:
