@@ -6,15 +6,19 @@ import ctypes
 import importlib.util
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from compress.errors import UsageError
 from compress.packed import unpack
 from serve.kernels.cpu import build
-from serve.kernels.cuda import cusparselt
+from serve.kernels.cuda import backend, cusparselt, prefill
 from serve.kernels.cuda.cusparselt import Algorithm, CusparseLt, CusparseLtError
 from tests.serve.cpu_reference import normal, random_weight
 from tests.serve.cuda_emulation import needs_compiler
@@ -104,6 +108,100 @@ class TestPlans:
             library.compress(dense(24, 32), 0)
         with pytest.raises(CusparseLtError, match="values are float32"):
             library.compress(torch.zeros(16, 16), 0)
+
+
+@needs_compiler
+class TestPrefill:
+    """`serve.kernels.cuda.prefill`: when the library is used, with what, and what is said when it is not."""
+
+    @pytest.fixture
+    def library(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CusparseLt]:
+        """A GPU, on the processor, with that library."""
+        library = CusparseLt(str(path))
+        monkeypatch.setenv(prefill.VARIABLE, "cusparselt")
+        monkeypatch.setattr(cusparselt, "on_device", lambda index: library)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
+        device = torch.device
+        monkeypatch.setattr(prefill.torch, "device", lambda *name: device("cpu"))
+        prefill._proven.cache_clear()
+        yield library
+        prefill._proven.cache_clear()
+
+    def test_it_is_used_for_many_rows(self, library: CusparseLt, path: Path) -> None:
+        weight, bias = dense(32, 64), normal(32, dtype=BFLOAT16)
+        for rows, used in ((prefill.LEAST_ROWS, True), (prefill.LEAST_ROWS - 1, False)):
+            x, before = normal(rows, 64, dtype=BFLOAT16), count(path, "plans_made")
+            y = prefill.linear(x, weight, bias, STREAM)
+            exact = x.double() @ weight.double().T + bias.double()
+            torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-4)
+            assert (count(path, "plans_made") > before) == used
+            assert (prefill.library_for(weight, rows) is library) == used
+
+    def test_shapes_that_it_does_not_take_are_dense(self, library: CusparseLt) -> None:
+        x, weight = normal(2048, 24, dtype=BFLOAT16), dense(40, 24)
+        assert torch.equal(prefill.linear(x, weight, None, STREAM), functional.linear(x, weight))
+
+    @pytest.mark.parametrize("wish", [None, "dense"])
+    def test_it_is_not_used_unless_asked_for(
+        self, library: CusparseLt, monkeypatch: pytest.MonkeyPatch, wish: str | None
+    ) -> None:
+        monkeypatch.delenv(prefill.VARIABLE)
+        if wish:
+            monkeypatch.setenv(prefill.VARIABLE, wish)
+        assert prefill.library_for(dense(32, 64), 1 << 20) is None
+        assert "multiplied densely" in backend.reason(BFLOAT16, 2048)
+
+    def test_the_reason_says_so(self, library: CusparseLt) -> None:
+        assert "HALVE_PREFILL asks for it" in backend.reason(BFLOAT16, 2048)
+        assert "multiplied densely" in backend.reason(BFLOAT16, 257)
+
+    def test_a_wish_that_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(prefill.VARIABLE, "cusparse")
+        with pytest.raises(UsageError, match=r"HALVE_PREFILL='cusparse' is not known.*cusparselt"):
+            prefill.wanted()
+
+    def test_it_has_to_be_right(
+        self, library: CusparseLt, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        multiply = CusparseLt.multiply
+
+        def slightly_wrong(self: CusparseLt, x: Tensor, *rest: Any) -> Tensor:
+            y = multiply(self, x, *rest)
+            y[7, 3] += 0.05 * y.abs().max()
+            return y
+
+        monkeypatch.setattr(CusparseLt, "multiply", slightly_wrong)
+        weight, x = dense(32, 64), normal(2048, 64, dtype=BFLOAT16)
+        for _ in range(2):
+            assert torch.equal(prefill.linear(x, weight, None, STREAM), functional.linear(x, weight))
+        [line] = [record.getMessage() for record in caplog.records]
+        assert "many rows are multiplied densely: its product in bfloat16 is wrong on this device" in line
+
+    def test_what_is_known_to_fail_is_not_tried(self, library: CusparseLt, caplog: pytest.LogCaptureFixture) -> None:
+        assert prefill.library_for(dense(32, 64).half(), 2048) is None
+        assert "float16 products are reported to fail" in caplog.text
+
+    def test_no_library_is_no_failure(
+        self, library: CusparseLt, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def missing(index: int) -> CusparseLt:
+            raise CusparseLtError("cuSPARSELt cannot be used: libcusparseLt.so.0: no such file")
+
+        monkeypatch.setattr(cusparselt, "on_device", missing)
+        assert prefill.library_for(dense(32, 64), 2048) is None
+        assert "multiplied densely: cuSPARSELt cannot be used: libcusparseLt.so.0" in caplog.text
+
+    def test_a_refusal_names_the_way_out(self, library: CusparseLt, monkeypatch: pytest.MonkeyPatch) -> None:
+        weight, x = dense(32, 64), normal(2048, 64, dtype=BFLOAT16)
+        prefill.linear(x, weight, None, STREAM)
+
+        def refuse(self: CusparseLt, *arguments: Any) -> Tensor:
+            raise CusparseLtError("cusparseLtMatmul refused: out of memory")
+
+        monkeypatch.setattr(CusparseLt, "multiply", refuse)
+        with pytest.raises(RuntimeError, match="out of memory; HALVE_PREFILL=dense does without it"):
+            prefill.linear(x, weight, None, STREAM)
 
 
 def test_no_library() -> None:

@@ -1,7 +1,7 @@
 """Multiplies packed weights on NVIDIA GPUs with the kernels of `src/sparse24.cu`.
 
 Up to `plan.MOST_ROWS` rows of x, the weight is read once, 9/16 of the dense bytes, straight into the sparse tensor cores. For up
-to `plan.MOST_PASSES` times as many, it is read again for each such part of x. Above, a kernel expands it, and torch multiplies densely.
+to `plan.MOST_PASSES` times as many, it is read again for each such part of x. Above, a kernel expands it, and the product is dense or, where it is asked for, cuSPARSELt's (`prefill.py`).
 
 Everything that takes time or may fail is done when a weight is prepared: kernels are found in the cache or compiled, and
 loaded. A product then is one launch on torch's current stream, without workspace, synchronization or search, so CUDA graphs
@@ -19,12 +19,11 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from compress.packed import PATTERN, PackedWeight, pack
 from serve import support
 from serve.kernels.cuda import cache as disk
-from serve.kernels.cuda import compiler, driver, layout, plan
+from serve.kernels.cuda import compiler, driver, layout, plan, prefill
 from serve.kernels.cuda.compiler import CompilerError
 from serve.kernels.cuda.driver import Config, Driver, DriverError
 from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS, Form
@@ -220,12 +219,15 @@ def reason(dtype: torch.dtype, rows: int) -> str:
         return f"sparse tensor cores, the weight is read once past {rows} rows of x"
     if rows <= MOST_PASSES * MOST_ROWS:
         return f"sparse tensor cores, the weight is read once for each {MOST_ROWS} rows of x"
+    if prefill.wanted() == "cusparselt" and rows >= prefill.LEAST_ROWS:
+        return "cuSPARSELt where it can, on the weight expanded and compressed anew; HALVE_PREFILL asks for it"
     return f"the weight is expanded, then multiplied densely: sparse kernels take up to {MOST_PASSES * MOST_ROWS} rows of x"
 
 
 def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     """The bytes of a packed weight [N, K] in the order of the kernels, [bytes] uint8; see `layout.prepare`."""
     prepared = layout.prepare(weight, name)
+    prefill.prove(prepared.device, weight.values.dtype)
     # A kernel may fetch the weight before what stands in front of it on its stream has ended.
     torch.cuda.current_stream(prepared.device).synchronize()
     return prepared
@@ -265,19 +267,16 @@ def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, 
     shape = x.shape
     rows = x.numel() // shape[-1]
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    bias = bias if bias is None else bias.contiguous()
     try:
         if rows > MOST_PASSES * MOST_ROWS:
             dense = x.new_empty(n, shape[-1])
             if n:
                 kernels.expand(prepared, dense, stream)
-            return functional.linear(x, dense, bias)
+            return prefill.linear(aligned(x).view(rows, -1), dense, bias, stream).view(*shape[:-1], n)
         y = x.new_empty(*shape[:-1], n)
         if y.numel():
-            flat, result, bias = (
-                aligned(x).view(rows, shape[-1]),
-                y.view(rows, n),
-                bias if bias is None else bias.contiguous(),
-            )
+            flat, result = aligned(x).view(rows, shape[-1]), y.view(rows, n)
             if rows <= MOST_ROWS:
                 kernels.multiply(flat, prepared, bias, result, stream)
             else:

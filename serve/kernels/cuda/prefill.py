@@ -1,0 +1,113 @@
+"""Products of many rows of x, which are bound by multiplications and not by the bytes of the weight.
+
+By default the weight is expanded and multiplied densely. ``HALVE_PREFILL=cusparselt`` asks for cuSPARSELt's sparse product
+instead: the weight, of which only the form for few rows is kept, is expanded and compressed into the library's own form at each
+call. Both are passes over the weight, 6.3 bytes for each of its numbers, so they cost less the more rows there are: by the data sheet of
+an H100 about a quarter of a dense product of 2,048 rows, a sixteenth of one of 8,192, of which the library saves two fifths.
+
+It is not the default because it never ran. `benchmarks.gpu` times it (prefill, "cusparselt from ours").
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress.errors import UsageError, did_you_mean
+from serve.kernels.cuda import cusparselt
+from serve.kernels.cuda.cusparselt import CusparseLt, CusparseLtError
+
+VARIABLE = "HALVE_PREFILL"
+WAYS = ("dense", "cusparselt")
+LEAST_ROWS = 1024
+"""For which the sparse product may make up for the passes."""
+
+log = logging.getLogger("halve.serve")
+_one_at_a_time = threading.Lock()
+
+
+def wanted() -> str:
+    """The way that ``HALVE_PREFILL`` asks for.
+
+    Raises:
+        UsageError: it names none.
+    """
+    wish = os.environ.get(VARIABLE, WAYS[0])
+    if wish not in WAYS:
+        raise UsageError(f"{VARIABLE}={wish!r} is not known{did_you_mean(wish, WAYS)}.")
+    return wish
+
+
+def library_for(dense: Tensor, rows: int) -> CusparseLt | None:
+    """The library where it is asked for and multiplies ``rows`` rows of x by such a weight [n, k]; None where torch does."""
+    if wanted() != "cusparselt" or rows < LEAST_ROWS or cusparselt.why_not(*dense.shape, dense.dtype) is not None:
+        return None
+    return _proven(dense.device.index or 0, dense.dtype)
+
+
+def prove(device: torch.device, dtype: torch.dtype) -> None:
+    """Loads and tries the library where it is asked for: not in a product, which may be captured in a graph."""
+    if wanted() == "cusparselt" and device.type == "cuda":
+        _proven(device.index or 0, dtype)
+
+
+def linear(x: Tensor, dense: Tensor, bias: Tensor | None, stream: int) -> Tensor:
+    """x [rows, k] in a row times the transposed weight [n, k], 2:4 and expanded, plus bias [n] -> [rows, n].
+
+    Raises:
+        RuntimeError: the library refused.
+    """
+    library = library_for(dense, len(x))
+    if library is None:
+        return functional.linear(x, dense, bias)
+    try:
+        with _one_at_a_time:
+            return library.multiply(x, library.compress(dense, stream), bias, len(dense), stream)
+    except CusparseLtError as error:
+        raise RuntimeError(f"{error}; {VARIABLE}=dense does without it") from error
+
+
+@cache
+def _proven(index: int, dtype: torch.dtype) -> CusparseLt | None:
+    """The library, once its products were right; the reason why it is not used is logged once."""
+    try:
+        reason = _why_not(index, dtype)
+        library = None if reason else cusparselt.on_device(index)
+        if library is not None:
+            reason = wrong(library, torch.device("cuda", index), dtype, torch._C._cuda_getCurrentRawStream(index))
+    except (CusparseLtError, RuntimeError) as error:
+        reason, library = str(error), None
+    if reason:
+        log.warning("%s=cusparselt cannot be used, many rows are multiplied densely: %s", VARIABLE, reason)
+        return None
+    return library
+
+
+def _why_not(index: int, dtype: torch.dtype) -> str | None:
+    """On Hopper, float16 products of 128 and more rows were reported to end in an illegal instruction, which ends the process."""
+    if dtype is torch.float16 and torch.cuda.get_device_capability(index) == (9, 0):
+        return "its float16 products are reported to fail on this GPU"
+    return None
+
+
+def wrong(library: CusparseLt, device: torch.device, dtype: torch.dtype, stream: int) -> str | None:
+    """What the library computes wrongly, or None: a small product with a bias, against float64. Raises CusparseLtError."""
+    random = torch.Generator().manual_seed(0)
+    rows, n, k = 136, 64, 160
+    x, weight, bias = (torch.randn(*shape, generator=random).to(dtype) for shape in ((rows, k), (n, k), (n,)))
+    weight.view(n, k // 4, 4)[:, ::2, 1:3] = 0
+    weight.view(n, k // 4, 4)[:, 1::2, ::3] = 0
+    expected = x.double() @ weight.double().T + bias.double()
+    scale = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    x, weight, bias = x.to(device), weight.to(device), bias.to(device)
+    y = library.multiply(x, library.compress(weight, stream), bias, n, stream)
+    error = (y.cpu().double() - expected).abs()
+    if bool((error <= torch.finfo(dtype).eps * expected.abs() + 2**-16 * scale).all()):
+        return None
+    return f"its product in {str(dtype).removeprefix('torch.')} is wrong on this device; please report it, with `halve doctor`"
