@@ -46,7 +46,11 @@ def wanted() -> str:
 
 def library_for(dense: Tensor, rows: int) -> CusparseLt | None:
     """The library where it is asked for and multiplies ``rows`` rows of x by such a weight [n, k]; None where torch does."""
-    if wanted() != "cusparselt" or rows < LEAST_ROWS or cusparselt.why_not(*dense.shape, dense.dtype) is not None:
+    if (
+        wanted() != "cusparselt"
+        or rows < LEAST_ROWS
+        or cusparselt.why_not(dense.shape[0], dense.shape[1], dense.dtype) is not None
+    ):
         return None
     return _proven(dense.device.index or 0, dense.dtype)
 

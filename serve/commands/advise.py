@@ -1,0 +1,83 @@
+"""The command ``halve advise``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.console import Json, emit, progress_bar
+from compress.recipe import Recipe
+
+
+def advise(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="a model directory, a config.json, a hub id (no weights are read); or an advice's own file"
+        ),
+    ],
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:N, or a GPU that is not here: h100, a100, rtx4090, l4 ...")
+    ] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens in a prompt")] = 512,
+    output: Annotated[int, typer.Option(min=1, help="tokens in an answer")] = 128,
+    measure: Annotated[
+        bool | None,
+        typer.Option(
+            "--measure/--estimate",
+            help="left out: measured where the device is here; --estimate: from the kernel table or a roofline alone",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[float, typer.Option(min=1, help="seconds to measure; three rounds are made in any case")] = 90.0,
+    file: Annotated[
+        Path | None, typer.Option("--out", help="write the advice here, to check it afterwards", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="a recipe whose time and memory is estimated; left out: those of the presets", show_default=False
+        ),
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            help="a result of `halve bench --json`: how far the advice in the file MODEL was off", show_default=False
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Before pruning: what 2:4 would change in time and memory on a device, which layers are worth it, or don't."""
+    from serve.measure import advice_text
+    from serve.measure.advice_check import check as run_check
+    from serve.measure.advice_check import is_advice, read_advice
+
+    if check is not None:
+        checked = run_check(Path(model), check)
+        emit(checked, as_json, lambda: advice_text.print_check(checked))
+        return
+    if is_advice(Path(model)):
+        kept = read_advice(Path(model))
+        emit(kept, as_json, lambda: advice_text.print_advice(kept))
+        return
+    from serve.measure.advise import advise as run
+    from serve.measure.advise import write
+
+    with progress_bar("measuring") as progress:
+        document = run(
+            model,
+            device=device,
+            batch=batch,
+            prompt=prompt,
+            output=output,
+            measure=measure,
+            budget=budget,
+            recipes=None if recipe is None else {recipe.name: Recipe.load(recipe)},
+            progress=progress,
+        )
+    if file is not None:
+        write(document, file)
+    emit(document, as_json, lambda: advice_text.print_advice(document))

@@ -1,0 +1,178 @@
+"""The command ``halve bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from compress.cli import Directory
+from compress.console import Json, emit, progress_bar
+from compress.errors import UsageError
+from serve.commands.shared import Against, Device, refuse_extra
+
+
+def bench(
+    context: typer.Context,
+    directory: Directory,
+    against: Against = None,
+    engine: Annotated[Literal["transformers", "vllm"], typer.Option(help="what serves the models")] = "transformers",
+    url: Annotated[
+        str | None, typer.Option(help="DIRECTORY is served at this address already", show_default=False)
+    ] = None,
+    against_url: Annotated[
+        str | None, typer.Option(help="the dense model is served at this address already", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="the model's name at --url; left out: its only one", show_default=False)
+    ] = None,
+    against_model: Annotated[
+        str | None, typer.Option(help="the dense model's name at --against-url", show_default=False)
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="HALVE_API_KEY", help="the key that --url asks for", show_default=False)
+    ] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="without an endpoint: model and loop only")] = False,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help="tokens in a prompt; 128, or what a trace says", show_default=False)
+    ] = None,
+    output: Annotated[
+        int | None, typer.Option(min=1, help="tokens to decode; 32, or what a trace says", show_default=False)
+    ] = None,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(help="requests under way at any time: 1, or several loads: 1,4,16", show_default=False),
+    ] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="arrivals at random, so many a second; may be repeated")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="a CSV of arrivals: TIMESTAMP, ContextTokens, GeneratedTokens", show_default=False),
+    ] = None,
+    trace_scale: Annotated[float, typer.Option(help="how many times as fast to replay the trace")] = 1.0,
+    trace_requests: Annotated[int, typer.Option(min=1, help="only the first ones of the trace")] = 100,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="in a round of a load; left out: twice the concurrency, or 10 s of --rate", show_default=False
+        ),
+    ] = None,
+    goodput: Annotated[
+        list[str] | None, typer.Option(help="a limit that a good request keeps, in ms: ttft:500; may be repeated")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="sequences at once, with --in-process", show_default=False)
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="how often each model is measured, in turn; `compare` needs 7")
+    ] = 8,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="each layer shape alone, by rows of x; no weights needed")
+    ] = False,
+    budget: Annotated[float, typer.Option(min=1, help="with --kernels: seconds to measure")] = 120.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the prompts and arrivals")] = 0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds that an endpoint has for one answer")] = 300.0,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="file for the document, written after each round", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Latency, throughput and memory through endpoints, dense against sparse, interleaved.
+
+    Times to first token, per output token, between tokens and end to end. With --engine vllm, what follows -- goes to vLLM.
+    """
+    # Each kind of measurement has its own function and document.
+    if kernels:
+        _bench_kernels(directory, device, budget, as_json)
+        return
+    if in_process:
+        served = {
+            "--url": url, "--against-url": against_url, "--model": model, "--against-model": against_model,
+            "--concurrency": concurrency, "--rate": rate, "--trace": trace, "--requests": requests, "--goodput": goodput,
+            "--out": out, "--engine vllm": engine == "vllm" or None,
+        }  # fmt: skip
+        if given := [name for name, value in served.items() if value]:
+            raise UsageError(f"{given[0]} is for measuring through an endpoint, and --in-process does without one")
+        refuse_extra(context)
+        _bench_in_process(directory, against, prompt or 128, output or 32, batch or 1, rounds, device, as_json)
+        return
+    if batch is not None:
+        raise UsageError("--batch is for --in-process; through an endpoint, --concurrency is what is done at once")
+    if engine != "vllm" or url is not None:
+        refuse_extra(context)
+    if url is None and model is not None:
+        raise UsageError("--model names a model at --url, and there is none")
+    if against_url is None and against_model is not None:
+        raise UsageError("--against-model names a model at --against-url, and there is none")
+    from serve.measure.latency import limits
+    from serve.measure.loads import levels
+    from serve.measure.served import Endpoint
+    from serve.measure.served import bench as run
+
+    wanted = levels(
+        concurrency=concurrency, rates=rate or [], trace=trace, trace_scale=trace_scale, trace_requests=trace_requests,
+        requests=requests, prompt=prompt, output=output,
+    )  # fmt: skip
+    with progress_bar("measuring") as progress:
+        document = run(
+            directory,
+            wanted,
+            against=against,
+            endpoint=Endpoint(url, model, api_key),
+            against_endpoint=Endpoint(against_url, against_model, api_key),
+            engine=engine,
+            extra=context.args,
+            rounds=rounds,
+            seed=seed,
+            goodput=limits(goodput or []),
+            timeout=timeout,
+            device=device,
+            out=out,
+            progress=progress,
+        )
+
+    def human() -> None:
+        from serve.measure.tables import print_bench
+
+        print_bench(document)
+
+    emit(document, as_json, human)
+    if not document["complete"]:
+        raise KeyboardInterrupt
+
+
+def _bench_in_process(
+    directory: Path, against: Path | None, prompt: int, output: int, batch: int, rounds: int, device: str, as_json: bool
+) -> None:
+    from serve.measure.commands import bench
+
+    with progress_bar("measuring") as progress:
+        document = bench(
+            directory,
+            against=against,
+            prompt=prompt,
+            output=output,
+            batch=batch,
+            rounds=rounds,
+            device=device,
+            progress=progress,
+        )
+
+    def human() -> None:
+        from serve.measure.tables import print_bench_in_process
+
+        print_bench_in_process(document)
+
+    emit(document, as_json, human)
+
+
+def _bench_kernels(directory: Path, device: str, budget: float, as_json: bool) -> None:
+    from serve.measure.advice_text import print_kernels
+    from serve.measure.advise import kernels_document
+
+    with progress_bar("measuring") as progress:
+        document = kernels_document(directory, device=device, budget=budget, progress=progress)
+    emit(document, as_json, lambda: print_kernels(document))
