@@ -20,13 +20,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from compress.packed import PATTERN, PackedWeight, pack
+from compress.packed import PackedWeight, pack
 from serve import support
 from serve.kernels.cuda import cache as disk
 from serve.kernels.cuda import compiler, driver, layout, plan, prefill
 from serve.kernels.cuda.compiler import CompilerError
 from serve.kernels.cuda.driver import Config, Driver, DriverError
 from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS, Form
+from serve.kernels.proof import problem
 
 _TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 _ALIGNMENT = 16
@@ -189,26 +190,18 @@ def wrong(kernels: Kernels, device: torch.device, stream: int) -> str | None:
         DriverError: the driver refused.
     """
     n, k = 200, 328
-    random = torch.Generator().manual_seed(0)
-    weight, x, bias = (
-        torch.randn(*shape, generator=random).to(kernels.dtype) for shape in ((n, k), (MOST_ROWS, k), (n,))
-    )
-    weight = weight * PATTERN.mask(weight.abs())
-    prepared = layout.prepare(pack(weight)).to(device)
-    expected = x.double() @ weight.double().T + bias.double()
-    scale = x.double().abs() @ weight.double().abs().T + bias.double().abs()
-    x, bias = x.to(device), bias.to(device)
+    known = problem(MOST_ROWS, n, k, kernels.dtype)
+    prepared = layout.prepare(pack(known.weight)).to(device)
+    x, bias = known.x.to(device), known.bias.to(device)
     for form in kernels.most_splits:
         rows = 8 * form.tiles
         y = torch.full((rows, n), torch.nan, dtype=kernels.dtype, device=device)
         kernels.multiply(x[:rows], prepared, bias, y, stream)
-        error = (y.cpu().double() - expected[:rows]).abs()
-        bound = torch.finfo(kernels.dtype).eps * expected[:rows].abs() + 2**-16 * scale[:rows]
-        if not bool((error <= bound).all()):
+        if not known.is_solved_by(y):
             return f"the kernel for {rows} rows of x computes wrongly on this device; please report it, with `halve doctor`"
     dense = torch.full((n, k), torch.nan, dtype=kernels.dtype, device=device)
     kernels.expand(prepared, dense, stream)
-    if not torch.equal(dense.cpu(), weight):
+    if not torch.equal(dense.cpu(), known.weight):
         return "the kernel that expands weights is wrong on this device; please report it, with `halve doctor`"
     return None
 

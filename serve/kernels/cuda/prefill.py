@@ -22,6 +22,7 @@ from torch.nn import functional
 from compress.errors import UsageError, did_you_mean
 from serve.kernels.cuda import cusparselt
 from serve.kernels.cuda.cusparselt import CusparseLt, CusparseLtError
+from serve.kernels.proof import problem
 
 VARIABLE = "HALVE_PREFILL"
 WAYS = ("dense", "cusparselt")
@@ -102,16 +103,9 @@ def _why_not(index: int, dtype: torch.dtype) -> str | None:
 
 def wrong(library: CusparseLt, device: torch.device, dtype: torch.dtype, stream: int) -> str | None:
     """What the library computes wrongly, or None: a small product with a bias, against float64. Raises CusparseLtError."""
-    random = torch.Generator().manual_seed(0)
-    rows, n, k = 136, 64, 160
-    x, weight, bias = (torch.randn(*shape, generator=random).to(dtype) for shape in ((rows, k), (n, k), (n,)))
-    weight.view(n, k // 4, 4)[:, ::2, 1:3] = 0
-    weight.view(n, k // 4, 4)[:, 1::2, ::3] = 0
-    expected = x.double() @ weight.double().T + bias.double()
-    scale = x.double().abs() @ weight.double().abs().T + bias.double().abs()
-    x, weight, bias = x.to(device), weight.to(device), bias.to(device)
-    y = library.multiply(x, library.compress(weight, stream), bias, n, stream)
-    error = (y.cpu().double() - expected).abs()
-    if bool((error <= torch.finfo(dtype).eps * expected.abs() + 2**-16 * scale).all()):
+    known = problem(136, 64, 160, dtype)
+    compressed = library.compress(known.weight.to(device), stream)
+    y = library.multiply(known.x.to(device), compressed, known.bias.to(device), len(known.bias), stream)
+    if known.is_solved_by(y):
         return None
     return f"its product in {str(dtype).removeprefix('torch.')} is wrong on this device; please report it, with `halve doctor`"
