@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu [--minutes 8.5] [--out DIR] [--only checks decode ...]
 
-Needs torch with CUDA (and NVRTC, which comes with it) and this directory; nothing has to be installed. Sections run in the
+Needs torch with CUDA (and NVRTC, which comes with it) and this directory; nothing has to be installed. Where the kernels on sparse
+tensor cores do not run, on AMD's GPUs say, what runs there is measured. Sections run in the
 order of `SECTIONS`, what matters most first, and ``gpu.json`` and ``gpu.md`` are written anew after each figure, so what was
 measured stays whatever happens then. Exit codes: 0, 1 a check failed or a section broke, 2 there is no GPU.
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -34,6 +34,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import gpu_checks
+from benchmarks.gpu_table import render
+from benchmarks.gpu_timing import (
+    DTYPE,
+    Call,
+    Weights,
+    captured,
+    cycled,
+    host_microseconds,
+    seconds,
+    stream,
+    summary,
+    times,
+)
 from compress import fused
 from compress.columns import prune_columns
 from compress.linalg import inverse_factor
@@ -48,10 +61,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672))
 """Llama-3-8B's and 70B's: [N, K]."""
 ROWS = (1, 8, 16, 64, 32, 4)
-COPIES_BYTES = 256 << 20
-DTYPE = torch.bfloat16
-
-Call = Callable[[], Any]
 
 
 class Run:
@@ -90,13 +99,20 @@ def environment() -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "processors": properties.multi_processor_count,
         "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nvrtc": ".".join(map(str, compiler.version())),
+        "cuda": torch.version.cuda or f"none, HIP {torch.version.hip}",
+        "nvrtc": _nvrtc(),
         "python": platform.python_version(),
         "system": _output(
             "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv"
         ),
     }
+
+
+def _nvrtc() -> str:
+    try:
+        return ".".join(map(str, compiler.version()))
+    except compiler.CompilerError as error:
+        return f"none ({error})"
 
 
 def _output(*command: str) -> str | None:
@@ -107,85 +123,6 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-# --- Timing ---------------------------------------------------------------------------------------------------------
-
-
-def captured(calls: list[Call]) -> torch.cuda.CUDAGraph:
-    """A graph of calls, each of which ran before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def times(sides: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[float]]:
-    """Microseconds of one call, for each side and round."""
-    graphs = {name: captured(calls) for name, calls in sides.items()}
-    for graph in graphs.values():
-        graph.replay()
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds):
-        for name in list(sides) if turn % 2 else reversed(sides):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graphs[name].replay()
-            end.record()
-            end.synchronize()
-            found[name].append(1e3 * start.elapsed_time(end) / len(sides[name]))
-    return found
-
-
-def summary(samples: dict[str, list[float]], dense: str = "dense") -> dict[str, Any]:
-    """Medians, and how many times faster than the dense side each one is, with quartiles."""
-    gains = {}
-    for name, values in samples.items():
-        if name != dense and dense in samples:
-            ratios = [slow / fast for slow, fast in zip(samples[dense], values, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-            gains[name] = {"median": middle, "p25": low, "p75": high}
-    return {"microseconds": {name: statistics.median(values) for name, values in samples.items()}, "speedup": gains}
-
-
-class Weights:
-    """Copies of one 2:4 weight [n, k], prepared and dense, more of them than the second cache holds."""
-
-    def __init__(self, n: int, k: int, dtype: torch.dtype = DTYPE) -> None:
-        self.n, self.k = n, k
-        packed = gpu_checks.random_weight(n, k, dtype)
-        self.bytes = {"2:4": packed.nbytes, "dense": n * k * dtype.itemsize}
-        prepared, dense = backend.prepare(packed), plain.expand(packed)
-        self.prepared = [prepared, *(prepared.clone() for _ in range(max(1, COPIES_BYTES // prepared.nbytes)))]
-        self.dense = [dense, *(dense.clone() for _ in range(max(1, COPIES_BYTES // dense.nbytes)))]
-        torch.cuda.synchronize()
-
-    def dense_calls(self, x: Tensor) -> list[Call]:
-        return [lambda w=w: functional.linear(x, w) for w in _cycled(self.dense)]
-
-    def sparse_calls(self, x: Tensor) -> list[Call]:
-        return [lambda w=w: ops.sparse24_linear(x, w, None, self.n) for w in _cycled(self.prepared)]
-
-    def direct_calls(self, kernels: backend.Kernels, x: Tensor, **how: Any) -> list[Call]:
-        """The kernel itself, as it is told to."""
-        y = x.new_empty(len(x), self.n)
-
-        def call(w: Tensor) -> None:
-            kernels.multiply(x, w, None, y, _stream(), **how)
-
-        return [lambda w=w: call(w) for w in _cycled(self.prepared)]
-
-
-def _cycled(copies: list[Tensor]) -> list[Tensor]:
-    """All copies in turn, at least 16 launches."""
-    rounds = -(-16 // len(copies))
-    return list(itertools.chain.from_iterable([copies] * rounds))
-
-
 # --- Sections -------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +131,12 @@ def checks(run: Run) -> None:
     began = time.monotonic()
     gpu_checks.loaded(DTYPE)
     run.document["first_load_seconds"] = time.monotonic() - began
-    for name, wrong in gpu_checks.run():
+    _check(run, *gpu_checks.CHECKS)
+
+
+def _check(run: Run, *some: Callable[[], None]) -> None:
+    began = time.monotonic()
+    for name, wrong in gpu_checks.run(some):
         run.add("checks", {"name": name, "wrong": wrong, "seconds": round(time.monotonic() - began, 1)})
         began = time.monotonic()
 
@@ -275,11 +217,15 @@ def forms(run: Run) -> None:
             del weights
 
 
+COPIES = 4
+"""Of a weight, for many rows."""
+
+
 def prefill(run: Run) -> None:
     """Many rows. ``2:4``: halve's operator, which passes over the weight some times, and for more rows expands it and multiplies
-    densely; ``expanded``: that from the first row on. ``cusparselt``: its product with
-    the algorithm that its search found, on a weight in its own form. ``cusparselt from ours``: the same from the weight as
-    decoding has it, expanded and compressed anew at each call, so that only one form is kept. ``torch``: its own operator.
+    densely; ``expanded``: that from the first row on. ``cusparselt``: its product with the algorithm that its search found, on a
+    weight in its own form. ``cusparselt from ours``: the same from the weight as decoding has it, expanded and compressed anew at each
+    call, so that only one form is kept. ``torch``: its own operator.
     """
     kernels = gpu_checks.loaded(DTYPE)
     library = _cusparselt(run)
@@ -287,91 +233,111 @@ def prefill(run: Run) -> None:
         if not run.has_time(f"prefill {n}x{k}", 10):
             continue
         weights = Weights(n, k)
-        prepared, dense = weights.prepared[0], weights.dense[0]
-        semi = _attempt(run, "torch", lambda w=dense: torch.sparse.to_sparse_semi_structured(w))
-        compressed = None
+        dense = weights.dense[0]
+        semi = _attempt(
+            run, "torch", lambda w=dense: [torch.sparse.to_sparse_semi_structured(w) for _ in range(COPIES)]
+        )
+        compressed: list[Tensor] = []
         if library is not None:
-            compressed = _attempt(run, "cusparselt", lambda w=dense: library.compress(w, _stream()))
+            first = _attempt(run, "cusparselt", lambda w=dense: library.compress(w, stream()))
+            compressed = [] if first is None else [first, *(first.clone() for _ in range(COPIES - 1))]
         for rows in (2048, 8192, 128, 256, 512):
             x = gpu_checks.random_input(rows, k, DTYPE)
-            sides = {"2:4": weights.sparse_calls(x)[:4], "dense": weights.dense_calls(x)[:4]}
+            sides = {"2:4": weights.sparse_calls(x)[:COPIES], "dense": weights.dense_calls(x)[:COPIES]}
             if rows <= 2 * plan.MOST_PASSES * plan.MOST_ROWS:
 
-                def expanded(x: Tensor = x, w: Tensor = prepared, n: int = n, k: int = k) -> Tensor:
-                    kernels.expand(w, to := x.new_empty(n, k), _stream())
+                def expanded(w: Tensor, x: Tensor = x, n: int = n, k: int = k) -> Tensor:
+                    kernels.expand(w, to := x.new_empty(n, k), stream())
                     return functional.linear(x, to)
 
-                sides["expanded"] = [expanded] * 4
+                sides["expanded"] = [lambda w=w, f=expanded: f(w) for w in cycled(weights.prepared)[:COPIES]]
             if semi is not None:
-                sides["torch"] = [lambda x=x, w=semi: functional.linear(x, w)] * 4
-            if library is not None and compressed is not None:
-                scratch = torch.empty_like(dense)
-
-                def ready(x: Tensor = x, w: Tensor = compressed, n: int = n) -> Tensor:
-                    return library.multiply(x, w, None, n, _stream())
-
-                def from_ours(x: Tensor = x, w: Tensor = prepared, to: Tensor = scratch, n: int = n) -> Tensor:
-                    kernels.expand(w, to, _stream())
-                    return library.multiply(x, library.compress(to, _stream()), None, n, _stream())
-
-                found = _attempt(run, "cusparselt", lambda x=x, w=compressed, n=n: library.search(x, w, n, _stream()))
-                for name, call in (("cusparselt", ready), ("cusparselt from ours", from_ours)):
-                    y = _attempt(run, name, call) if found is not None else None
-                    if y is not None:
-                        gpu_checks.check(y[:16], x[:16], dense, None, f"{name}, {rows} rows, [{n}, {k}]")
-                        sides[name] = [call] * 4
+                sides["torch"] = [lambda x=x, w=w: functional.linear(x, w) for w in semi]
+            if library is not None and compressed:
+                sides |= _by_cusparselt(run, library, kernels, weights, compressed, x)
             for name in [name for name in sides if name not in ("2:4", "dense")]:
                 if _attempt(run, f"{name} in a graph", lambda calls=sides[name]: captured(calls)) is None:
                     del sides[name]
             run.add("prefill", {"n": n, "k": k, "rows": rows, **summary(times(sides, 7))})
-        del weights, prepared, dense, semi, compressed
+        del weights, dense, semi, compressed
+
+
+def _by_cusparselt(
+    run: Run,
+    library: cusparselt.CusparseLt,
+    kernels: backend.Kernels,
+    weights: Weights,
+    compressed: list[Tensor],
+    x: Tensor,
+) -> dict[str, list[Call]]:
+    """The two ways to multiply by the library, once their results were right."""
+    n, dense = weights.n, weights.dense[0]
+    scratch = torch.empty_like(dense)
+
+    def ready(w: Tensor) -> Tensor:
+        return library.multiply(x, w, None, n, stream())
+
+    def from_ours(w: Tensor) -> Tensor:
+        kernels.expand(w, scratch, stream())
+        return library.multiply(x, library.compress(scratch, stream()), None, n, stream())
+
+    if _attempt(run, "cusparselt", lambda: library.search(x, compressed[0], n, stream())) is None:
+        return {}
+    sides: dict[str, list[Call]] = {}
+    for name, call, copies in (
+        ("cusparselt", ready, compressed),
+        ("cusparselt from ours", from_ours, cycled(weights.prepared)[:COPIES]),
+    ):
+        y = _attempt(run, name, lambda call=call, w=copies[0]: call(w))
+        if y is not None:
+            gpu_checks.check(y[:16], x[:16], dense, None, f"{name}, {len(x)} rows, [{n}, {weights.k}]")
+            sides[name] = [lambda w=w, call=call: call(w) for w in copies]
+    return sides
 
 
 def triton(run: Run) -> None:
-    """The fallback's kernels, for few rows and many."""
+    """The fallback's kernels: right or wrong, few rows and many, and how long a call keeps the processor."""
     if refusal := triton_backend.why_not(torch.device("cuda"), DTYPE):
         run.document["broken"]["triton"] = refusal
         return
+    _check(run, gpu_checks.in_triton)
     for n, k in SHAPES[:4]:
         if not run.has_time(f"triton {n}x{k}", 6):
             continue
         weights = Weights(n, k)
-        packed = backend.restore(weights.prepared[0])
-        copies = [triton_backend.prepare(packed) for _ in weights.prepared]
-        for rows in (1, 16, 64, 256, 2048):
+        prepared = triton_backend.prepare(backend.restore(weights.prepared[0]))
+        copies = [prepared, *(prepared.clone() for _ in weights.prepared[1:])]
+        for rows in (1, 16, 64, 256, 512, 2048):
             x = gpu_checks.random_input(rows, k, DTYPE)
-            calls = [lambda w=w, x=x, n=n: ops.sparse24_linear_triton(x, w, None, n) for w in _cycled(copies)]
+            calls = [lambda w=w, x=x, n=n: ops.sparse24_linear(x, w, None, n) for w in cycled(copies)]
             found = summary(times({"triton": calls, "dense": weights.dense_calls(x)}, 7))
             run.add("triton", {"n": n, "k": k, "rows": rows, **found})
         del weights, copies
+    small = triton_backend.prepare(gpu_checks.random_weight(256, 256, DTYPE))
+    x = gpu_checks.random_input(1, 256, DTYPE)
+    run.add("host", {"microseconds": {"triton": host_microseconds(lambda: ops.sparse24_linear(x, small, None, 256))}})
 
 
 def pruning(run: Run) -> None:
     """SparseGPT of the layers of an 8B model, the factorization and the columns, with the fused kernel and with torch's operators."""
-    kernels = fused.on(torch.device("cuda"))
+    kernels = fused.on(torch.device("cuda"), "columns")
+    if kernels is None:
+        run.document["broken"]["pruning"] = "there are no fused kernels; the log says why"
+    else:
+        _check(run, gpu_checks.pruning)
     for n, k in ((6144, 4096), (28672, 4096), (4096, 14336)):
         if not run.has_time(f"pruning {n}x{k}", 20):
             continue
         columns, gram, upper = gpu_checks.pruning_problem(n, k)
         torch.cuda.reset_peak_memory_stats()
-        found = {"factorization": _seconds(lambda gram=gram: inverse_factor(gram, 0.01))}
+        found = {"factorization": seconds(lambda gram=gram: inverse_factor(gram, 0.01))}
         for name, how in (("fused", kernels), ("torch", None)):
             if name == "torch" or kernels is not None:
-                found[name] = _seconds(
+                found[name] = seconds(
                     lambda how=how, c=columns, u=upper: prune_columns(c.clone(), u, PATTERN, "block", None, 128, how)
                 )
         run.add("pruning", {"n": n, "k": k, "seconds": found, "peak_bytes": torch.cuda.max_memory_allocated()})
         del columns, gram, upper
-
-
-def _seconds(call: Call) -> float:
-    """Of the second of two calls."""
-    call()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def _cusparselt(run: Run) -> cusparselt.CusparseLt | None:
@@ -390,10 +356,6 @@ def _attempt(run: Run, name: str, call: Callable[[], Any]) -> Any:
         return None
 
 
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
-
-
 def host(run: Run) -> None:
     """How long a call keeps the processor, without graphs: the operator, the launch alone, and torch's dense linear."""
     kernels = gpu_checks.loaded(DTYPE)
@@ -405,17 +367,7 @@ def host(run: Run) -> None:
         "launch": weights.direct_calls(kernels, x)[0],
         "dense": weights.dense_calls(x)[0],
     }
-    found = {}
-    for name, call in sides.items():
-        samples = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(100):
-                call()
-            samples.append(1e4 * (time.perf_counter() - began))
-        found[name] = statistics.median(samples)
-    run.add("host", {"microseconds": found})
+    run.add("host", {"microseconds": {name: host_microseconds(call) for name, call in sides.items()}})
 
 
 class Block:
@@ -478,80 +430,10 @@ def tests(run: Run) -> None:
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
     one.__name__: one
-    for one in (checks, bandwidth, decode, block, host, prefill, splits, forms, triton, pruning, tests)
+    for one in (checks, bandwidth, decode, block, host, prefill, triton, pruning, splits, forms, tests)
 }
-
-
-# --- The table ------------------------------------------------------------------------------------------------------
-
-
-def render(document: dict[str, Any]) -> str:
-    """What was measured so far, as Markdown."""
-    env = document["environment"]
-    lines = [
-        f"# 2:4 on {env['gpu']}",
-        "",
-        f"{env['date']}, compute capability {env['capability']}, torch {env['torch']}, CUDA {env['cuda']}, "
-        f"NVRTC {env['nvrtc']}. bfloat16; medians, graph replay, weights from memory.",
-    ]
-    found = document.get("checks", [])
-    wrong = [check for check in found if check["wrong"]]
-    lines += ["", f"Checks against float64: {len(found) - len(wrong)} of {len(found)} right."]
-    lines += [f"- WRONG {check['name']}: {check['wrong']}" for check in wrong]
-    if "tests" in document:
-        lines.append(f"Tests marked gpu: {document['tests']}.")
-    if copy := document.get("copy_gigabytes_per_second"):
-        lines.append(f"A copy within the memory reaches {copy:.0f} GB/s (both ways counted).")
-    if "decode" in document:
-        lines += [
-            "",
-            "| layer | rows of x | 2:4, us | cuBLAS, us | faster | quartiles | with overlap | 2:4, GB/s | of a copy | cuBLAS, GB/s |",
-            "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
-        ]
-        for row in document["decode"]:
-            us, gain, rate = row["microseconds"], row["speedup"], row["gigabytes_per_second"]
-            overlap = f"{gain['2:4 overlap']['median']:.2f}" if "2:4 overlap" in gain else ""
-            share = f"{row['of_copy']:.0%}" if row["of_copy"] else ""
-            lines.append(
-                f"| {row['n']} x {row['k']} | {row['rows']} | {us['2:4']:.2f} | {us['dense']:.2f} | "
-                f"{gain['2:4']['median']:.2f} | {gain['2:4']['p25']:.2f} to {gain['2:4']['p75']:.2f} | {overlap} | "
-                f"{rate['2:4']:.0f} | {share} | {rate['dense']:.0f} |"
-            )
-    for section, title in (
-        ("block", "decoder block of Llama-3-8B's shape"),
-        ("prefill", "many rows"),
-        ("triton", "Triton"),
-    ):
-        if section in document:
-            sides = list(dict.fromkeys(name for row in document[section] for name in row["microseconds"]))
-            lines += ["", "| " + " | ".join([title, *(f"{side}, us" for side in sides), "faster than dense"]) + " |"]
-            lines.append("|---|" + "---:|" * (len(sides) + 1))
-            for row in document[section]:
-                name = (
-                    f"{row['tokens']} tokens" if section == "block" else f"{row['n']} x {row['k']}, {row['rows']} rows"
-                )
-                cells = [f"{row['microseconds'][side]:.1f}" if side in row["microseconds"] else "" for side in sides]
-                gains = ", ".join(f"{side} {gain['median']:.2f}" for side, gain in row["speedup"].items())
-                lines.append(f"| {name} | " + " | ".join([*cells, gains]) + " |")
-    if "pruning" in document:
-        lines += ["", "Pruning a layer by SparseGPT, 2:4:", ""]
-        for row in document["pruning"]:
-            shown = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in row["seconds"].items())
-            lines.append(f"- {row['n']} x {row['k']}: {shown}; peak memory {row['peak_bytes'] / 1e9:.1f} GB")
-    for row in document.get("host", []):
-        shown = ", ".join(f"{name} {us:.1f} us" for name, us in row["microseconds"].items())
-        lines += ["", f"Time of the processor for a call, without a graph: {shown}."]
-    for section in ("splits", "forms"):
-        if section in document:
-            lines += ["", f"{section.capitalize()}, microseconds by the number of blocks that share a sum:", ""]
-            for row in document[section]:
-                what = row.get("form") or f"chosen {row['chosen']}"
-                shown = row.get("refused") or ", ".join(f"{s}: {us:.2f}" for s, us in row["microseconds"].items())
-                lines.append(f"- {row['n']} x {row['k']}, {row['rows']} rows, {what}: {shown}")
-    lines += ["", *(f"Broken: {name}: {said}" for name, said in document["broken"].items())]
-    if document["left_out"]:
-        lines.append(f"Left out for want of time: {', '.join(document['left_out'])}.")
-    return "\n".join(lines).rstrip() + "\n"
+ON_ANY_GPU = ("bandwidth", "triton", "pruning", "tests")
+"""The sections that do not need the kernels on sparse tensor cores."""
 
 
 def main() -> int:
@@ -560,16 +442,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
     arguments = parser.parse_args()
-    for dtype in gpu_checks.DTYPES:
-        if refusal := backend.why_not(torch.device("cuda"), dtype):
-            print(f"error: no GPU to measure: {refusal}", file=sys.stderr)
-            return 2
+    if not torch.cuda.is_available():
+        print("error: no GPU to measure: torch finds none that it can use", file=sys.stderr)
+        return 2
     torch.backends.cuda.matmul.allow_tf32 = False
     run = Run(arguments.out, arguments.minutes)
+    names = [name for name in SECTIONS if name in arguments.only]
+    refusals = [backend.why_not(torch.device("cuda"), dtype) for dtype in gpu_checks.DTYPES]
+    if refusal := next(filter(None, refusals), None):
+        run.document["broken"]["cuda"] = refusal
+        names = [name for name in names if name in ON_ANY_GPU]
     with torch.inference_mode():
-        for name in SECTIONS:
-            if name not in arguments.only:
-                continue
+        for name in names:
             try:
                 SECTIONS[name](run)
             except Exception as error:

@@ -44,7 +44,7 @@ def prune_columns(
     block_size = max(block_size // panel, 1) * panel
     width = len(columns)
     own = pattern if given is None and isinstance(pattern, NMPattern) else None
-    if kernels is not None and (block_size > fused.MOST_COLUMNS or (own and not kernels.keeps(own.keep_n, own.m))):
+    if kernels is not None and (block_size > fused.MOST_COLUMNS or (own and not kernels.takes(own.m))):
         kernels = None
     inverse_diagonal = upper.diagonal().reciprocal()  # [K]
     mask = torch.empty_like(columns, dtype=torch.bool) if given is None else given

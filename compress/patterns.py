@@ -53,8 +53,8 @@ class NMPattern:
         ``scores`` [..., K], larger is kept. ``group`` is ignored: N:M groups lie inside a row. Of equal scores
         the lower column is kept.
         """
-        kernels = fused.on(scores.device)
-        if kernels is not None and kernels.keeps(self.keep_n, self.m):
+        kernels = fused.on(scores.device, "masks")
+        if kernels is not None and kernels.takes(self.m):
             return kernels.keep_largest(scores, self.keep_n, self.m)
         kept = self.keep(scores.unflatten(-1, (-1, self.m)).unbind(-1))  # m times [..., K/m]
         return torch.stack(kept, dim=-1).flatten(-2)

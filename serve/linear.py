@@ -50,7 +50,6 @@ class Sparse24Linear(nn.Module):
         )
         self.register_buffer("weight_prepared", None, persistent=False)
         self._backend: Backend | None = None
-        self._multiply = ops.sparse24_linear
         self._dtype = dtype
 
     @property
@@ -90,7 +89,7 @@ class Sparse24Linear(nn.Module):
         if backend.prepare is None:
             return
         self.weight_prepared = backend.prepare(self.packed, name)
-        self._backend, self._dtype, self._multiply = backend, values.dtype, backend.linear
+        self._backend, self._dtype = backend, values.dtype
         self.weight_packed = nn.Parameter(values.new_empty(0), requires_grad=False)
         self.weight_mask = nn.Parameter(self.weight_mask.new_empty(0), requires_grad=False)
 
@@ -107,7 +106,7 @@ class Sparse24Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         if self.weight_prepared is not None:
-            return self._multiply(x, self.weight_prepared, self.bias, self.out_features)
+            return ops.sparse24_linear(x, self.weight_prepared, self.bias, self.out_features)
         return plain.linear(x, self.packed, self.bias)
 
     def validate(self, name: str) -> None:
@@ -150,7 +149,7 @@ class Sparse24Conv1D(Sparse24Linear):
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None, "Conv1D always has a bias"
         if self.weight_prepared is not None:
-            return self._multiply(x, self.weight_prepared, self.bias, self.out_features)
+            return ops.sparse24_linear(x, self.weight_prepared, self.bias, self.out_features)
         return plain.linear_conv1d(x, self.packed, self.bias)
 
 

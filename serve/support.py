@@ -34,13 +34,14 @@ class Kernel:
         device: torch's name of the kind of device, or None: on any.
         dtypes: of the kept values.
         architectures: of the device, for people.
-        first_capability: of a CUDA device.
+        first_capability: of a CUDA device, the first with the ``units`` that it needs.
     """
 
     device: str | None
     dtypes: tuple[str, ...]
     architectures: str
     first_capability: Version | None = None
+    units: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,20 @@ class Engine:
 
 KERNELS = {
     "cpu": Kernel("cpu", ALL, "AVX-512 BF16, AVX-512, AVX2, portable C++"),
-    "cuda": Kernel("cuda", HALF, "sparse tensor cores", first_capability=(8, 0)),
+    "cuda": Kernel("cuda", HALF, "sparse tensor cores", first_capability=(8, 0), units="sparse tensor cores"),
     "triton": Kernel(
-        "cuda", HALF, "AMD, or NVIDIA where the kernels above do not run; Triton, without sparse tensor cores"
+        "cuda",
+        HALF,
+        "AMD, or NVIDIA where the kernels above do not run; Triton, on dense matrix units",
+        first_capability=(8, 0),
+        units="bfloat16 tensor cores",
     ),
     "plain": Kernel(None, ALL, "any; expands, slower than dense"),
 }
 """The best first; the last one runs everywhere."""
+
+AMD_MATRIX_UNITS = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+"""How the names of AMD's architectures begin for which Triton multiplies on matrix units."""
 
 _SPARSE = ("cpu", "cuda", "triton", "plain")
 ENGINES = {
@@ -125,10 +133,10 @@ def kernel_refusal(kernel: str, device: str, dtype: str) -> str | None:
 
 def capability_refusal(kernel: str, capability: Version) -> str | None:
     """Why that kernel cannot run on a CUDA device of that compute capability, or None."""
-    first = KERNELS[kernel].first_capability
+    first, units = KERNELS[kernel].first_capability, KERNELS[kernel].units
     if first is None or capability >= first:
         return None
-    return f"the GPU has compute capability {_dotted(capability)}, and sparse tensor cores came with {_dotted(first)}"
+    return f"the GPU has compute capability {_dotted(capability)}, and {units} came with {_dotted(first)}"
 
 
 def reads(engine: str, form: str) -> bool:

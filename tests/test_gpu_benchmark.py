@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_checks, gpu_table, gpu_timing
 from serve.kernels.cuda import backend
 from tests.runs import beside
 
@@ -36,17 +37,17 @@ def document() -> dict[str, Any]:
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """One line, exit code 2, and no result."""
-    monkeypatch.setattr(backend, "why_not", lambda device, dtype: "torch finds no CUDA device that it can use")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out")])
     assert gpu.main() == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == "error: no GPU to measure: torch finds no CUDA device that it can use\n"
+    assert said.err == "error: no GPU to measure: torch finds none that it can use\n"
     assert beside(tmp_path / "any") == []
 
 
 def test_the_table_says_all_that_was_measured() -> None:
-    text = gpu.render(document())
+    text = gpu_table.render(document())
     for part in (
         "1 of 2 right",
         "WRONG edges: 3 outputs are wrong",
@@ -69,10 +70,38 @@ def test_any_part_of_the_document_makes_a_table() -> None:
     whole = document()
     needed = {name: whole[name] for name in ("environment", "broken", "left_out")}
     for name, value in whole.items():
-        assert gpu.render({**needed, name: value}).startswith("# 2:4 on None")
+        assert gpu_table.render({**needed, name: value}).startswith("# 2:4 on None")
 
 
 def test_ratios_are_within_a_round() -> None:
-    found = gpu.summary({"2:4": [1.0, 2.0, 4.0], "dense": [2.0, 3.0, 4.0]})
+    found = gpu_timing.summary({"2:4": [1.0, 2.0, 4.0], "dense": [2.0, 3.0, 4.0]})
     assert found["microseconds"] == {"2:4": 2.0, "dense": 3.0}
     assert found["speedup"]["2:4"]["median"] == 1.5
+
+
+def test_where_the_sparse_kernels_do_not_run_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """AMD's GPUs, or no NVRTC: what needs them is left out, and it is said why."""
+    ran: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda: document()["environment"])
+    monkeypatch.setattr(backend, "why_not", lambda device, dtype: "this torch is built without CUDA")
+    monkeypatch.setattr(gpu, "SECTIONS", {name: lambda run, name=name: ran.append(name) for name in gpu.SECTIONS})
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    assert gpu.main() == 1
+    assert ran == [name for name in gpu.SECTIONS if name in gpu.ON_ANY_GPU]
+    assert "Broken: cuda: this torch is built without CUDA" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_check_that_breaks_does_not_hide_the_next() -> None:
+    def breaks() -> None:
+        raise KeyError("of Triton's own kind")
+
+    def right() -> None:
+        pass
+
+    found = dict(gpu_checks.run([breaks]))
+    assert found["breaks"] is not None
+    assert "KeyError" in found["breaks"]
+    assert "CUDA" in str(dict(gpu_checks.run([right]))["right"]) or torch.cuda.is_available()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,71 +15,95 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compress import fused
+from compress.columns import PANEL
 from compress.fused import kernels as pruning
-from serve.kernels.triton import backend
+from serve.kernels.triton import backend, layout
 from serve.kernels.triton import kernels as serving
 
 TARGETS = [("cuda", 80, 32), ("cuda", 86, 32), ("cuda", 89, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("cuda", 120, 32),
            ("hip", "gfx942", 64)]  # fmt: skip
 each_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+WEIGHT = {"MAGIC": layout.MAGIC, "CODE": 1}
 
 
 def compiled(
     kernel: Any, arguments: dict[str, str], constants: dict[str, Any], target: tuple[Any, ...], **options: Any
 ) -> Any:
-    """A kernel for a GPU, with pointers and sizes of which 16 is a divisor except those that Triton is told not to look at.
+    """A kernel for a GPU, with pointers that are multiples of 16.
 
-    It is checked that shared memory is what every such GPU has: 99 KB, and 64 on AMD's.
+    It is checked that shared memory is what every such GPU has, 99 KB, and 64 on AMD's; and that nothing is spilled.
     """
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(arguments)
-        if name not in ("rows", "total", "groups", "start", "size")
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind.startswith("*")}
     source = ASTSource(kernel, arguments | dict.fromkeys(constants, "constexpr"), constants, aligned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        done = triton.compile(source, target=GPUTarget(*target), options={"enable_fp_fusion": True, **options})
-    assert done.metadata.shared <= (64 if target[0] == "hip" else 99) << 10
+        done = triton.compile(source, target=GPUTarget(*target), options=options)
+    amd = target[0] == "hip"
+    assert done.metadata.shared <= (64 if amd else 99) << 10
+    assert spilled(done, amd) == 0
     return done
 
 
+def spilled(done: Any, amd: bool) -> int:
+    """Bytes of local memory, of a thread; vector registers that AMD's compiler spilled."""
+    if amd:
+        found = re.findall(r"(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", done.asm["amdgcn"])
+        assert found
+        return sum(map(int, found))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(done.asm["cubin"])
+        file.flush()
+        said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    assert "STACK" in said
+    return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", said)))
+
+
+def ints(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
 @each_target
-def test_products(target: tuple[Any, ...]) -> None:
-    """On tensor cores."""
+@pytest.mark.parametrize("unit", [8, 128])
+def test_products(target: tuple[Any, ...], unit: int) -> None:
+    """On matrix units; and for few rows, where K is a multiple of 128, all loads are in flight while others are multiplied. (For
+    more rows the bytes of the mask are too few for each thread; what counts there are products.)"""
     amd = target[0] == "hip"
     cuts = {backend.tiles(rows, amd=amd) for rows in (16, 32, 64, 128)}
     assert len(cuts) == 4
-    arguments = {"x": "*bf16", "values": "*bf16", "mask": "*u8", "bias": "*bf16", "y": "*bf16"}
-    arguments |= dict.fromkeys(("rows", "n", "k"), "i32")
-    for cut in cuts:
-        constants = {"ROWS": cut.rows, "OUTPUTS": cut.outputs, "DEPTH": cut.depth, "SPLITS": 1, "HAS_BIAS": True}
+    arguments = {"x": "*bf16", "header": "*i32", "values": "*bf16", "mask": "*u8", "bias": "*bf16", "y": "*bf16"}
+    arguments |= ints("rows", "n", "units", "splits", "has_bias")
+    for cut in cuts if unit == 128 else list(cuts)[:1]:
+        constants = {"UNIT": unit, "ROWS": cut.rows, "OUTPUTS": cut.outputs, "DEPTH": cut.depth, **WEIGHT}
         done = compiled(serving.multiply, arguments, constants, target, num_warps=cut.warps, num_stages=cut.stages)
         assert ("mfma" if amd else "mma") in done.asm["amdgcn" if amd else "ptx"]
+        if not amd and unit == 128 and cut.rows < 128:
+            [loop] = re.findall(r"scf\.for.*?\n(.*?)scf\.yield", done.asm["ttgir"], flags=re.DOTALL)
+            assert "tt.load" not in loop
+            assert "async_copy" in loop
 
 
 @each_target
-def test_sums(target: tuple[Any, ...]) -> None:
-    arguments = {"sums": "*fp32", "bias": "*bf16", "y": "*bf16", "total": "i32", "n": "i32"}
-    compiled(serving.add_splits, arguments, {"SPLITS": 4, "HAS_BIAS": True, "SIZE": backend._SIZE}, target)
+def test_sums_and_expansion(target: tuple[Any, ...]) -> None:
+    arguments = {"sums": "*fp32", "bias": "*bf16", "y": "*bf16", **ints("total", "n", "splits", "has_bias")}
+    compiled(serving.add_splits, arguments, {"SIZE": backend._SIZE}, target)
+    outputs, depth = backend._EXPANDED
+    arguments = {"header": "*i32", "values": "*bf16", "mask": "*u8", "dense": "*bf16", **ints("n", "units")}
+    compiled(serving.expand, arguments, {"UNIT": 128, "OUTPUTS": outputs, "DEPTH": depth, **WEIGHT}, target)
 
 
 @each_target
-@pytest.mark.parametrize("given", [False, True])
-def test_pruning(target: tuple[Any, ...], given: bool) -> None:
-    """A block stays in registers: none of it goes to local memory."""
+@pytest.mark.parametrize(("given", "m"), [(False, 4), (False, 8), (True, PANEL)])
+def test_pruning(target: tuple[Any, ...], given: bool, m: int) -> None:
+    """A block stays in registers."""
     arguments = {"columns": "*fp32", "upper": "*fp32", "inverse_diagonal": "*fp32", "mask": "*u8", "errors": "*fp32"}
-    arguments |= dict.fromkeys(("start", "size", "n", "k"), "i32")
-    m, keep_n = (8, 0) if given else (4, 2)
-    constants = {"KEEP": keep_n, "GIVEN": given, "M": m, "BLOCK": fused.MOST_COLUMNS, "OUTPUTS": fused._OUTPUTS}
-    done = compiled(pruning.prune_block, arguments, constants, target, num_warps=fused._WARPS)
-    if target[0] == "cuda":
-        assert ".local" not in done.asm["ptx"]
+    arguments |= ints("start", "size", "n", "k", "keep_n")
+    constants = {"GIVEN": given, "M": m, "BLOCK": fused.MOST_COLUMNS, "OUTPUTS": fused._OUTPUTS}
+    compiled(pruning.prune_block, arguments, constants, target, num_warps=fused._WARPS)
 
 
 @each_target
-def test_masks(target: tuple[Any, ...]) -> None:
-    arguments = {"scores": "*fp32", "mask": "*u8", "groups": "i32"}
-    compiled(
-        pruning.keep_largest, arguments, {"KEEP": 2, "M": 4, "GROUPS": fused._GROUPS}, target, num_warps=fused._WARPS
-    )
+@pytest.mark.parametrize("m", fused.GROUP_SIZES)
+def test_masks(target: tuple[Any, ...], m: int) -> None:
+    arguments = {"scores": "*fp32", "mask": "*u8", **ints("groups", "keep_n")}
+    compiled(pruning.keep_largest, arguments, {"M": m, "GROUPS": fused._GROUPS}, target, num_warps=fused._WARPS)

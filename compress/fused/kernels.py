@@ -20,17 +20,17 @@ def rank(scores, M: tl.constexpr):
     return tl.sum(beats.to(tl.int32), axis=1)
 
 
-@triton.jit(do_not_specialize=["groups"])
-def keep_largest(scores, mask, groups, KEEP: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr):
-    """mask [groups, M] uint8 = 1 for the ``KEEP`` largest of scores [groups, M]."""
+@triton.jit(do_not_specialize=["groups", "keep_n"])
+def keep_largest(scores, mask, groups, keep_n, M: tl.constexpr, GROUPS: tl.constexpr):
+    """mask [groups, M] uint8 = 1 for the ``keep_n`` largest of scores [groups, M]."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     place = group[None, :] * M + tl.arange(0, M)[:, None]
     inside = (group < groups)[None, :]
     found = tl.load(scores + place, mask=inside, other=0.0)
-    tl.store(mask + place, (rank(found, M) < KEEP).to(tl.uint8), mask=inside)
+    tl.store(mask + place, (rank(found, M) < keep_n).to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["start", "size"])
+@triton.jit(do_not_specialize=["start", "size", "n", "k", "keep_n"])
 def prune_block(
     columns,
     upper,
@@ -41,7 +41,7 @@ def prune_block(
     size,
     n,
     k,
-    KEEP: tl.constexpr,
+    keep_n,
     GIVEN: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -72,7 +72,7 @@ def prune_block(
         if GIVEN:
             kept = tl.load(mask + place, mask=inside, other=1) != 0
         else:
-            kept = rank((weights * scale[:, None]) * (weights * scale[:, None]), M) < KEEP
+            kept = rank((weights * scale[:, None]) * (weights * scale[:, None]), M) < keep_n
             tl.store(mask + place, kept.to(tl.uint8), mask=inside)
         error = tl.zeros_like(weights)
         for i in tl.static_range(M):
@@ -81,9 +81,9 @@ def prune_block(
             error = tl.where((member == i)[:, None], found[None, :], error)
             factor = (start + current * M + i).to(tl.int64) * k
             within = tl.load(upper + factor + of_group, mask=(member > i) & exists, other=0.0)
-            weights -= within[:, None] * found[None, :]
+            weights = tl.where((member > i)[:, None], weights - within[:, None] * found[None, :], weights)
             behind = (group > current)[:, None] & (column < size)
             further = tl.load(upper + factor + start + column, mask=behind, other=0.0)
-            block -= further[:, :, None] * found[None, None, :]
+            block = tl.where(behind[:, :, None], block - further[:, :, None] * found[None, None, :], block)
         tl.store(columns + place, tl.where(kept, weights, 0.0), mask=inside)
         tl.store(errors + (current * M + member)[:, None] * n + output[None, :], error, mask=inside)

@@ -46,12 +46,13 @@ def sparsegpt(
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]
     columns[factor.dead] = 0
     given = None if pruning.mask is None else pruning.mask.T.contiguous()
-    kernels = fused.on(columns.device)
+    kernels = fused.on(columns.device, "columns")
     pruned, mask = prune_columns(
         columns, factor.upper, pruning.pattern, pruning.group, given, options.block_size, kernels
     )
 
-    return Reconstructed(pruned.T.contiguous(), mask.T.contiguous(), notes=notes | more)
+    by = {} if kernels is None else {"columns_by": "triton"}
+    return Reconstructed(pruned.T.contiguous(), mask.T.contiguous(), notes=notes | more | by)
 
 
 SPARSEGPT = Reconstruction(

@@ -31,7 +31,6 @@ class Backend:
         reason: (dtype, rows of x) -> what it does with so many rows.
         prepare: (packed weight, name of the layer) -> its own form, [bytes] uint8; None where it takes the packed one.
         restore: the inverse of ``prepare``.
-        linear: (x [..., K], prepared weight, bias [N] or None, N) -> [..., N], a torch operator.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Backend:
     reason: Callable[[torch.dtype, int], str]
     prepare: Callable[[PackedWeight, str], Tensor] | None = None
     restore: Callable[[Tensor], PackedWeight] | None = None
-    linear: Callable[[Tensor, Tensor, Tensor | None, int], Tensor] = ops.sparse24_linear
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ PLAIN = Backend(
 )
 CPU = Backend("cpu", cpu.why_not, cpu.reason, cpu.prepare, cpu.restore)
 CUDA = Backend("cuda", cuda.why_not, cuda.reason, cuda.prepare, cuda.restore)
-TRITON = Backend("triton", triton.why_not, triton.reason, triton.prepare, triton.restore, ops.sparse24_linear_triton)
+TRITON = Backend("triton", triton.why_not, triton.reason, triton.prepare, triton.restore)
 BACKENDS = tuple({backend.name: backend for backend in (CPU, CUDA, TRITON, PLAIN)}[name] for name in support.KERNELS)
 """In the order of the table of support: the best first; the last one runs everywhere."""
 
@@ -100,4 +98,4 @@ def sparse24_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None)
     backend = choose(x.device, weight.values.dtype, x.numel() // k, n, k).backend
     if backend.prepare is None:
         return plain.linear(x, weight, bias)
-    return backend.linear(x, backend.prepare(weight, "weight"), bias, n)
+    return ops.sparse24_linear(x, backend.prepare(weight, "weight"), bias, n)

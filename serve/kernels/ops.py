@@ -12,10 +12,10 @@ from serve.kernels.cpu import attention as cpu_attention
 from serve.kernels.cpu import backend as cpu
 from serve.kernels.cuda import backend as cuda
 from serve.kernels.triton import backend as triton
+from serve.kernels.triton import layout as triton_layout
 
 _library = torch.library.Library("halve", "DEF")
 _library.define("sparse24_linear(Tensor x, Tensor prepared, Tensor? bias, int n) -> Tensor")
-_library.define("sparse24_linear_triton(Tensor x, Tensor prepared, Tensor? bias, int n) -> Tensor")
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor")
 
@@ -25,6 +25,10 @@ def _sparse24_linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -
 
 
 def _sparse24_linear_cuda(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    # One operator for both, so that a graph that was compiled and kept stays right where another backend is chosen later. Their
+    # weights are never of one length.
+    if x.ndim and prepared.numel() == triton_layout.prepared_bytes(n, x.shape[-1]):
+        return triton.linear(x, prepared, bias, n)
     return cuda.linear(x, prepared, bias, n)
 
 
@@ -46,19 +50,14 @@ def _attention_shape(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 
 _library.impl("sparse24_linear", _sparse24_linear, "CPU")
 _library.impl("sparse24_linear", _sparse24_linear_cuda, "CUDA")
-_library.impl("sparse24_linear_triton", triton.linear, "CUDA")
 _library.impl("dense_linear", _dense_linear, "CPU")
 _library.impl("attention", cpu_attention.attention, "CPU")
 torch.library.register_fake("halve::sparse24_linear", _sparse24_shape)
-torch.library.register_fake("halve::sparse24_linear_triton", _sparse24_shape)
 torch.library.register_fake("halve::dense_linear", _dense_shape)
 torch.library.register_fake("halve::attention", _attention_shape)
 
 sparse24_linear = torch.ops.halve.sparse24_linear.default
 """(x [..., K], prepared weight [bytes] uint8, bias [N] or None, N) -> [..., N]"""
-
-sparse24_linear_triton = torch.ops.halve.sparse24_linear_triton.default
-"""The same for weights that `serve.kernels.triton` prepared."""
 
 dense_linear = torch.ops.halve.dense_linear.default
 """(x [..., K], weight [N, K], bias [N] or None) -> [..., N]; for few rows"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Problem:
 
 def problem(rows: int, n: int, k: int, dtype: torch.dtype) -> Problem:
     """Always the same one."""
-    random = torch.Generator().manual_seed(0)
-    weight, x, bias = (torch.randn(*shape, generator=random).to(dtype) for shape in ((n, k), (rows, k), (n,)))
+    random = torch.Generator("cpu").manual_seed(0)
+    # (whatever dtype and device are torch's defaults where this is called)
+    exact: dict[str, Any] = {"generator": random, "dtype": torch.float32, "device": "cpu"}
+    weight, x, bias = (torch.randn(*shape, **exact).to(dtype) for shape in ((n, k), (rows, k), (n,)))
     return Problem(weight * PATTERN.mask(weight.abs()), x, bias)

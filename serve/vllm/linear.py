@@ -65,7 +65,6 @@ class SparseLinearMethod(LinearMethodBase):
         self.is_packed = is_packed
         self._processed = processed
         self._dense: UnquantizedLinearMethod | None = None
-        self._multiply = ops.sparse24_linear
 
     def create_weights(
         self,
@@ -137,7 +136,6 @@ class SparseLinearMethod(LinearMethodBase):
             )
             return
         stream = choice.backend.prepare(weight, self.prefix)
-        self._multiply = choice.backend.linear
         layer.weight_packed = nn.Parameter(stream, requires_grad=False)
         dense_bytes = self.n * self.k * self.dtype.itemsize
         self._processed(
@@ -148,7 +146,7 @@ class SparseLinearMethod(LinearMethodBase):
         """x [..., K] -> [..., N]."""
         if self._dense is not None:
             return self._dense.apply(layer, x, bias)
-        return self._multiply(x, layer.weight_packed, bias, self.n)  # pyright: ignore[reportArgumentType]
+        return ops.sparse24_linear(x, layer.weight_packed, bias, self.n)
 
     def _weight(self, layer: nn.Module) -> tuple[PackedWeight | None, str]:
         """The packed weight, taken off the layer; or None and why there is none, with the dense one on the layer."""

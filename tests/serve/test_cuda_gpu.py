@@ -10,6 +10,6 @@ from benchmarks import gpu_checks
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", gpu_checks.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [*gpu_checks.CHECKS, *gpu_checks.WITHOUT_THEM], ids=lambda check: check.__name__)
 def test_on_the_gpu(check: Callable[[], None]) -> None:
     check()

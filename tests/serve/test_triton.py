@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from compress.errors import CorruptCheckpointError
-from compress.packed import PackedWeight
+from compress.packed import PackedWeight, unpack
 from serve import support
 from serve.kernels import choose, dispatch, ops
+from serve.kernels.cuda import layout as cuda_layout
 from serve.kernels.triton import backend, layout
 from serve.kernels.triton.backend import Kernels
 from serve.linear import Sparse24Linear
@@ -42,7 +44,7 @@ def fake(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Kernels:
 
 def product(kernels: Kernels, x: Tensor, weight: PackedWeight, bias: Tensor | None, splits: int = 0) -> Tensor:
     y = torch.full((len(x), len(weight.values)), torch.nan, dtype=x.dtype)
-    kernels.multiply(x, weight, bias, y, number_of_splits=splits)
+    kernels.multiply(x, layout.prepare(weight), bias, y, number_of_splits=splits)
     return y
 
 
@@ -50,11 +52,11 @@ def product(kernels: Kernels, x: Tensor, weight: PackedWeight, bias: Tensor | No
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, 33, 64, 65, 130])
 def test_products(module: types.ModuleType, dtype: torch.dtype, rows: int) -> None:
     """Every tile, with edges inside of tiles on all three axes."""
-    n, k = 200, 328
-    x, weight, bias = normal(rows, k, dtype=dtype), random_weight(n, k, dtype), normal(n, dtype=dtype)
-    for added in (None, bias):
-        y = product(Kernels(module, 1), x, weight, added)
-        assert not expected(x, weight, added, flushes=False).wrong(y).any()
+    n = 200
+    for k, bias in ((328, normal(n, dtype=dtype)), (256, None)):  # in units of 8 columns, and of 128
+        x, weight = normal(rows, k, dtype=dtype), random_weight(n, k, dtype)
+        y = product(Kernels(module, 1), x, weight, bias)
+        assert not expected(x, weight, bias, flushes=False).wrong(y).any()
 
 
 @pytest.mark.parametrize("splits", [2, 4, 16])
@@ -87,6 +89,25 @@ def test_what_is_not_finite_stays_in_its_row(module: types.ModuleType) -> None:
     y = product(Kernels(module, 1), x, weight, None)
     assert torch.equal(y[[0, 2]], clean[[0, 2]])
     assert not y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 8), (33, 264), (70, 384)])
+def test_expansion(module: types.ModuleType, dtype: torch.dtype, n: int, k: int) -> None:
+    weight, dense = random_weight(n, k, dtype), torch.full((n, k), torch.nan, dtype=dtype)
+    Kernels(module, 1).expand(layout.prepare(weight), dense)
+    assert torch.equal(dense, unpack(weight))
+
+
+def test_a_weight_that_is_another_gives_nan(module: types.ModuleType) -> None:
+    """Of the same length, so that only the header tells."""
+    kernels, prepared = Kernels(module, 1), layout.prepare(random_weight(16, 32, torch.bfloat16))
+    for x, n in ((normal(2, 32, dtype=torch.float16), 16), (normal(2, 16, dtype=torch.bfloat16), 32)):
+        y, dense = torch.zeros(2, n, dtype=x.dtype), torch.zeros(n, x.shape[1], dtype=x.dtype)
+        kernels.multiply(x, prepared, None, y)
+        kernels.expand(prepared, dense)
+        assert y.isnan().all()
+        assert dense.isnan().all()
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128, 4096])
@@ -124,9 +145,33 @@ class TestOperator:
         y = backend.linear(wide[:, ::2], backend.prepare(weight), bias, 20)
         assert not expected(wide[:, ::2], weight, bias, flushes=False).wrong(y).any()
 
-    def test_it_is_an_operator_with_shapes(self) -> None:
-        x, prepared = (torch.empty(*shape, device="meta") for shape in ((2, 3, 16), (1,)))
-        assert ops.sparse24_linear_triton(x, prepared, None, 5).shape == (2, 3, 5)
+    def test_many_rows_are_multiplied_densely(self, fake: Kernels) -> None:
+        rows, weight = backend.MOST_ROWS + 1, random_weight(5, 16, torch.bfloat16)
+        x, bias = normal(rows, 16, dtype=torch.bfloat16), normal(5, dtype=torch.bfloat16)
+        y = backend.linear(x, backend.prepare(weight), bias, 5)
+        assert torch.equal(y, functional.linear(x, unpack(weight), bias))
+        assert "expanded, then multiplied densely" in backend.reason(torch.bfloat16, rows)
+        assert "in registers" in backend.reason(torch.bfloat16, rows - 1)
+
+    def test_addresses_that_are_no_multiples_of_16(self, fake: Kernels) -> None:
+        weight, wide = random_weight(20, 40, torch.bfloat16), normal(1 + 3 * 40, dtype=torch.bfloat16)
+        x, bias = wide[1:].view(3, 40), normal(21, dtype=torch.bfloat16)[1:]
+        assert x.data_ptr() % 16
+        y = backend.linear(x, backend.prepare(weight), bias, 20)
+        assert not expected(x, weight, bias, flushes=False).wrong(y).any()
+
+    def test_one_operator_for_both_backends_of_gpus(self, fake: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So that a graph that was compiled for one is right for the other; which one it is, the weight's length tells."""
+        weight, x = random_weight(24, 72, torch.bfloat16), normal(3, 72, dtype=torch.bfloat16)
+        monkeypatch.setattr(ops.cuda, "linear", lambda *given: "the other backend")
+        for prepared, ours in ((layout.prepare(weight), True), (cuda_layout.prepare(weight), False)):
+            y: Any = ops._sparse24_linear_cuda(x, prepared, None, 24)
+            assert isinstance(y, Tensor) == ours
+
+    @pytest.mark.parametrize("n", [1, 7, 64, 65, 4096])
+    @pytest.mark.parametrize("k", [8, 24, 64, 1032, 4096])
+    def test_the_lengths_tell_them_apart(self, n: int, k: int) -> None:
+        assert layout.prepared_bytes(n, k) < cuda_layout.prepared_bytes(n, k)
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -154,7 +199,9 @@ class TestLayout:
     def test_there_and_back(self, dtype: torch.dtype, n: int, k: int) -> None:
         weight = random_weight(n, k, dtype)
         prepared = layout.prepare(weight)
-        assert len(prepared) == layout.prepared_bytes(n, k) == layout.HEADER_BYTES + weight.nbytes
+        assert len(prepared) == layout.prepared_bytes(n, k)
+        assert 0 <= len(prepared) - layout.HEADER_BYTES - weight.nbytes < 16
+        assert all(part.data_ptr() % 16 == 0 for part in (layout.parts(prepared, n, k, dtype).mask,) if n)
         restored = layout.restore(prepared)
         assert torch.equal(restored.values, weight.values)
         assert torch.equal(restored.mask, weight.mask)
@@ -195,14 +242,14 @@ class TestChoice:
         able["cuda"] = "NVRTC is missing"
         fallen = choose(CUDA, torch.bfloat16, 1, 8, 8)
         assert fallen.backend.name == "triton"
-        assert fallen.backend.linear is ops.sparse24_linear_triton
         assert "not cuda: NVRTC is missing" in fallen.reason
         able["triton"] = "no Triton"
         assert choose(CUDA, torch.bfloat16, 1, 8, 8).backend.name == "plain"
 
     def test_a_layer_runs_on_it(self, fake: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
         """Prepared, run, and given back, as `serve.linear` does."""
-        here = dataclasses.replace(dispatch.TRITON, why_not=lambda device, dtype: None, linear=backend.linear)
+        here = dataclasses.replace(dispatch.TRITON, why_not=lambda device, dtype: None)
+        monkeypatch.setattr(ops, "sparse24_linear", backend.linear)
         monkeypatch.delenv("HALVE_BACKEND", raising=False)
         monkeypatch.setattr(dispatch, "BACKENDS", (here, *dispatch.BACKENDS))
         weight, x = random_weight(24, 40, torch.bfloat16), normal(3, 40, dtype=torch.bfloat16)
@@ -227,7 +274,7 @@ class TestChoice:
 
     @pytest.fixture
     def a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        properties = types.SimpleNamespace(multi_processor_count=4)
+        properties = types.SimpleNamespace(multi_processor_count=4, major=9, minor=0)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
@@ -239,7 +286,34 @@ class TestChoice:
             raise ImportError("No module named 'triton'")
 
         monkeypatch.setattr(backend.importlib, "import_module", missing)
-        assert backend.why_not(CUDA, torch.bfloat16) == "Triton cannot be imported: No module named 'triton'"
+        assert str(backend.why_not(CUDA, torch.bfloat16)).endswith("ImportError: No module named 'triton'")
+        backend._kernels.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("amd", "name", "capability", "said"),
+        [
+            (None, "", (7, 5), "has compute capability 7.5, and bfloat16 tensor cores came with 8.0"),
+            (None, "", (8, 0), None),
+            ("6.4", "gfx942:sramecc+:xnack-", (9, 4), None),
+            ("6.4", "gfx1030", (10, 3), "the GPU is gfx1030, and matrix units are known of gfx90a"),
+        ],
+    )
+    def test_gpus_without_matrix_units(
+        self,
+        a_gpu: None,
+        monkeypatch: pytest.MonkeyPatch,
+        amd: str | None,
+        name: str,
+        capability: tuple[int, int],
+        said: str | None,
+    ) -> None:
+        major, minor = capability
+        properties = types.SimpleNamespace(multi_processor_count=4, major=major, minor=minor, gcnArchName=name)
+        monkeypatch.setattr(torch.version, "hip", amd)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(backend, "wrong", lambda *given: None)
+        refusal = backend.why_not(CUDA, torch.bfloat16)
+        assert refusal is None if said is None else said in str(refusal)
         backend._kernels.cache_clear()
 
     def test_a_compiler_that_fails(self, a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,11 +334,11 @@ class TestProof:
         for dtype in DTYPES:
             assert backend.wrong(Kernels(module, 4), torch.device("cpu"), dtype) is None
 
-    @pytest.mark.parametrize("rows", [16, 32, 64, 128])
+    @pytest.mark.parametrize("rows", [16, 128])
     def test_a_wrong_one_is_found(self, module: types.ModuleType, rows: int) -> None:
         @dataclasses.dataclass(frozen=True)
         class Wrong(Kernels):
-            def multiply(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, **more: Any) -> None:
+            def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, **more: Any) -> None:
                 super().multiply(x, weight, bias, y, **more)
                 if len(x) == rows:
                     y[rows // 2, 3] += 0.05 * y[rows // 2].abs().max()

@@ -4,8 +4,8 @@ Up to `plan.MOST_ROWS` rows of x, the weight is read once, 9/16 of the dense byt
 to `plan.MOST_PASSES` times as many, it is read again for each such part of x. Above, a kernel expands it, and the product is dense or, where it is asked for, cuSPARSELt's (`prefill.py`).
 
 Everything that takes time or may fail is done when a weight is prepared: kernels are found in the cache or compiled, and
-loaded. A product then is one launch on torch's current stream, without workspace, synchronization or search, so CUDA graphs
-capture it.
+loaded. A product then is some launches on torch's current stream, one for up to `plan.MOST_ROWS` rows, without synchronization
+or search, so CUDA graphs capture it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compress.packed import PackedWeight, pack
 from serve import support
+from serve.kernels.aligned import aligned
 from serve.kernels.cuda import cache as disk
 from serve.kernels.cuda import compiler, driver, layout, plan, prefill
 from serve.kernels.cuda.compiler import CompilerError
@@ -30,7 +31,6 @@ from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS, Form
 from serve.kernels.proof import problem
 
 _TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
-_ALIGNMENT = 16
 
 
 class Arguments(Structure):
@@ -278,12 +278,6 @@ def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, 
     except DriverError as error:
         raise RuntimeError(str(error)) from error
     return y
-
-
-def aligned(x: Tensor) -> Tensor:
-    """x in a row, beginning at a multiple of 16 bytes, as copies of 16 bytes need it."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 
 def _described(tensor: Tensor) -> str:

@@ -1,11 +1,11 @@
 """Multiplies packed weights on GPUs by kernels in Triton, where those of `serve.kernels.cuda` do not run.
 
 Those GPUs are AMD's, and NVIDIA's where NVRTC is missing, refuses, or its kernels prove wrong. The weight is read as it is stored, expanded
-in registers and multiplied densely, so what few rows of x gain is the bytes that need not be read, and many rows gain nothing
-but that no dense weight is ever in memory.
+in registers and multiplied densely, so few rows of x gain by the bytes that need not be read. For more than `MOST_ROWS` the weight
+is expanded once for all, and torch multiplies.
 
-Triton compiles when a kernel is first launched and keeps the result on disk. All kernels of a dtype are launched, and compared with
-float64, before a weight is prepared for them.
+Triton compiles when a kernel is first launched and keeps the result on disk. All that it compiles for a dtype is launched, and
+compared with float64, before a weight is prepared.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from compress.packed import PackedWeight, pack
+from compress.packed import pack
 from serve import support
+from serve.kernels.aligned import aligned
 from serve.kernels.proof import problem
 from serve.kernels.triton import layout
 
+MOST_ROWS = 512
+"""Of x, for the kernel that expands in registers: each 128 rows expand the weight anew. By reasoning, not by measurement."""
+_EXPANDED = (32, 256)  # rows and columns of the weight in a block of `kernels.expand`
 _SIZE = 1024
 """Numbers that a block of `kernels.add_splits` adds up."""
 _MOST_SPLITS = 16
@@ -44,13 +49,13 @@ class Tiles:
 
 
 def tiles(rows: int, *, amd: bool = False) -> Tiles:
-    """For so many rows of x. What they need of shared memory every GPU with that Triton has (tested: 99 KB, and AMD's 64).
+    """For so many rows of x. What they need of shared memory every such GPU has (tested: 99 KB, and AMD's 64).
 
     By reasoning, not by measurement: the least tile that takes all rows at once, up to 128.
     """
     taken = next((size for size in (16, 32, 64) if rows <= size), 128)
     if taken == 128:
-        return Tiles(128, 128, 64, 8, 2 if amd else 3)
+        return Tiles(128, 64, 64, 8, 2 if amd else 3)
     return Tiles(taken, 64, 128, 4, 2 if amd else 4 if taken == 16 else 3)
 
 
@@ -66,43 +71,64 @@ def splits(cut: Tiles, rows: int, n: int, k: int, processors: int) -> int:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels for a device."""
+    """The kernels. They are launched on the current device, which has to be that of the tensors."""
 
     module: ModuleType
     processors: int
     amd: bool = False
 
     def multiply(
-        self, x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, *, number_of_splits: int = 0
+        self, x: Tensor, prepared: Tensor, bias: Tensor | None, y: Tensor, *, number_of_splits: int = 0
     ) -> None:
-        """y [rows, n] = x [rows, k] times the weight plus bias, all in a row in memory.
+        """y [rows, n] = x [rows, k] times the prepared weight plus bias; all in a row in memory and from a multiple of 16 bytes on.
 
         Args:
             number_of_splits: of the sum along K; 0: what `splits` says.
         """
         (rows, k), n = x.shape, y.shape[1]
+        weight, unit = layout.parts(prepared, n, k, x.dtype), _unit(k)
         cut = tiles(rows, amd=self.amd)
         split = number_of_splits or splits(cut, rows, n, k, self.processors)
         sums = y if split == 1 else x.new_empty(split, rows, n, dtype=torch.float32)
-        options: dict[str, Any] = {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
-        grid = (-(-n // cut.outputs), -(-rows // cut.rows), split)
-        self.module.multiply[grid](
-            *(x, weight.values, weight.mask, x if bias is None else bias, sums, rows, n, k),
+        added = x if bias is None else bias  # (a pointer is needed, and not looked at)
+        self.module.multiply[-(-n // cut.outputs), -(-rows // cut.rows), split](
+            *(x, _header(prepared), weight.values, weight.mask, added, sums, rows, n, k // unit, split),
+            int(bias is not None and split == 1),
+            UNIT=unit,
             ROWS=cut.rows,
             OUTPUTS=cut.outputs,
             DEPTH=cut.depth,
-            SPLITS=split,
-            HAS_BIAS=bias is not None,
-            **options,
+            MAGIC=layout.MAGIC,
+            CODE=layout.CODES[x.dtype],
+            num_warps=cut.warps,
+            num_stages=cut.stages,
         )
         if split > 1:
             self.module.add_splits[(-(-rows * n // _SIZE),)](
-                *(sums, x if bias is None else bias, y, rows * n, n),
-                SPLITS=split,
-                HAS_BIAS=bias is not None,
-                SIZE=_SIZE,
-                enable_fp_fusion=True,
+                sums, added, y, rows * n, n, split, int(bias is not None), SIZE=_SIZE
             )
+
+    def expand(self, prepared: Tensor, dense: Tensor) -> None:
+        """Writes the dense weight [n, k]."""
+        n, k = dense.shape
+        weight, unit, (outputs, depth) = layout.parts(prepared, n, k, dense.dtype), _unit(k), _EXPANDED
+        self.module.expand[-(-n // outputs), -(-k // depth)](
+            *(_header(prepared), weight.values, weight.mask, dense, n, k // unit),
+            UNIT=unit,
+            OUTPUTS=outputs,
+            DEPTH=depth,
+            MAGIC=layout.MAGIC,
+            CODE=layout.CODES[dense.dtype],
+        )
+
+
+def _unit(k: int) -> int:
+    """In which columns are counted: in larger ones the compiler can read more at once."""
+    return 8 if k % 128 else 128
+
+
+def _header(prepared: Tensor) -> Tensor:
+    return prepared[:16].view(torch.int32)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -121,38 +147,56 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 @cache
 def _kernels(index: int, dtype: torch.dtype) -> Kernels | str:
     """The kernels for a device, or why there are none."""
+    properties = torch.cuda.get_device_properties(index)
+    amd = torch.version.hip is not None
+    if refusal := _without_matrix_units(properties, amd):
+        return refusal
     try:
         module = importlib.import_module("serve.kernels.triton.kernels")
-    except ImportError as error:
-        return f"Triton cannot be imported: {error}"
-    kernels = Kernels(
-        module, torch.cuda.get_device_properties(index).multi_processor_count, torch.version.hip is not None
-    )
-    try:
+        kernels = Kernels(module, properties.multi_processor_count, amd)
         with torch.cuda.device(index):
             return wrong(kernels, torch.device("cuda", index), dtype) or kernels
-    except Exception as error:  # Triton, its compilers and the driver raise what they like; the plain way remains
+    except Exception as error:  # Triton, its compilers and the driver raise what they like
         return f"Triton's kernels do not run here: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _without_matrix_units(properties: Any, amd: bool) -> str | None:
+    """Why a GPU multiplies faster densely whatever is saved: Triton would use its scalar units, and torch something better."""
+    if not amd:
+        return support.capability_refusal("triton", (properties.major, properties.minor))
+    name = properties.gcnArchName.partition(":")[0]
+    if name.startswith(support.AMD_MATRIX_UNITS):
+        return None
+    return f"the GPU is {name}, and matrix units are known of {', '.join(support.AMD_MATRIX_UNITS)}"
 
 
 def wrong(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str | None:
     """What the kernels compute wrongly on a device, or None: small products by each of them, against float64."""
-    for n, k in ((200, 328), (192, 1024)):  # Triton compiles anew for sizes that are multiples of 16
+    for n, k in ((200, 328), (192, 1024)):  # both units of columns
         known = problem(128, n, k, dtype)
-        packed = pack(known.weight)
-        packed = PackedWeight(packed.values.to(device), packed.mask.to(device))
+        prepared = layout.prepare(pack(known.weight)).to(device)
         x, bias = known.x.to(device), known.bias.to(device)
         for rows in (16, 32, 64, 128):
-            y = torch.full((rows, n), torch.nan, dtype=dtype, device=device)
-            kernels.multiply(x[:rows], packed, bias, y)
-            if not known.is_solved_by(y):
-                return f"Triton's kernel for {rows} rows of x computes wrongly on this device; please report it, with `halve doctor`"
+            for number_of_splits in (1, 2):
+                y = torch.full((rows, n), torch.nan, dtype=dtype, device=device)
+                kernels.multiply(x[:rows], prepared, bias, y, number_of_splits=number_of_splits)
+                if not known.is_solved_by(y):
+                    return (
+                        f"Triton's kernel for {rows} rows of x computes wrongly on this device; please report it, with "
+                        "`halve doctor`"
+                    )
+        dense = torch.full((n, k), torch.nan, dtype=dtype, device=device)
+        kernels.expand(prepared, dense)
+        if not torch.equal(dense.cpu(), known.weight):
+            return "Triton's kernel that expands weights is wrong on this device; please report it, with `halve doctor`"
     return None
 
 
 def reason(dtype: torch.dtype, rows: int) -> str:
     """What is done with so many rows of x."""
-    return "a Triton kernel expands the weight in registers, then multiplies densely"
+    if rows <= MOST_ROWS:
+        return "a Triton kernel expands the weight in registers, then multiplies densely"
+    return f"the weight is expanded, then multiplied densely: Triton's kernel takes up to {MOST_ROWS} rows of x"
 
 
 prepare, restore = layout.prepare, layout.restore
@@ -162,7 +206,8 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
     """x [..., K] times the transposed prepared weight [N, K] plus bias [N] -> [..., N], in x's dtype.
 
     Raises:
-        ValueError: x, the prepared weight and the bias do not belong together; says what is wrong.
+        ValueError: x, the prepared weight and the bias do not belong together; says what is wrong. A weight of another
+            dtype or another shape of the same size is found by the kernel, and gives NaN.
         RuntimeError: there are no kernels for this device.
     """
     k = x.shape[-1] if x.ndim else 0
@@ -174,17 +219,24 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
         raise ValueError(
             f"a bias of {n} numbers in {x.dtype} on {x.device} is needed, this is {bias.dtype} {list(bias.shape)}"
         )
-    weight = layout.parts(prepared, n, k, x.dtype)
+    layout.parts(prepared, n, k, x.dtype)  # raises where it is another weight
     kernels = _kernels(x.device.index, x.dtype)
     if isinstance(kernels, str):
         raise RuntimeError(kernels)
-    y = x.new_empty(*x.shape[:-1], n)
-    if not y.numel():
-        return y
-    rows, bias = x.contiguous().view(-1, k), None if bias is None else bias.contiguous()
     if torch.cuda.current_device() == x.device.index:
-        kernels.multiply(rows, weight, bias, y.view(-1, n))
-    else:
-        with torch.cuda.device(x.device.index):  # Triton launches on the current one
-            kernels.multiply(rows, weight, bias, y.view(-1, n))
+        return _linear(kernels, x, prepared, bias, n)
+    with torch.cuda.device(x.device.index):
+        return _linear(kernels, x, prepared, bias, n)
+
+
+def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    k = x.shape[-1]
+    if n and x.numel() > MOST_ROWS * k:
+        dense = x.new_empty(n, k)
+        kernels.expand(prepared, dense)
+        return functional.linear(x, dense, bias)
+    y = x.new_empty(*x.shape[:-1], n)
+    if y.numel():
+        added = None if bias is None else aligned(bias)
+        kernels.multiply(aligned(x).view(-1, k), prepared, added, y.view(-1, n))
     return y

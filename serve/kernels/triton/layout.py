@@ -1,4 +1,5 @@
-"""A packed weight as one tensor for the Triton kernels, and back: ``[header 64 bytes][values][mask]``, in the order they are stored in."""
+"""A packed weight as one tensor for the Triton kernels, and back: ``[header 64 bytes][values][mask]``, in the order they are
+stored in; values and mask begin at multiples of 16 bytes."""
 
 from __future__ import annotations
 
@@ -12,13 +13,18 @@ from compress.packed import PackedWeight, validate_mask, validate_shapes
 CODES = {torch.bfloat16: 1, torch.float16: 2}
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 HEADER_BYTES = 64
-_MAGIC = 0x54326868
+MAGIC = 0x54326868
 _HEADER = struct.Struct("<4I")  # magic, code of the dtype, N, K
+_ALIGNMENT = 16
 
 
 def prepared_bytes(n: int, k: int) -> int:
-    """How long a prepared weight [n, k] is."""
-    return HEADER_BYTES + n * k + n * (k // 8)
+    """How long a prepared weight [n, k] is: less than one of `serve.kernels.cuda`, whatever the shape."""
+    return _mask_at(n, k) + n * (k // 8)
+
+
+def _mask_at(n: int, k: int) -> int:
+    return HEADER_BYTES + -(-n * k // _ALIGNMENT) * _ALIGNMENT
 
 
 def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
@@ -34,15 +40,13 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     if weight.values.dtype not in CODES:
         raise ValueError(f"{name}: values are {weight.values.dtype}; the kernels take {', '.join(map(str, CODES))}")
     n, k = weight.shape
-    header = _HEADER.pack(_MAGIC, CODES[weight.values.dtype], n, k).ljust(HEADER_BYTES, b"\0")
-    device = weight.values.device
-    return torch.cat(
-        [
-            torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device),
-            weight.values.contiguous().view(-1).view(torch.uint8),
-            weight.mask.contiguous().view(-1),
-        ]
-    )
+    prepared = torch.zeros(prepared_bytes(n, k), dtype=torch.uint8, device=weight.values.device)
+    header = _HEADER.pack(MAGIC, CODES[weight.values.dtype], n, k).ljust(HEADER_BYTES, b"\0")
+    prepared[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(prepared.device)
+    own = parts(prepared, n, k, weight.values.dtype)
+    own.values.copy_(weight.values)
+    own.mask.copy_(weight.mask)
+    return prepared
 
 
 def parts(prepared: Tensor, n: int, k: int, dtype: torch.dtype) -> PackedWeight:
@@ -55,8 +59,8 @@ def parts(prepared: Tensor, n: int, k: int, dtype: torch.dtype) -> PackedWeight:
         raise ValueError(
             f"{prepared.dtype} {list(prepared.shape)} on {prepared.device} is no prepared weight [{n}, {k}]"
         )
-    end = HEADER_BYTES + n * k
-    return PackedWeight(prepared[HEADER_BYTES:end].view(dtype).view(n, k // 2), prepared[end:].view(n, k // 8))
+    values = prepared[HEADER_BYTES : HEADER_BYTES + n * k].view(dtype).view(n, k // 2)
+    return PackedWeight(values, prepared[_mask_at(n, k) :].view(n, k // 8))
 
 
 def restore(prepared: Tensor) -> PackedWeight:
@@ -67,7 +71,7 @@ def restore(prepared: Tensor) -> PackedWeight:
     """
     if prepared.dtype is torch.uint8 and prepared.ndim == 1 and len(prepared) >= HEADER_BYTES:
         magic, code, n, k = _HEADER.unpack(bytes(prepared[: _HEADER.size].tolist()))
-        if magic == _MAGIC and code in _DTYPES and len(prepared) == prepared_bytes(n, k):
+        if magic == MAGIC and code in _DTYPES and len(prepared) == prepared_bytes(n, k):
             weight = parts(prepared, n, k, _DTYPES[code])
             return PackedWeight(weight.values.clone(), weight.mask.clone())
     raise ValueError("the prepared weight is damaged, or no prepared weight at all")

@@ -1,0 +1,128 @@
+"""Times on a GPU: replayed CUDA graphs, sides in turn, weights that come from memory."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks import gpu_checks
+from serve.kernels import ops, plain
+from serve.kernels.cuda import backend
+
+COPIES_BYTES = 256 << 20
+DTYPE = torch.bfloat16
+
+Call = Callable[[], Any]
+
+
+def captured(calls: list[Call]) -> torch.cuda.CUDAGraph:
+    """A graph of calls, each of which ran before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def times(sides: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[float]]:
+    """Microseconds of one call, for each side and round."""
+    graphs = {name: captured(calls) for name, calls in sides.items()}
+    for graph in graphs.values():
+        graph.replay()
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name in list(sides) if turn % 2 else reversed(sides):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graphs[name].replay()
+            end.record()
+            end.synchronize()
+            found[name].append(1e3 * start.elapsed_time(end) / len(sides[name]))
+    return found
+
+
+def summary(samples: dict[str, list[float]], dense: str = "dense") -> dict[str, Any]:
+    """Medians, and how many times faster than the dense side each one is, with quartiles."""
+    gains = {}
+    for name, values in samples.items():
+        if name != dense and dense in samples:
+            ratios = [slow / fast for slow, fast in zip(samples[dense], values, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            gains[name] = {"median": middle, "p25": low, "p75": high}
+    return {"microseconds": {name: statistics.median(values) for name, values in samples.items()}, "speedup": gains}
+
+
+class Weights:
+    """Copies of one 2:4 weight [n, k], prepared and dense, more of them than the second cache holds."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype = DTYPE) -> None:
+        self.n, self.k = n, k
+        packed = gpu_checks.random_weight(n, k, dtype)
+        self.bytes = {"2:4": packed.nbytes, "dense": n * k * dtype.itemsize}
+        prepared, dense = backend.prepare(packed), plain.expand(packed)
+        self.prepared = [prepared, *(prepared.clone() for _ in range(max(1, COPIES_BYTES // prepared.nbytes)))]
+        self.dense = [dense, *(dense.clone() for _ in range(max(1, COPIES_BYTES // dense.nbytes)))]
+        torch.cuda.synchronize()
+
+    def dense_calls(self, x: Tensor) -> list[Call]:
+        return [lambda w=w: functional.linear(x, w) for w in cycled(self.dense)]
+
+    def sparse_calls(self, x: Tensor) -> list[Call]:
+        return [lambda w=w: ops.sparse24_linear(x, w, None, self.n) for w in cycled(self.prepared)]
+
+    def direct_calls(self, kernels: backend.Kernels, x: Tensor, **how: Any) -> list[Call]:
+        """The kernel itself, as it is told to."""
+        y = x.new_empty(len(x), self.n)
+
+        def call(w: Tensor) -> None:
+            kernels.multiply(x, w, None, y, stream(), **how)
+
+        return [lambda w=w: call(w) for w in cycled(self.prepared)]
+
+
+def cycled(copies: list[Tensor]) -> list[Tensor]:
+    """All copies in turn, at least 16 launches."""
+    rounds = -(-16 // len(copies))
+    return list(itertools.chain.from_iterable([copies] * rounds))
+
+
+def stream() -> int:
+    """torch's current one, as a number."""
+    return torch.cuda.current_stream().cuda_stream
+
+
+def seconds(call: Call) -> float:
+    """Of one call, the median of three, after one that does not count."""
+    call()
+    found = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def host_microseconds(call: Call) -> float:
+    """How long one call keeps the processor, without a graph: the median over 20 times 100 calls."""
+    samples = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(100):
+            call()
+        samples.append(1e4 * (time.perf_counter() - began))
+    return statistics.median(samples)
