@@ -11,8 +11,10 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(ENVIRONMENT) $(LIBRARY)
 	$(RUN)python -m benchmarks.demo
 
+# Files of tests go to one process for each core; what measures times comes last, alone.
 test: $(ENVIRONMENT) $(LIBRARY)
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not alone"
+	$(RUN)python -m pytest -m "alone and not slow and not gpu"
 
 check: $(ENVIRONMENT) $(LIBRARY)
 	$(RUN)ruff check .

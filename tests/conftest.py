@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from serve.engines import vllm
 from serve.kernels.cpu import library
@@ -14,7 +15,14 @@ from tests.runs import Halve, chromium
 
 
 def pytest_configure() -> None:
-    """Where kernels, vLLM, NVRTC or a browser are required, their tests must not be skipped for want of them."""
+    """Where kernels, vLLM, NVRTC or a browser are required, their tests must not be skipped for want of them.
+
+    Of several processes that run tests, each gets its share of the cores, and so do those that it starts.
+    """
+    if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        share = max(1, len(os.sched_getaffinity(0)) // int(processes))
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if os.environ.get("HALVE_REQUIRE_KERNELS", "") not in ("", "0") and library.load() is None:
         pytest.exit(f"HALVE_REQUIRE_KERNELS is set: {library.status()}", returncode=1)
     if os.environ.get("HALVE_REQUIRE_VLLM", "") not in ("", "0") and vllm.installed() is None:

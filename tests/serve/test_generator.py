@@ -15,6 +15,8 @@ from serve.measure.generator import Ask, Generator, Load, Outcomes
 from serve.measure.latency import TIMES, limits, round_of, summary
 from tests.serve.mocks import mock_endpoint
 
+pytestmark = pytest.mark.alone
+
 TTFT, ITL = 0.4, 0.06
 
 
