@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from compress import console
 from serve.engines import vllm
 from serve.kernels.cpu import library
 from serve.kernels.cuda import compiler
@@ -23,6 +24,8 @@ def pytest_configure() -> None:
         share = max(1, len(os.sched_getaffinity(0)) // int(processes))
         os.environ.setdefault("OMP_NUM_THREADS", str(share))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        for one in (console.out, console.err):  # they took the width that such a process is given; tests say their own
+            one._width = None
     if os.environ.get("HALVE_REQUIRE_KERNELS", "") not in ("", "0") and library.load() is None:
         pytest.exit(f"HALVE_REQUIRE_KERNELS is set: {library.status()}", returncode=1)
     if os.environ.get("HALVE_REQUIRE_VLLM", "") not in ("", "0") and vllm.installed() is None:
