@@ -1,16 +1,21 @@
 """The backend that runs everywhere: expand the weight, then multiply densely.
 
 It reads 9/16 of the bytes and writes all of them before it multiplies, so it saves memory, never time. Its
-result equals that of the dense layer with zeros to the bit, because it is the same matmul on the same weight.
+result equals that of the dense layer with zeros to the bit, because it is the same matmul on the same weight: torch's, or where
+torch emulates 16-bit products and ``HALVE_BACKEND=plain`` does not ask for its bits, one in float32 (`compress.wide`).
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compress import wide
 from compress.packed import PackedWeight, unpack_bits
+from compress.wide import is_emulated
 
 _GROUPS_AT_ONCE = 1 << 18
 """Groups of four that are expanded at a time: what is needed on the way then stays in a cache of a few MB."""
@@ -62,10 +67,17 @@ def _expand_any(values: Tensor, mask: Tensor, dense: Tensor) -> None:
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x [..., K] -> [..., N]."""
-    return functional.linear(x, expand(weight), bias)
+    product = functional.linear if _as_torch() else wide.linear
+    return product(x, expand(weight), bias)
 
 
 def linear_conv1d(x: Tensor, weight: PackedWeight, bias: Tensor) -> Tensor:
     """The same with the operands in the order of transformers' Conv1D (GPT-2), so that the bits are its own."""
+    if is_emulated(x.dtype, x.device) and not _as_torch():
+        return wide.linear(x, expand(weight), bias)
     dense = expand(weight).T.contiguous()  # [K, N], as Conv1D stores it
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), dense).view(*x.shape[:-1], dense.shape[1])
+
+
+def _as_torch() -> bool:
+    return os.environ.get("HALVE_BACKEND") == "plain"

@@ -83,6 +83,7 @@ def conv1d(n: int, k: int, dtype: torch.dtype) -> tuple[Conv1D, Sparse24Conv1D]:
     return dense, sparse
 
 
+@pytest.mark.usefixtures("plain_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [(1,), (3,), (0,), (2, 5), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize(("n", "k"), [(1, 8), (24, 40), (48, 136)])
@@ -91,6 +92,24 @@ def test_conv1d_has_the_bits_of_the_dense_layer(dtype: torch.dtype, batch: tuple
     x = drawn(*batch, k, dtype=dtype)
     assert torch.equal(sparse(x), dense(x))
     assert torch.equal(sparse.weight, dense.weight)
+
+
+@pytest.mark.parametrize("asked", [None, "plain"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_that_torch_emulates_are_wide(
+    dtype: torch.dtype, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of dense layers are, too, so that 2:4 is not slower for want of a library; unless torch's bits are asked for."""
+    monkeypatch.delenv("HALVE_BACKEND", raising=False)
+    if asked:
+        monkeypatch.setenv("HALVE_BACKEND", asked)
+    monkeypatch.setattr(wide, "EMULATED", {dtype: True})
+    weight, x, bias = two_of_four(24, 40, dtype), drawn(3, 40, dtype=dtype), drawn(24, dtype=dtype)
+    widened = functional.linear(x.float(), weight.float(), bias.float()).to(dtype)
+    expected = functional.linear(x, weight, bias) if asked else widened
+    assert torch.equal(plain.linear(x, pack(weight), bias), expected)
+    if not asked:
+        assert torch.equal(plain.linear_conv1d(x, pack(weight), bias), widened)
 
 
 @pytest.mark.parametrize("width", [8, 15, 17, 32])
