@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_table, gpu_timing
+from benchmarks import gpu, gpu_checks, gpu_pruning, gpu_table, gpu_timing
 from serve.kernels.cuda import backend
 from tests.runs import beside
 
@@ -105,3 +105,28 @@ def test_a_check_that_breaks_does_not_hide_the_next() -> None:
     assert found["breaks"] is not None
     assert "KeyError" in found["breaks"]
     assert "CUDA" in str(dict(gpu_checks.run([right]))["right"]) or torch.cuda.is_available()
+
+
+def test_what_a_whole_models_pruning_takes(tmp_path: Path) -> None:
+    """The same code on a processor and on tiny blocks."""
+    width = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings = {"reconstruction": "sparsegpt", "samples": 4, "length": 32, "device": "cpu"}
+    result = gpu_pruning.measure(tmp_path, (1, 2), 8, width, settings)
+    first, second = result["runs"]
+    assert (first["blocks"], second["blocks"], first["fused"], first["gpu_bytes"]) == (1, 2, False, None)
+    assert result["block_seconds"] == pytest.approx(second["seconds"] - first["seconds"])
+    assert result["whole_seconds"] == pytest.approx(first["seconds"] + 7 * result["block_seconds"])
+    text = gpu_pruning.render({**result, "environment": {"machine": "none", "date": "2000-01-01"}})
+    assert "| 2 | " in text
+    assert "(extrapolated, not run)" in text
+
+
+def test_a_whole_models_pruning_needs_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_pruning"])
+    with pytest.raises(SystemExit) as ended:
+        gpu_pruning.main()
+    assert ended.value.code == 2
+    assert "there is no GPU to measure" in capsys.readouterr().err
