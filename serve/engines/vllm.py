@@ -49,7 +49,9 @@ def run(model_dir: str, *, tune: float | None = 0, **options: Any) -> None:
     from serve.measure.first_load import measure_unknown
 
     command, environment = launch(model_dir, **options)
-    measure_unknown(Path(model_dir), device="auto", seconds=tune, fused=True)
+    # Under tensor parallelism layers have other shapes, which the table does not know.
+    is_split = any(argument.split("=")[0] in ("--tensor-parallel-size", "-tp") for argument in command)
+    measure_unknown(Path(model_dir), device="auto", seconds=0 if is_split else tune, fused=True)
     os.execvpe(command[0], command, environment)
 
 

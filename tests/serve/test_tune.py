@@ -286,8 +286,13 @@ class TestBeforeServing:
             assert measured, "vLLM was started before"
             raise Started
 
-        monkeypatch.setattr(vllm, "launch", lambda directory, **options: (["vllm"], {}))
         monkeypatch.setattr(vllm.os, "execvpe", become)
+        with pytest.raises(AssertionError, match="vLLM was started before"):
+            monkeypatch.setattr(
+                vllm, "launch", lambda directory, **options: (["vllm", "--tensor-parallel-size", "2"], {})
+            )
+            vllm.run(str(packed), tune=5)
+        monkeypatch.setattr(vllm, "launch", lambda directory, **options: (["vllm"], {}))
         with pytest.raises(Started):
             vllm.run(str(packed), tune=5)
         assert Shape(2 * tiny_models.INTERMEDIATE, tiny_models.HIDDEN) in {shape for shape, _ in measured}
