@@ -287,10 +287,9 @@ class TestBeforeServing:
             raise Started
 
         monkeypatch.setattr(vllm.os, "execvpe", become)
-        with pytest.raises(AssertionError, match="vLLM was started before"):
-            monkeypatch.setattr(
-                vllm, "launch", lambda directory, **options: (["vllm", "--tensor-parallel-size", "2"], {})
-            )
+        split = ["vllm", "--tensor-parallel-size", "2"]
+        monkeypatch.setattr(vllm, "launch", lambda directory, **options: (split, {}))
+        with pytest.raises(AssertionError, match="vLLM was started before"):  # of whose layers nothing could be known
             vllm.run(str(packed), tune=5)
         monkeypatch.setattr(vllm, "launch", lambda directory, **options: (["vllm"], {}))
         with pytest.raises(Started):
