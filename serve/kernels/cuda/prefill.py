@@ -2,8 +2,9 @@
 
 By default the weight is expanded and multiplied densely. ``HALVE_PREFILL=cusparselt`` asks for cuSPARSELt's sparse product
 instead: the weight, of which only the form for few rows is kept, is expanded and compressed into the library's own form at each
-call. Both are passes over the weight, 6.3 bytes for each of its numbers, so they cost less the more rows there are: by the data sheet of
-an H100 about a quarter of a dense product of 2,048 rows, a sixteenth of one of 8,192, of which the library saves two fifths.
+call. Both are passes over the weight, 6.25 bytes for each of its numbers: by the data sheet of an H100 (3.35 TB/s, 989 TFLOP/s) as long as
+nearly half of a dense product of 2,048 rows, and a ninth of one of 8,192. Others measured that the library saves about two
+fifths of a product of that size.
 
 It is not the default because it never ran. `benchmarks.gpu` times it (prefill, "cusparselt from ours").
 """
@@ -26,7 +27,7 @@ from serve.kernels.proof import problem
 
 VARIABLE = "HALVE_PREFILL"
 WAYS = ("dense", "cusparselt")
-LEAST_ROWS = 1024
+LEAST_ROWS = 2048
 """For which the sparse product may make up for the passes."""
 
 log = logging.getLogger("halve.serve")
