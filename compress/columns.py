@@ -22,6 +22,17 @@ PANEL = 8
 """Columns that are updated one by one before a matmul carries their errors on; an N:M group is a panel."""
 
 
+def fitting(
+    kernels: fused.Kernels | None, pattern: Pattern, given: Tensor | None, block_size: int
+) -> fused.Kernels | None:
+    """The kernels where they do blocks of that many columns, with that pattern where no mask is given; else None."""
+    if kernels is None or block_size > fused.MOST_COLUMNS:
+        return None
+    if given is None and isinstance(pattern, NMPattern) and not kernels.takes(pattern.m):
+        return None
+    return kernels
+
+
 def prune_columns(
     columns: Tensor,
     upper: Tensor,
@@ -37,15 +48,13 @@ def prune_columns(
         upper: U [K, K].
         competing: of an unstructured pattern, which weights of a block of columns compete.
         given: a mask [K, N], or None.
-        kernels: that do all panels of a block at once, where they can.
+        kernels: that do all panels of a block at once; what `fitting` gave, or None.
     """
     grouped = isinstance(pattern, NMPattern)
     panel = pattern.m if grouped else PANEL
     block_size = max(block_size // panel, 1) * panel
     width = len(columns)
     own = pattern if given is None and isinstance(pattern, NMPattern) else None
-    if kernels is not None and (block_size > fused.MOST_COLUMNS or (own and not kernels.takes(own.m))):
-        kernels = None
     inverse_diagonal = upper.diagonal().reciprocal()  # [K]
     mask = torch.empty_like(columns, dtype=torch.bool) if given is None else given
 

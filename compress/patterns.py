@@ -54,7 +54,7 @@ class NMPattern:
         the lower column is kept.
         """
         kernels = fused.on(scores.device, "masks")
-        if kernels is not None and kernels.takes(self.m):
+        if kernels is not None and kernels.takes(self.m) and scores.dtype in fused.SCORES:
             return kernels.keep_largest(scores, self.keep_n, self.m)
         kept = self.keep(scores.unflatten(-1, (-1, self.m)).unbind(-1))  # m times [..., K/m]
         return torch.stack(kept, dim=-1).flatten(-2)

@@ -26,6 +26,8 @@ MOST_COLUMNS = 128
 """Of a block of columns: it stays in the registers of some warps."""
 GROUP_SIZES = (2, 4, 8)
 """m of the patterns that there are kernels for; larger groups would not stay in registers."""
+SCORES = (torch.float32, torch.float64, torch.uint8)
+"""Of which the kernel for masks is proven."""
 _OUTPUTS = 32
 _GROUPS = 1024
 _WARPS = 4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.columns import PANEL, prune_columns
-from compress.fused import MOST_COLUMNS, Kernels
+from compress.fused import MOST_COLUMNS, SCORES, Kernels
 from compress.patterns import NMPattern, Pattern, UnstructuredPattern
 
 _PATTERNS = (NMPattern(1, 2), NMPattern(2, 4), NMPattern(4, 8))
@@ -24,7 +24,8 @@ def _normal(*shape: int) -> Tensor:
 def wrong_masks(kernels: Kernels, device: torch.device) -> str | None:
     """What the kernel for masks computes otherwise than `NMPattern.mask`, or None."""
     normal = _normal(70, 136).abs()
-    for scores in (normal, (normal > 0.5).to(torch.uint8)):
+    for dtype in SCORES:
+        scores = normal.mul(4).floor().to(dtype)  # ties included
         for pattern in _PATTERNS:
             found = kernels.keep_largest(scores.to(device), pattern.keep_n, pattern.m)
             if not torch.equal(found.cpu(), pattern.mask(scores)):

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress import fused
-from compress.columns import prune_columns
+from compress.columns import fitting, prune_columns
 from compress.damping import Damping, chosen_damping
 from compress.layer_statistics import LayerStatistics
 from compress.linalg import shared_factor
@@ -46,7 +46,7 @@ def sparsegpt(
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]
     columns[factor.dead] = 0
     given = None if pruning.mask is None else pruning.mask.T.contiguous()
-    kernels = fused.on(columns.device, "columns")
+    kernels = fitting(fused.on(columns.device, "columns"), pruning.pattern, given, options.block_size)
     pruned, mask = prune_columns(
         columns, factor.upper, pruning.pattern, pruning.group, given, options.block_size, kernels
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress import fused
-from compress.columns import prune_columns
+from compress.columns import fitting, prune_columns
 from compress.fused import Kernels, proof
 from compress.linalg import inverse_factor
 from compress.methods import Pruning
@@ -101,6 +101,9 @@ class TestMasks:
         assert torch.equal(pattern.mask(scores), expected)
         assert asked == ["masks"]
         assert len(counted) == (pattern.m == 4)
+        calls = len(counted)
+        pattern.mask(scores.bfloat16())  # of which it is not proven
+        assert len(counted) == calls
 
 
 class TestSparseGPT:
@@ -188,14 +191,20 @@ class TestSparseGPT:
             with pytest.raises(AssertionError):
                 kernels.prune_block(*wrong, diagonal, mask, errors, 0, 2, 4)
 
-    def test_what_it_does_not_take_goes_to_torch(self, monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
-        def never(*arguments: object) -> None:
-            raise AssertionError("the kernel was called")
-
-        monkeypatch.setattr(Kernels, "prune_block", never)
+    def test_what_it_does_not_take_goes_to_torch(self, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And the notes do not say otherwise."""
+        given_mask = torch.ones(4, 4, dtype=torch.bool)
+        assert fitting(kernels, NMPattern(2, 4), None, 128) is kernels
+        assert fitting(kernels, NMPattern(8, 32), given_mask, 128) is kernels
+        assert fitting(None, NMPattern(2, 4), None, 128) is None
         for pattern, block in ((NMPattern(3, 6), 126), (NMPattern(2, 4), 256), (NMPattern(8, 32), 128)):
-            (pruned, _), (same, _) = self.both(kernels, 5, 192, pattern, block=block)
-            assert torch.equal(pruned, same)
+            assert fitting(kernels, pattern, None, block) is None
+        monkeypatch.setattr(fused, "on", lambda device, kind: kernels if kind == "columns" else None)
+        counted = count_calls(monkeypatch, "prune_block")
+        statistics = gathered(normal(400, 48, seed=7))
+        found = sparsegpt(normal(5, 48), Pruning(NMPattern(3, 6), "block", None), statistics, SparseGPTOptions())
+        assert not counted
+        assert "columns_by" not in found.notes
 
 
 def test_it_proves_itself(kernels: Kernels) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import re
@@ -122,6 +123,7 @@ class TestPrefill:
         monkeypatch.setattr(cusparselt, "on_device", lambda index: library)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
+        monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
         device = torch.device
         monkeypatch.setattr(prefill.torch, "device", lambda *name: device("cpu"))
         prefill._proven.cache_clear()
