@@ -406,6 +406,7 @@ class _Run:
                 hidden,
                 dense,
                 repair,
+                self.recipe.parsed_pattern,
                 seed=self.recipe.seed,
                 tell=lambda text: self.progress(index, count, text),
             )

@@ -166,7 +166,8 @@ class Recipe(BaseModel):
             )
         _ = self.chosen_targets
         _ = self.chosen_distillation
-        _ = self.chosen_repair
+        if (repair := self.chosen_repair) is not None:
+            repair.check(pattern)
         if self.training_samples is not None:
             if self.repair == "none" and not self.distill:
                 raise RecipeError("training_samples were given, but nothing trains; add repair='block' or distill")

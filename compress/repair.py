@@ -14,13 +14,16 @@ the text needs no labels and the model's own outputs are all that is learned fro
 
 The last tenth of the windows is held out: it is never trained on (nor seen by the layer-wise statistics), the best state
 on it is kept, and training ends when it stops to fall.
+
+On request rounds of new masks follow (`compress.remask`), each trained, and kept only where the held-out error is lower
+than before it.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +31,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress.architecture import LinearModule, linears_of, shape_of
+from compress import remask
+from compress.architecture import LinearModule, linears_of, oriented, shape_of
 from compress.blocks import BlockModel
-from compress.errors import NumericalError
+from compress.errors import NumericalError, RecipeError
 from compress.methods import Options
 from compress.norms import norms_of
+from compress.patterns import NMPattern, Pattern
 from compress.seeds import named_seed
 from compress.training import MaskedAdam, Trainable, autocast, precision
 
@@ -42,6 +47,9 @@ PATIENCE = 2
 """Passes without a better held-out error after which training ends."""
 FEW_TOKENS = 8
 """Tokens per input channel of the widest linear below which a block is trained for fewer passes than asked for."""
+
+REMASK_RATE = 0.5
+"""Of the rate, in a round of new masks: what is trained already has less far to go."""
 
 Telling = Callable[[str], None]
 
@@ -55,6 +63,23 @@ class RepairOptions(Options):
         description="length of a step, as a share of the root mean square of a parameter's kept values",
     )
     clip: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
+    rounds: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="rounds of new masks for a trained block: kept weights are exchanged for pruned ones of their group, then "
+        "another pass; undone where the held-out error does not fall",
+    )
+    exchanged: float = Field(
+        0.01, gt=0, le=1, description="groups, at most, whose mask a round changes, as a share of the block's"
+    )
+
+    def check(self, pattern: Pattern) -> None:
+        if self.rounds and not isinstance(pattern, NMPattern):
+            raise RecipeError(
+                f"repair: rounds exchanges weights within the groups of an N:M pattern, and the pattern is '{pattern}'; "
+                "leave rounds out"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,10 +109,11 @@ def held_out_batches(batches: int) -> int:
 def repair_block(
     model: BlockModel,
     index: int,
-    masks: Mapping[str, Tensor],
+    masks: dict[str, Tensor],
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     options: RepairOptions,
+    pattern: Pattern,
     *,
     seed: int,
     tell: Telling = lambda text: None,
@@ -95,9 +121,11 @@ def repair_block(
     """Trains a loaded, pruned block in place.
 
     Args:
-        masks: for every pruned linear by its full name, True where a weight is kept, shaped as the module's weight.
+        masks: for every pruned linear by its full name, True where a weight is kept, shaped as the module's weight; overwritten
+            with those of the rounds that are kept.
         inputs: the block's inputs from the pruned prefix, [batch, length, hidden] each.
         targets: the dense block's outputs from the dense prefix, shaped alike.
+        pattern: of the masks.
         seed: of the order of the batches.
         tell: called with a line about the progress.
 
@@ -114,35 +142,30 @@ def repair_block(
     if not held_out:
         return {"name": name, "status": "not repaired: a single batch of calibration windows leaves none to hold out"}
     course = _Course(model, index, masks, inputs, targets, held_out)
-    fitted = range(len(inputs) - held_out)
     passes, notes = _passes(options.passes, course.tokens, course.widest)
-    adam = MaskedAdam(course.parameters, rate=options.rate, steps=passes * len(fitted), clip=options.clip)
     generator = torch.Generator().manual_seed(named_seed(seed, f"{name}:repair"))
     before = best = course.held_out_error()
-    kept, since, taken, trained = adam.snapshot(), 0, 0, math.nan
+    taken, trained = 0, math.nan
+    rounds: list[dict[str, Any]] = []
     try:
-        for number in range(passes):
-            errors = []
-            for position in torch.randperm(len(fitted), generator=generator).tolist():
-                loss = course.loss(fitted[position])
-                loss.backward()
-                adam.step()
-                errors.append(float(loss.detach()))
-                taken += 1
-            trained = sum(errors) / len(errors)
-            error = course.held_out_error()
-            tell(f"{name}: pass {number + 1} of {passes}, held-out error {before:.4f} to {min(error, best):.4f}")
-            if error < best:
-                best, kept, since = error, adam.snapshot(), 0
-                continue
-            since += 1
-            if since == PATIENCE:
-                break
+        for done in _train(course, passes, options.rate, options.clip, best, generator):
+            best, trained, taken = done.best, done.trained, taken + done.steps
+            tell(f"{name}: pass {done.passes} of {passes}, held-out error {before:.4f} to {best:.4f}")
+        for number in range(options.rounds):
+            assert isinstance(pattern, NMPattern), "the options were checked"
+            said = f"{name}: masks {number + 1} of {options.rounds}, held-out error {before:.4f}"
+            record, steps = _round(
+                course, pattern.m, best, options, generator, lambda x, said=said: tell(f"{said} to {x:.4f}")
+            )
+            rounds.append(record)
+            taken += steps
+            if not record["kept"]:
+                break  # much the same would be tried again
+            best = record["held_out_error"]
     except NumericalError as error:
         raise NumericalError(f"{name}: {error}") from None
-    adam.restore(kept)
-    adam.require_masks()
     course.write_back()
+    masks.update(course.masks)
     return {
         "name": name,
         "status": "repaired",
@@ -153,8 +176,82 @@ def repair_block(
         "passes": passes,
         "tokens": course.tokens,
         "tokens_per_input": round(course.tokens / course.widest, 3),
+        **({"rounds": rounds} if rounds else {}),
         **notes,
     }
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a pass over the windows gave."""
+
+    passes: int
+    """So far."""
+    steps: int
+    """Of this pass."""
+    best: float
+    """The lowest held-out error so far."""
+    trained: float
+    """Mean error of the windows while they were trained on."""
+
+
+def _train(
+    course: _Course, passes: int, rate: float, clip: float, best: float, generator: torch.Generator
+) -> Iterator[_Pass]:
+    """Trains a block pass after pass; when it ends, the block is in its best state.
+
+    Args:
+        best: the held-out error of the state that it is in; a pass with a higher one is not kept.
+    """
+    adam = MaskedAdam(course.parameters, rate=rate, steps=passes * len(course.fitted), clip=clip)
+    kept, since = adam.snapshot(), 0
+    for number in range(passes):
+        errors = []
+        for position in torch.randperm(len(course.fitted), generator=generator).tolist():
+            loss = course.loss(course.fitted[position])
+            loss.backward()
+            adam.step()
+            errors.append(float(loss.detach()))
+        error = course.held_out_error()
+        since += 1
+        if error < best:
+            best, kept, since = error, adam.snapshot(), 0
+        yield _Pass(number + 1, len(errors), best, sum(errors) / len(errors))
+        if since == PATIENCE:
+            break
+    adam.restore(kept)
+    adam.require_masks()
+
+
+def _round(
+    course: _Course,
+    m: int,
+    best: float,
+    options: RepairOptions,
+    generator: torch.Generator,
+    tell: Callable[[float], None],
+) -> tuple[dict[str, Any], int]:
+    """Exchanges weights of a trained block, and trains it for one more pass; as it was where that helps nothing.
+
+    Args:
+        best: the held-out error of the block as it is.
+
+    Returns:
+        What the report says of the round, and how many steps were taken.
+    """
+    before = course.state()
+    groups, exchanged = course.exchange(m, options.exchanged, generator)
+    record = {"groups": groups, "exchanged": exchanged}
+    if not exchanged:
+        return {**record, "held_out_error": best, "kept": False}, 0
+    error, steps = math.inf, 0
+    for done in _train(course, 1, REMASK_RATE * options.rate, options.clip, error, generator):
+        error, steps = done.best, done.steps
+    kept = error < best
+    if not kept:
+        course.set_state(before)
+    tell(min(error, best))
+    return {**record, "held_out_error": error, "kept": kept}, steps
 
 
 class _Course:
@@ -171,17 +268,22 @@ class _Course:
     ) -> None:
         self._model, self._index = model, index
         self._inputs, self._targets = inputs, targets
+        self.fitted = range(len(inputs) - held_out)
         self._held_out = range(len(inputs) - held_out, len(inputs))
         self._original = model.blocks[index]
         self._block = copy.deepcopy(self._original).float()
         self._precision = precision(model.dtype, model.device)
-        pruned = {n: m for n, m in linears_of(self._block, model.block_name(index)).items() if n in masks}
-        norms = norms_of(self._block, lambda: self._output(0))
-        self.parameters = _trainable(self._block, pruned, masks, norms)
+        self._pruned = {n: m for n, m in linears_of(self._block, model.block_name(index)).items() if n in masks}
+        self._norms = norms_of(self._block, lambda: self._output(0))
+        self._set_masks(masks)
         for trainable in self.parameters.values():
             trainable.parameter.requires_grad_(True)
-        self.tokens = sum(inputs[batch].shape[:-1].numel() for batch in range(len(inputs) - held_out))
-        self.widest = max(shape_of(module)[1] for module in pruned.values())
+        self.tokens = sum(inputs[batch].shape[:-1].numel() for batch in self.fitted)
+        self.widest = max(shape_of(module)[1] for module in self._pruned.values())
+
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        self.masks = dict(masks)
+        self.parameters = _trainable(self._block, self._pruned, self.masks, self._norms)
 
     def _output(self, batch: int) -> Tensor:
         return _run(self._model, self._index, batch, self._inputs[batch], self._block, self._precision)
@@ -197,6 +299,53 @@ class _Course:
             for batch in self._held_out
         ]
         return float(torch.cat(errors).mean())
+
+    def state(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Masks, and copies of all values."""
+        return self.masks, [trainable.parameter.detach().clone() for trainable in self.parameters.values()]
+
+    def set_state(self, state: tuple[dict[str, Tensor], list[Tensor]]) -> None:
+        """Back to what `state` gave."""
+        masks, values = state
+        self._set_masks(masks)
+        with torch.no_grad():
+            for trainable, value in zip(self.parameters.values(), values, strict=True):
+                trainable.parameter.copy_(value)
+
+    def exchange(self, m: int, share: float, generator: torch.Generator) -> tuple[int, int]:
+        """Exchanges kept weights for pruned ones where that promises most; how many groups there are, and of how many the mask
+        is another one now."""
+        order = torch.randperm(len(self.fitted), generator=generator).tolist()
+        half = -(-len(order) // 2)
+        finding, judging = (
+            remask.sensitivities(
+                self._pruned,
+                m,
+                batches,
+                self._output,
+                lambda batch: self._targets[batch].to(self._model.device),
+                relative_error,
+                generator,
+            )
+            for batches in (order[:half], order[half:])
+        )
+        names = finding.keys() & judging.keys()
+        renewed = dict(self.masks)
+        with torch.no_grad():
+            weights = {
+                name: oriented(self._pruned[name].weight, self._pruned[name]) for name in self._pruned if name in names
+            }
+            masks = {name: oriented(self.masks[name], self._pruned[name]) for name in weights}
+            found = {name: remask.exchanges(weights[name], masks[name], finding[name]) for name in weights}
+            changes = {name: remask.predicted(weights[name], found[name], judging[name]) for name in weights}
+            chosen = remask.chosen(changes, share) if changes else {}
+            for name, groups in chosen.items():
+                module = self._pruned[name]
+                weight, mask = remask.exchanged(weights[name], masks[name], found[name], groups)
+                module.weight.copy_(oriented(weight, module))
+                renewed[name] = oriented(mask, module)
+        self._set_masks(renewed)
+        return sum(groups.numel() for groups in chosen.values()), sum(int(groups.sum()) for groups in chosen.values())
 
     def write_back(self) -> None:
         """The trained values go into the block itself, rounded once."""

@@ -83,7 +83,7 @@ class Taps:
 
     def _on_input(self, tap: Tap) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._keep(tap, _input_of(args, kwargs))
+            self._keep(tap, input_of(args, kwargs))
 
         return keep
 
@@ -179,7 +179,7 @@ class _Planner:
 
         def look(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if _input_of(args, kwargs).requires_grad:
+                if input_of(args, kwargs).requires_grad:
                     dependent.add(name)
 
             return hook
@@ -295,7 +295,7 @@ def _size(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
-def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 

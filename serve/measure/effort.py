@@ -178,6 +178,8 @@ def _trained(shape: ModelShape, recipe: Recipe, rates: Rates) -> list[Stage]:
     if (repair := recipe.chosen_repair) is not None:
         tokens = recipe.windows * recipe.length
         work = forward * tokens * (repair.passes * (3 * (1 - HELD_OUT) + HELD_OUT) + HELD_OUT)
+        # A round of new masks, if all are kept: one forward and two backward passes to find them, then a pass of training.
+        work += forward * tokens * repair.rounds * ((5 + 3) * (1 - HELD_OUT) + HELD_OUT)
         stages.append(_stage("training of blocks", rates, low=work, reaches=TRAINING_REACHES))
     if recipe.distill:
         head = 0 if shape.head is None else 2 * shape.head.n * shape.head.k
