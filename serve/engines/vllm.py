@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from compress.packed import DENSE_SUFFIX
 from compress.sources import read_config
 from serve.engines.directory import require_checkpoint
 from serve.engines.process import Address, ServerProcess
+from serve.loopback import open_url
 from serve.vllm import stored
 from serve.vllm.sound import CHECKED_VARIABLE, require_sound
 from serve.vllm_plugin import version_problem
@@ -174,7 +174,7 @@ class VllmServer(ServerProcess):
 
     def _find(self) -> Address | None:
         try:
-            with urllib.request.urlopen(f"{self.root}/health", timeout=5):
+            with open_url(f"{self.root}/health", timeout=5):
                 return self._address
         except (urllib.error.URLError, OSError):
             return None

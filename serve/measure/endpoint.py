@@ -15,10 +15,11 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import openai
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import HalveError, UsageError, did_you_mean, one_line
+from serve.loopback import is_loopback
 from serve.measure.scoring import Done, Scored, finite
 
 Result = TypeVar("Result")
@@ -90,7 +91,11 @@ class EndpointRunner:
         self._runner = asyncio.Runner()
         try:
             self._client = AsyncOpenAI(
-                base_url=self.url, api_key=self._key, max_retries=_RETRIES, timeout=self._timeout
+                base_url=self.url,
+                api_key=self._key,
+                max_retries=_RETRIES,
+                timeout=self._timeout,
+                http_client=DefaultAsyncHttpxClient(trust_env=False) if is_loopback(self.url) else None,
             )
             self._runner.run(self._choose_model())
         except BaseException:

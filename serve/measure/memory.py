@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-import urllib.request
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
+
+from serve.loopback import open_url
 
 _EVERY_SECONDS = 0.2
 # vLLM says it in its log, in GiB (the second form of the cache is that of its build for processors); halve's own engine in
@@ -90,7 +91,7 @@ def told_by(base_url: str, log: str = "") -> dict[str, int]:
         if matches := form.findall(log):
             found[name] = round(float(matches[-1]) * 2**30)
     with contextlib.suppress(OSError, ValueError):
-        with urllib.request.urlopen(base_url.removesuffix("/v1") + "/metrics", timeout=5) as answer:
+        with open_url(base_url.removesuffix("/v1") + "/metrics", timeout=5) as answer:
             metrics = answer.read().decode("utf-8", "replace")
         for name, metric in _IN_METRICS.items():
             if match := re.search(rf"^{metric}(?:{{[^}}]*}})? ([0-9.e+]+)$", metrics, re.MULTILINE):
