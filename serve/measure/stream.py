@@ -2,6 +2,9 @@
 
 The answer is a list of pieces (time, bytes) as they arrived. Events are separated by empty lines and may be cut anywhere;
 the time of an event is that of the piece which completes it.
+
+An event without text may stand for a token (half of a character, a special one), or for none: some servers open an answer with
+an empty event, or close it with one that only says why it ended. Which it is, the number of tokens tells.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ def read_answer(pieces: Sequence[Piece], expected: int) -> Answer:
     """An answer of ``expected`` tokens, or what is wrong with it (then ``tokens`` has what came before)."""
     answer = Answer()
     counted: int | None = None
-    done = finished = empty_end = False
+    done = finished = False
+    events: list[tuple[float, bool]] = []  # when, and whether it had text
     for when, data in _events(pieces):
         if data == "[DONE]":
             done = True
@@ -41,14 +45,13 @@ def read_answer(pieces: Sequence[Piece], expected: int) -> Answer:
             return answer
         choices = event.get("choices")
         if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+            events.append((when, bool(choices[0].get("text"))))
             answer.tokens.append(when)
-            ends = choices[0].get("finish_reason") is not None
-            finished, empty_end = finished or ends, ends and not choices[0].get("text")
+            finished = finished or choices[0].get("finish_reason") is not None
         usage = event.get("usage")
         if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
             counted = usage["completion_tokens"]
-    if empty_end and counted is not None and len(answer.tokens) > counted:
-        answer.tokens.pop()  # an event that only says why it ended
+    answer.tokens = _shown(events, expected if counted is None else counted)
     answer.count = len(answer.tokens) if counted is None else counted
     if not answer.tokens:
         answer.error = "it sent no tokens"
@@ -57,6 +60,19 @@ def read_answer(pieces: Sequence[Piece], expected: int) -> Answer:
     elif answer.count != expected:
         answer.error = f"it gave {answer.count} tokens where {expected} were asked for (does it know ignore_eos?)"
     return answer
+
+
+def _shown(events: Sequence[tuple[float, bool]], tokens: int) -> list[float]:
+    """The times of those events that show some of so many tokens."""
+    opening = next((number for number, (_, text) in enumerate(events) if text), 0)
+    surplus = len(events) - tokens
+    if surplus < 0:  # events show several tokens, and there was none to show yet
+        without = set(range(opening))
+    else:
+        empty = [number for number, (_, text) in enumerate(events) if not text]
+        ends = empty[-1:] if empty and empty[-1] == len(events) - 1 else []
+        without = set(list(dict.fromkeys([*ends, *range(opening), *reversed(empty)]))[:surplus])
+    return [when for number, (when, _) in enumerate(events) if number not in without]
 
 
 def message_of(error: Any) -> str:

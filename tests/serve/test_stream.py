@@ -92,3 +92,27 @@ def test_an_event_may_hold_several_tokens_or_none() -> None:
     assert (reason.tokens, reason.count, reason.error) == ([1.0, 2.0], 2, None)
     unmeasured = read_answer([(1.0, token()), (2.0, token(finish="length"))], 2)
     assert (unmeasured.count, unmeasured.error) == (2, None)
+
+
+def times(*texts: str, count: int | None = 3, expected: int = 3) -> list[float]:
+    """When tokens came of events with these texts, 1 s, 2 s, ...; ``count``: what the server says that there were."""
+    events = [token(text, "length" if number == len(texts) else None) for number, text in enumerate(texts, 1)]
+    end = [DONE] if count is None else [usage(count), DONE]
+    pieces = [(float(number), piece) for number, piece in enumerate([*events, *end], 1)]
+    answer = read_answer(pieces, expected)
+    assert answer.error is None
+    assert answer.count == expected
+    return answer.tokens
+
+
+def test_an_empty_event_is_a_token_only_where_there_are_so_many() -> None:
+    """Some servers open an answer with an empty event, at once; a token that is half of a character has no text, too."""
+    assert times("", "a", "b", "c") == [2, 3, 4]
+    assert times("", "a", "b", "c", count=None) == [2, 3, 4]
+    assert times("", "a", "b", "c", "") == [2, 3, 4]
+    assert times("", "b", "c") == [1, 2, 3]  # one event a token: the first one is a token without text
+    assert times("", "a b", "c") == [1, 2, 3]
+    assert times("", "a b c", count=3) == [2]  # events of several tokens: with the first one there was none
+    assert times("a", "", "b", "c", "") == [1, 3, 4]
+    assert times("a", "", "b", "") == [1, 2, 3]
+    assert times("", "", "") == [1, 2, 3]
