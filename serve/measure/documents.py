@@ -20,10 +20,11 @@ from compress.artefact import read_report
 from compress.errors import UsageError
 from compress.files import TensorFiles
 from compress.sources import read_config
+from serve.measure.pooled import TAILS
+from serve.measure.requests import TIMES, described, percentile, samples_of, too_many_failed
 from serve.measure.statistics import STATISTICS, value_of
 
 Better = Literal["higher", "lower"]
-PERCENTILES = ("p50", "p90", "p99")
 
 
 class DocumentError(UsageError):
@@ -32,8 +33,9 @@ class DocumentError(UsageError):
 
 @dataclass(frozen=True)
 class Figure:
-    """One number. ``samples`` with a ``statistic`` (of `STATISTICS`) where it was sampled; without them it is exact,
-    or (``sampled``) its scatter is not known."""
+    """One number. Where it was sampled, there are ``samples`` with a ``statistic`` (of `STATISTICS`), one of each window,
+    example or round (NaN of a round that has none), or, for a statistic of `TAILS`, the values of each of the ``rounds``.
+    Without them it is exact, or (``sampled``) its scatter is not known."""
 
     value: float
     better: Better
@@ -42,6 +44,14 @@ class Figure:
     pairing: str | None = None
     sampled: bool = False
     """It would come out otherwise another time, or on another text."""
+    rounds: tuple[tuple[float, ...], ...] = ()
+    failed: str = ""
+    """How many of the requests failed that it is of, in words; they count as longer than all others (`requests`)."""
+
+    @property
+    def units(self) -> int:
+        """How many windows, examples or rounds it is of."""
+        return len(self.rounds or self.samples)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,16 @@ class Side:
     about: dict[str, Any] = field(default_factory=dict)
     entry: Mapping[str, Any] = field(default_factory=dict)
     """The model's part of the document, as it stands there."""
+    undefined: dict[str, str] = field(default_factory=dict)
+    """Figures that were measured and have no value, by name: why."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Those figures in words."""
+        return [
+            f"{self.name}: {why}, so there is no {', '.join(name for name in self.undefined if self.undefined[name] == why)}"
+            for why in dict.fromkeys(self.undefined.values())
+        ]
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -101,8 +121,16 @@ class _Bench(BaseModel):
     rounds_done: int | None = None
 
 
+class _Request(BaseModel):
+    intended: Number
+    tokens: int
+    events: list[Number]
+    error: str | None = None
+
+
 class _Round(BaseModel):
-    figures: dict[str, Number | dict[str, Number]]
+    figures: dict[str, Any]
+    requests: Annotated[list[_Request], Field(min_length=1)]
 
 
 class _Rounds(BaseModel):
@@ -207,11 +235,17 @@ def _bench(path: Path, document: _Bench, digest: str) -> tuple[Side, Side | None
         model = document.models[name]
         pairing = f"rounds of {digest}"
         figures = dict(_bench_figures({key: value for key, value in model.items() if key != "loads"}, pairing, path))
-        figures |= _load_figures(model.get("loads", {}), pairing, path)
+        undefined: dict[str, str] = {}
+        loads = model.get("loads", {})
+        for label, found in loads.items():
+            own, without = _load_figures(_Rounds.model_validate(found).rounds, pairing, f"{path} is damaged: {label}")
+            prefix = f"{label}." if len(loads) > 1 else ""
+            figures |= {prefix + key: figure for key, figure in own.items()}
+            undefined |= {prefix + key: why for key, why in without.items()}
         if not figures:
             raise DocumentError(f"{path} has no figures of the model {name!r}; measure again")
         called = model.get("directory", name)
-        return Side(f"{called} ({path})", "bench", figures, {"load": load}, about, model)
+        return Side(f"{called} ({path})", "bench", figures, {"load": load}, about, model, undefined)
 
     # How many rounds there were is no part of what was measured, only of how well.
     load = {key: value for key, value in document.load.items() if key != "rounds"} | {"through": document.through}
@@ -233,41 +267,70 @@ def _bench_figures(
             samples = value["samples"]
             if not isinstance(samples, list) or not samples or not all(_is_positive(sample) for sample in samples):
                 raise DocumentError(f"{path} is damaged: the samples of {name} are not positive numbers; measure again")
-            for statistic in ("mean", *PERCENTILES):
+            for statistic in ("mean", "p50"):
                 figure = Figure(value_of(samples, statistic), _better(name), statistic, tuple(samples), pairing, True)
                 yield f"{name}.{statistic}", figure
+            rounds = tuple((sample,) for sample in samples)
+            for statistic, percent in TAILS.items():
+                value = percentile(samples, percent)
+                yield f"{name}.{statistic}", Figure(value, _better(name), statistic, (), pairing, True, rounds)
         elif isinstance(value, dict):
             yield from _bench_figures(value, pairing, path, f"{name}.")
         elif _is_number(value):
             yield name, Figure(float(value), _better(name))
 
 
-def _load_figures(loads: Mapping[str, Any], pairing: str, path: Path) -> dict[str, Figure]:
-    """Figures of the loads of an endpoint, by name; with the load before it where there is more than one.
+def _load_figures(rounds: list[_Round], pairing: str, damaged: str) -> tuple[dict[str, Figure], dict[str, str]]:
+    """The figures of one load of an endpoint by name, and why others are not defined.
 
-    The rounds are what is sampled. Requests of one round shared the machine's mood and waited for one another, so they are
-    not independent, and to count them as samples would find differences that are none. So ``ttft.p99`` is the median over
-    the rounds of what was the 99th percentile of a round, and its samples are those percentiles.
+    Values are of all requests, as `halve bench` prints them. What is sampled are the rounds: requests of one round shared the
+    machine's mood and waited for one another, so they are not independent, and to count them as samples would find differences
+    that are none. So the samples of a mean or median are those of each round, and of a tail the requests of each round.
     """
-    figures: dict[str, Figure] = {}
-    for label, load in loads.items():
-        prefix = f"{label}." if len(loads) > 1 else ""
-        rounds = [_flat(one) for one in _Rounds.model_validate(load).rounds]
-        for name in rounds[0]:
-            samples = tuple(one[name] for one in rounds if name in one)
-            if len(samples) < len(rounds) or min(samples) < 0:
-                raise DocumentError(f"{path} is damaged: {label}: {name} is not in every round; measure again")
-            figures[prefix + name] = Figure(value_of(samples, "p50"), _better(name), "p50", samples, pairing, True)
-        figures[f"{prefix}errors"] = Figure(load.get("errors", 0), "lower")
-    return figures
+    requests = [one.model_dump(exclude_none=True)["requests"] for one in rounds]
+    total = sum(map(len, requests))
+    failed = sum("error" in request for one in requests for request in one)
+    told = f"{failed} of {total} requests failed" if failed else ""
+    figures = {"errors": Figure(failed, "lower")}
+    undefined: dict[str, str] = {}
+    refused = too_many_failed(failed, total)
+    try:
+        times = [samples_of(one) for one in requests]
+    except (IndexError, ZeroDivisionError):
+        raise DocumentError(f"{damaged}: a request that was answered has no tokens; measure again") from None
+    for name in TIMES:
+        of_rounds = tuple(tuple(one[name]) for one in times)
+        pooled = [value for one in of_rounds for value in one]
+        if not any(map(math.isfinite, pooled)):
+            continue
+        if min(pooled) < 0:
+            raise DocumentError(f"{damaged}: {name} of a request is less than nothing; measure again")
+        for statistic, value in described(pooled).items():
+            if refused or value is None:
+                undefined[f"{name}.{statistic}"] = told
+            elif statistic in TAILS:
+                figure = Figure(value, "lower", statistic, (), pairing, True, of_rounds, told)
+                figures[f"{name}.{statistic}"] = figure
+            else:
+                samples = tuple(_of_round(one, statistic) for one in of_rounds)
+                figures[f"{name}.{statistic}"] = Figure(value, "lower", "p50", samples, pairing, True, failed=told)
+    for name in [name for name in rounds[0].figures if name not in TIMES]:
+        rates = [one.figures.get(name) for one in rounds]
+        if not all(_is_number(rate) and rate >= 0 for rate in rates):
+            raise DocumentError(f"{damaged}: {name} is not in every round; measure again")
+        samples = tuple(map(float, rates))
+        if refused:
+            undefined[name] = told
+        else:
+            figures[name] = Figure(value_of(samples, "p50"), _better(name), "p50", samples, pairing, True, failed=told)
+    return figures, undefined
 
 
-def _flat(one: _Round) -> dict[str, float]:
-    """``{"ttft": {"p50": 1.0}, "requests_per_second": 2.0}`` as ``{"ttft.p50": 1.0, "requests_per_second": 2.0}``."""
-    flat: dict[str, float] = {}
-    for name, value in one.figures.items():
-        flat |= {f"{name}.{part}": of for part, of in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+def _of_round(samples: tuple[float, ...], statistic: str) -> float:
+    """The mean or median of a round: NaN of one without samples, infinite where too many failed."""
+    if not samples:
+        return math.nan
+    return sum(samples) / len(samples) if statistic == "mean" else percentile(samples, 50)
 
 
 def _better(name: str) -> Better:

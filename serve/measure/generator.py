@@ -45,6 +45,9 @@ from serve.measure.stream import Answer, Piece, message_of, read_answer
 _LEAD_SECONDS = 0.05  # between "now" and the first request that is due
 _BUFFER_BYTES = 65536
 _OPEN_CONNECTIONS = 16  # made before an open load begins; more are made when they are needed
+_CLOSED_JUST_THEN = (
+    0.005  # seconds, beyond what it takes to connect: how late a closing may arrive that crossed a request
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Ask:
 class Load:
     """``concurrency`` None: an open load, whose requests are all due at their times.
 
-    ``url`` is that of the completions; ``timeout``: seconds for a whole answer, from when its request was due.
+    ``url`` is that of the completions; ``timeout``: seconds for a whole answer, from when its request was due, or could have
+    been sent.
     """
 
     url: str
@@ -75,7 +79,9 @@ class Outcome:
     """One request, in seconds from the load's beginning. ``error`` None: it was answered, whole.
 
     ``intended``: what its latency counts from: when it was due, or, in a closed load, which has no due times, when it was
-    sent. ``late``: what the generator itself took from when it could have been sent until it was. ``tokens``: when each event with tokens came; ``count``: how many tokens there were.
+    sent (for the first time). ``late``: what the generator itself took from when it could have been sent until it was.
+    ``tokens``: when each event with tokens came; ``count``: how many tokens there were. ``resent``: how often it was sent again,
+    as its connection had been closed just then.
     """
 
     intended: float
@@ -85,6 +91,7 @@ class Outcome:
     tokens: list[float]
     count: int
     error: str | None = None
+    resent: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,11 +115,13 @@ class _Request:
     status: int = 0
     error: str | None = None
     timer: asyncio.TimerHandle | None = None
+    resent: int = 0
     connection: _Connection | None = None
+    connecting: asyncio.Task[None] | None = None
 
 
 class _Connection(asyncio.BufferedProtocol):
-    """One connection, one request at a time. httptools calls ``on_body`` and ``on_message_complete``.
+    """One connection, one request at a time. httptools calls ``on_header``, ``on_body`` and ``on_message_complete``.
 
     What arrives goes into a buffer that all connections share: it is read at once, and a plain protocol's `recv` of 256 KiB
     costs more than all that is done with the few bytes of a token.
@@ -122,8 +131,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._run = run
         self._request: _Request | None = None
         self.transport: asyncio.Transport | None = None
-        self._broken: str | None = None
         self._fresh = True
+        self.connect_seconds = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -132,7 +141,8 @@ class _Connection(asyncio.BufferedProtocol):
     def send(self, request: _Request) -> None:
         assert self.transport is not None
         self._request, self._parser = request, httptools.HttpResponseParser(self)
-        request.sent = self._run.now()
+        self._sent, self._arrived, self._framed = self._run.now(), 0.0, False
+        request.sent = request.sent or self._sent
         self.transport.write(self._run.head + b"%d\r\n\r\n" % len(request.ask.body) + request.ask.body)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -148,6 +158,10 @@ class _Connection(asyncio.BufferedProtocol):
         except httptools.HttpParserError as error:
             self._end(f"it answered with something that is not HTTP: {one_line(error)}")
             self.abort()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() in (b"content-length", b"transfer-encoding"):
+            self._framed = True
 
     def on_body(self, body: bytes) -> None:
         if self._request is not None:
@@ -167,11 +181,28 @@ class _Connection(asyncio.BufferedProtocol):
         self._run.lost(self)
         if self._request is None:
             return
-        if not self._fresh and not self._request.pieces:  # it was closed for being idle as the request went out
+        if exc is None and self._arrived and self._ends_with_its_connection():
+            self._request.status = self._parser.get_status_code()
+            self._end(None)
+            return
+        if self._was_closed_just_then():
             request, self._request = self._request, None
+            request.resent += 1
             self._run.start(request)
             return
         self._end(f"it hung up{f' ({one_line(exc)})' if exc else ''} after {len(self._request.pieces)} pieces")
+
+    def _ends_with_its_connection(self) -> bool:
+        """Whether the body is delimited by the end of the connection (RFC 9112, section 6.3)."""
+        return bool(self._request and self._request.pieces) and not self._framed
+
+    def _was_closed_just_then(self) -> bool:
+        """Whether it was closed for being idle while the request was on its way, so that nobody worked on it.
+
+        A server that worked on it and then died has not answered. To send it again in silence would hide that.
+        """
+        waited = self._run.now() - self._sent
+        return not self._fresh and not self._arrived and waited <= _CLOSED_JUST_THEN + self.connect_seconds
 
     def abort(self) -> None:
         if self.transport is not None:
@@ -206,7 +237,6 @@ class _Run:
         ).encode("latin-1")
         self.buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._idle: list[_Connection] = []
-        self._tasks: set[asyncio.Task[None]] = set()
         self._left = len(load.asks)
         self._waiting: deque[Ask] = deque(load.asks if load.concurrency is not None else ())
         self._done: asyncio.Future[None] = self._loop.create_future()
@@ -241,38 +271,43 @@ class _Run:
         self._loop.call_at(when, self.start, request)
 
     def start(self, request: _Request) -> None:
+        """Sends a request, or sends it again."""
+        if request.timer is None:
+            request.timer = self._loop.call_at(request.due + self._load.timeout, self._too_late, request)
         while self._idle:
             connection = self._idle.pop()
             if connection.transport is not None and not connection.transport.is_closing():
                 self._send(connection, request)
                 return
-        task = self._loop.create_task(self._start_on_new(request))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        request.connection = None
+        request.connecting = self._loop.create_task(self._start_on_new(request))
 
     async def _start_on_new(self, request: _Request) -> None:
         try:
-            async with asyncio.timeout(self._load.timeout):
-                connection = await self._connect()
-        except (OSError, TimeoutError) as error:
+            connection = await self._connect()
+        except OSError as error:
             self.ended(request, f"it cannot be reached: {one_line(error)}", None)
             return
         self._send(connection, request)
 
     def _send(self, connection: _Connection, request: _Request) -> None:
-        request.connection = connection
+        request.connection, request.connecting = connection, None
         connection.send(request)
-        if request.timer is None:
-            request.timer = self._loop.call_at(request.due + self._load.timeout, self._too_late, request)
 
     def _too_late(self, request: _Request) -> None:
-        assert request.connection is not None
-        request.connection.give_up(f"it did not end its answer within {self._load.timeout:g} s")
+        if request.connection is not None:
+            request.connection.give_up(f"it did not end its answer within {self._load.timeout:g} s")
+        else:
+            assert request.connecting is not None
+            request.connecting.cancel()
+            self.ended(request, f"it cannot be reached within {self._load.timeout:g} s", None)
 
     async def _connect(self) -> _Connection:
+        begin = self.now()
         _, connection = await self._loop.create_connection(
             partial(_Connection, self), self._host, self._port, ssl=self._tls
         )
+        connection.connect_seconds = self.now() - begin
         return connection
 
     def lost(self, connection: _Connection) -> None:
@@ -312,6 +347,7 @@ class _Run:
             tokens=[when - self.begin for when in answer.tokens],
             count=answer.count,
             error=error,
+            resent=request.resent,
         )
 
 

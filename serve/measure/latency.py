@@ -5,35 +5,22 @@
     ITL     inter-token latency: between an event with tokens and the next
     E2E     end to end: from there to its last token
 
-Requests that failed have no latencies; they are counted. Percentiles are numpy's. Rates are of a round: what was answered
-whole, by the time from its first request to the end of its last one.
+Requests that failed count as longer than all others (`requests`). Percentiles are numpy's. Rates are of a round: what was
+answered whole, by the time from its first request to the end of its last one.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from compress.errors import UsageError, did_you_mean
 from serve.measure.generator import Outcome, Outcomes
+from serve.measure.requests import DIGITS, TIMES, described, samples_of, times_of, too_many_failed
 
-TIMES = ("ttft", "tpot", "itl", "e2e")
 RATES = ("requests_per_second", "output_tokens_per_second", "goodput_per_second")
-PERCENTILES = (50, 90, 99)
-_DIGITS = 7  # of a second: what is behind is noise
-
-
-def times_of(outcome: Outcome) -> dict[str, list[float]]:
-    """The latencies of a request that was answered, in seconds, by name. TPOT and ITL take two tokens."""
-    first, last = outcome.tokens[0], outcome.tokens[-1]
-    found = {"ttft": [first - outcome.intended], "tpot": [], "e2e": [last - outcome.intended]}
-    if outcome.count > 1:
-        found["tpot"] = [(last - first) / (outcome.count - 1)]
-    found["itl"] = np.diff(outcome.tokens).tolist()
-    return {name: [round(value, _DIGITS) for value in found[name]] for name in TIMES}
 
 
 def limits(given: Sequence[str]) -> dict[str, float]:
@@ -55,14 +42,14 @@ def limits(given: Sequence[str]) -> dict[str, float]:
 
 def round_of(outcomes: Outcomes, goodput: Mapping[str, float]) -> dict[str, Any]:
     """One round: its samples, its statistics (``figures``), its rates, its errors, and each request as it went."""
-    answered = [outcome for outcome in outcomes.requests if outcome.error is None]
-    errors = [outcome.error for outcome in outcomes.requests if outcome.error is not None]
-    times = [times_of(outcome) for outcome in answered]
-    samples = {name: [value for one in times for value in one[name]] for name in TIMES}
-    figures: dict[str, Any] = {name: _statistics(samples[name]) for name in TIMES if samples[name]}
+    requests = [_raw(outcome) for outcome in outcomes.requests]
+    answered = [request for request in requests if "error" not in request]
+    samples = samples_of(requests)
+    figures: dict[str, Any] = {name: described(samples[name]) for name in TIMES if _any_answered(samples[name])}
     figures["requests_per_second"] = len(answered) / outcomes.seconds
-    figures["output_tokens_per_second"] = sum(outcome.count for outcome in answered) / outcomes.seconds
+    figures["output_tokens_per_second"] = sum(request["tokens"] for request in answered) / outcomes.seconds
     if goodput:
+        times = [times_of(request) for request in answered]
         good = sum(all(max(one[name], default=0.0) <= most for name, most in goodput.items()) for one in times)
         figures["goodput_per_second"] = good / outcomes.seconds
     return {
@@ -71,26 +58,32 @@ def round_of(outcomes: Outcomes, goodput: Mapping[str, float]) -> dict[str, Any]
         "generator_late_seconds": max(outcome.late for outcome in outcomes.requests),
         "figures": figures,
         "samples": samples,
-        "errors": errors,
-        "requests": [_raw(outcome) for outcome in outcomes.requests],
+        "errors": [request["error"] for request in requests if "error" in request],
+        "requests": requests,
     }
 
 
 def _raw(outcome: Outcome) -> dict[str, Any]:
     raw: dict[str, Any] = {
-        name: round(getattr(outcome, name), _DIGITS) for name in ("intended", "sent", "ended")
+        name: round(getattr(outcome, name), DIGITS) for name in ("intended", "sent", "ended")
     }  # fmt: skip
-    raw |= {"tokens": outcome.count, "events": [round(when, _DIGITS) for when in outcome.tokens]}
+    raw |= {"tokens": outcome.count, "events": [round(when, DIGITS) for when in outcome.tokens]}
+    if outcome.resent:
+        raw["resent"] = outcome.resent
     return raw if outcome.error is None else {**raw, "error": outcome.error}
 
 
 def summary(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all rounds of a load came to: samples of all requests with mean and percentiles, rates of each round."""
+    """What all rounds of a load came to: mean and percentiles of all requests, samples of the answered ones, rates of rounds.
+
+    A mean or percentile that is not defined, because requests failed, is None.
+    """
     found: dict[str, Any] = {}
     for name in TIMES:
         samples = [value for one in rounds for value in one["samples"][name]]
-        if samples:
-            found[f"{name}_seconds"] = {"samples": samples, **_statistics(samples)}
+        if _any_answered(samples):
+            finite = [value for value in samples if math.isfinite(value)]
+            found[f"{name}_seconds"] = {"samples": finite, **described(samples)}
     for name in RATES:
         if all(name in one["figures"] for one in rounds):
             rates = [one["figures"][name] for one in rounds]
@@ -100,14 +93,26 @@ def summary(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found["errors"] = len(errors)
     if errors:
         found["first_error"] = errors[0]
+    if resent := sum(request.get("resent", 0) for one in rounds for request in one["requests"]):
+        found["resent"] = resent
     found["rounds"] = [{key: value for key, value in one.items() if key != "samples"} for one in rounds]
     return found
 
 
-def _statistics(samples: Sequence[float]) -> dict[str, float]:
-    values = np.asarray(samples, dtype=np.float64)
-    percentiles = np.percentile(values, PERCENTILES)
-    return {
-        "mean": float(values.mean()),
-        **{f"p{p}": float(value) for p, value in zip(PERCENTILES, percentiles, strict=True)},
-    }
+def failing(rounds: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether so many requests of a load failed that its figures are not to be compared."""
+    return too_many_failed(sum(len(one["errors"]) for one in rounds), sum(len(one["requests"]) for one in rounds))
+
+
+def failures(document: Mapping[str, Any]) -> list[str]:
+    """The loads of a bench of which too many requests failed, in words."""
+    return [
+        f"{load['errors']} of {load['requests']} requests of {label} failed on the {name} side"
+        for name, model in document["models"].items()
+        for label, load in model["loads"].items()
+        if too_many_failed(load["errors"], load["requests"])
+    ]
+
+
+def _any_answered(samples: Sequence[float]) -> bool:
+    return any(map(math.isfinite, samples))

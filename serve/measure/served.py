@@ -24,7 +24,7 @@ from serve.loading import load_tokenizer, require_language_model
 from serve.measure.endpoint import EndpointError, EndpointRunner
 from serve.measure.environment import environment
 from serve.measure.generator import Generator, Load
-from serve.measure.latency import round_of, summary
+from serve.measure.latency import failing, round_of, summary
 from serve.measure.loads import Level, asks
 from serve.measure.memory import PeakMemory, told_by
 from serve.measure.speed import ratio
@@ -297,8 +297,13 @@ def _model(side: _Side) -> dict[str, Any]:
 
 
 def _speedup(dense: Sequence[Mapping[str, Any]], sparse: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many times better the sparse side was within each round: the median, and the quartiles as its spread."""
-    found = {}
+    """How many times better the sparse side was within each round: the median, and the quartiles as its spread.
+
+    Nothing of a load of which too many requests failed on a side: what was answered is not what was asked for.
+    """
+    found: dict[str, Any] = {}
+    if failing(dense) or failing(sparse):
+        return found
     for name in ("ttft", "tpot", "e2e"):
         # Tokens that arrive together are 0 s apart, and 0 has no ratio.
         if all(one["figures"].get(name, {}).get("p50") for one in (*dense, *sparse)):

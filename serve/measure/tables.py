@@ -88,10 +88,16 @@ def print_bench(document: dict[str, Any]) -> None:
             f"{label}: {about['requests']} requests a round, prompt {longest}{load['prompt']}, output {longest}{load['output']}, "
             f"{document['rounds_done']} rounds"
         )
-        rows = [_times(text, name, beside, speedup) for name, text in _TIMES.items() if f"{name}_seconds" in beside[0]]
-        rows += [_rates(text, name, beside, speedup) for name, text in _RATES.items() if name in beside[0]]
+        rows = [
+            [text, *(cell(one, name) for one in beside), *_spread(speedup.get(name.removesuffix("_seconds")))]
+            for names, cell in ((_TIMES, _times), (_RATES, _rates))
+            for name, text in names.items()
+            if any(name in one for one in beside)
+        ]
         if any(one["errors"] for one in beside):
             rows.append(["[red]requests that failed[/]", *(f"{one['errors']} of {one['requests']}" for one in beside)])
+        if any(one.get("resent") for one in beside):
+            rows.append(["sent again", *(str(one.get("resent", 0)) for one in beside)])
         out.print(table(title, "p50 / p90 / p99", *models, *(["times as fast"] if compared else []), rows=rows))
         for name, one in zip(models, beside, strict=True):
             if "first_error" in one:
@@ -109,10 +115,10 @@ def print_bench(document: dict[str, Any]) -> None:
 
 
 _TIMES = {
-    "ttft": "TTFT, ms",
-    "tpot": "TPOT, ms",
-    "itl": "ITL, ms",
-    "e2e": "end to end, ms",
+    "ttft_seconds": "TTFT, ms",
+    "tpot_seconds": "TPOT, ms",
+    "itl_seconds": "ITL, ms",
+    "e2e_seconds": "end to end, ms",
 }
 _RATES = {
     "requests_per_second": "requests/s",
@@ -122,13 +128,16 @@ _RATES = {
 _SIZES = {"disk": "bytes on disk", "weights": "weights, resident", "kv_cache": "keys and values, at most"}
 
 
-def _times(text: str, name: str, beside: list[dict[str, Any]], speedup: dict[str, Any]) -> list[str]:
-    cells = [" / ".join(f"{one[f'{name}_seconds'][p] * 1e3:.1f}" for p in ("p50", "p90", "p99")) for one in beside]
-    return [text, *cells, *_spread(speedup.get(name))]
+def _times(load: dict[str, Any], name: str) -> str:
+    """The percentiles; "failed" for one that lies among the requests that failed."""
+    if name not in load:
+        return ""
+    values = [load[name][percentile] for percentile in ("p50", "p90", "p99")]
+    return " / ".join("failed" if value is None else f"{value * 1e3:.1f}" for value in values)
 
 
-def _rates(text: str, name: str, beside: list[dict[str, Any]], speedup: dict[str, Any]) -> list[str]:
-    return [text, *(f"{one[name]['median']:.2f}" for one in beside), *_spread(speedup.get(name))]
+def _rates(load: dict[str, Any], name: str) -> str:
+    return f"{load[name]['median']:.2f}" if name in load else ""
 
 
 def _spread(ratio: dict[str, float] | None) -> list[str]:

@@ -12,6 +12,8 @@ import numpy as np
 
 from serve.measure.commands import bench
 from serve.measure.evaluation import evaluate
+from serve.measure.generator import Outcome, Outcomes
+from serve.measure.latency import round_of, summary
 from tests import tiny_models
 from tests.runs import calibration, compress
 
@@ -39,39 +41,27 @@ def measured(directory: Path) -> Measured:
     return Measured(dense, sparse, evaluation, speed)
 
 
-def sampled(middle: float, count: int, seed: int) -> dict[str, Any]:
-    """Samples around a value, and what a bench says of them."""
-    samples = middle * np.exp(np.random.default_rng(seed).normal(0, 0.1, count))
-    percentiles = {f"p{percent}": float(np.percentile(samples, percent)) for percent in (50, 90, 99)}
-    return {"samples": samples.tolist(), "mean": float(samples.mean()), **percentiles}
-
-
-def _round(load: dict[str, Any], number: int) -> dict[str, Any]:
-    """The figures of one round of a load, a little off those of all."""
-    off = 1 + 0.01 * (number - 3.5)
-    latencies = {
-        name: {part: load[f"{name}_seconds"][part] * off for part in ("mean", "p50", "p90", "p99")}
-        for name in ("ttft", "tpot")
-    }
-    return {"figures": {**latencies, "output_tokens_per_second": load["output_tokens_per_second"]["mean"] / off}}
+def _load(factor: float, index: int) -> dict[str, Any]:
+    """A load of eight rounds of 20 requests."""
+    generator = np.random.default_rng(index)
+    done = []
+    for _ in range(8):
+        requests = []
+        for number in range(20):
+            ttft, tpot = (np.array([0.1, 0.02]) * factor * (1 + index) * np.exp(generator.normal(0, 0.1, 2))).tolist()
+            events = [number + ttft + tpot * place for place in range(4)]
+            requests.append(Outcome(float(number), float(number), 0.0, events[-1], events, 4))
+        if index and factor == 1 and not done:
+            requests[0] = Outcome(0.0, 0.0, 0.0, 9.0, [], 0, "it refused (500)")
+        done.append(round_of(Outcomes(requests, max(one.ended for one in requests), 0.01), {}))
+    return summary(done)
 
 
 def endpoint_bench(dense: Path, sparse: Path, labels: tuple[str, ...] = ("concurrency=1", "concurrency=4")) -> Any:
     """What `halve bench` writes when it measured through the endpoint, as far as it is read."""
 
     def model(directory: Path, factor: float) -> dict[str, Any]:
-        loads = {
-            label: {
-                "ttft_seconds": sampled(0.1 * factor * (1 + index), 20, 2 * index),
-                "tpot_seconds": sampled(0.02 * factor * (1 + index), 20, 2 * index + 1),
-                "output_tokens_per_second": sampled(50 / factor * (1 + index), 8, index),
-                "requests": 20,
-                "errors": index if factor == 1 else 0,
-            }
-            for index, label in enumerate(labels)
-        }
-        for load in loads.values():
-            load["rounds"] = [_round(load, number) for number in range(8)]
+        loads = {label: _load(factor, index) for index, label in enumerate(labels)}
         sizes = {"disk": int(2000 * factor), "weights": int(1_000_000 * factor), "kv_cache": 300_000}
         return {
             "directory": str(directory),

@@ -136,9 +136,31 @@ def bench(pair: tuple[Path, Path], halve: Halve, url: str, *arguments: str) -> A
 def test_failures_are_shown(pair: tuple[Path, Path], halve: Halve) -> None:
     with mock_endpoint("--ttft", 0.01, "--itl", 0.005, "--fault", "early", "--every", 2) as mock:
         called = halve("bench", pair[0], "--url", mock.url, *FAST[:-1], "--requests", "4")
-    assert called.code == 0, called.stderr
+    assert called.code == 1
     assert "4 of 8" in called.stdout
     assert "model, the first failure: it hung up after" in called.stdout
+    assert "too many requests failed for the figures to be compared: 4 of 8 requests of concurrency=1" in called.message
+
+
+def test_a_side_that_fails_is_not_told_to_be_faster(
+    pair: tuple[Path, Path], mocks: tuple[MockEndpoint, MockEndpoint], halve: Halve, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.json"
+    with mock_endpoint("--ttft", 0.01, "--itl", 0.005, "--fault", "early", "--every", 2) as failing:
+        called = halve(
+            "bench", pair[0], "--against", pair[1], "--url", failing.url, "--against-url", mocks[1].url, "--out", file,
+            *FAST, "--requests", "4",
+        )  # fmt: skip
+    assert called.code == 1
+    assert "4 of 8 requests of concurrency=1 failed on the sparse side" in called.message
+    document = json.loads(called.stdout)
+    assert json.loads(file.read_text()) == document
+    assert document["speedup"] == {"concurrency=1": {}}
+    load = document["models"]["sparse"]["loads"]["concurrency=1"]
+    assert (load["errors"], load["ttft_seconds"]["p90"], load["ttft_seconds"]["mean"]) == (4, None, None)
+    judged = halve("compare", file, "--gate", "ttft.p50<=0.9x", "--confident")
+    assert judged.code == 1
+    assert "it is not defined of A: 4 of 8 requests failed" in " ".join(judged.stdout.split())
 
 
 @pytest.mark.parametrize(

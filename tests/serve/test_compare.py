@@ -59,10 +59,10 @@ def bench(seed: int, *, rounds: int = 30, tpot: float = 0.02, **load: Any) -> di
         "environment": {"machine": "a machine", "threads": 2},
         "models": {
             name: {
-                "directory": name, "ttft_seconds": times(0.5), "tpot_seconds": times(tpot * factor),
+                "directory": name, "weights_sha256": name, "ttft_seconds": times(0.5), "tpot_seconds": times(middle),
                 "bytes": {"disk": size, "weights": size, "pruned_layers": 0 if name == "dense" else 9},
             }
-            for name, factor, size in (("dense", 1.5, 200), ("sparse", 1.0, 120))
+            for name, middle, size in (("dense", 0.03, 200), ("sparse", tpot, 120))
         },
     }  # fmt: skip
 
@@ -113,6 +113,8 @@ def test_rounds_of_two_runs_are_not_paired(write) -> None:
     ]
     assert (found["a"], found["b"]) == tuple(np.median(s) for s in samples)
     assert not found["paired"]
+    assert found["relative_to"] == "dense"  # which both measured, each on its day
+    assert found["ratio"] == pytest.approx(1.05, abs=0.01)
     assert found["verdict"] == "worse"
     assert found["interval"][0] > 1.03
     assert document["figures"]["ttft.mean"]["verdict"] == "no difference"
@@ -129,8 +131,9 @@ def test_rounds_of_two_runs_are_not_paired(write) -> None:
 def test_rates_are_better_high(write) -> None:
     faster, slower = bench(1), bench(1)
     for document, factor in ((faster, 1.2), (slower, 1.0)):
-        rates = [factor / sample for sample in document["models"]["sparse"]["tpot_seconds"]["samples"]]
-        document["models"]["sparse"]["throughput"] = {"tokens_per_second": {"samples": rates}}
+        for name, times in (("sparse", factor), ("dense", 1.0)):
+            rates = [times / sample for sample in document["models"][name]["tpot_seconds"]["samples"]]
+            document["models"][name]["throughput"] = {"tokens_per_second": {"samples": rates}}
     figures = compare(write(faster), write(slower, "b.json"))["figures"]
     assert figures["throughput.tokens_per_second.p50"]["verdict"] == "better"
     assert figures["throughput.tokens_per_second.p50"]["ratio"] == pytest.approx(1.2)

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from serve.measure import statistics
+from serve.measure import pooled, statistics
 from serve.measure.compare import compared
-from serve.measure.documents import Figure
-from serve.measure.statistics import STATISTICS, interval, ratio_interval, significance, value_of
+from serve.measure.contrast import Contrast
+from serve.measure.documents import Figure, Side
+from serve.measure.requests import percentile
+from serve.measure.significance import adjusted
+from serve.measure.statistics import STATISTICS, interval, ratio_interval, ratio_of, value_of
 
 
 @pytest.fixture
@@ -24,11 +27,21 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 def verdict(a: np.ndarray, b: np.ndarray, statistic: str, *, paired: bool) -> str:
     """What `halve compare` says of two lists of samples of which less is better."""
 
-    def figure(samples: np.ndarray) -> Figure:
-        pairing = "the same rounds" if paired else None
-        return Figure(value_of(samples.tolist(), statistic), "lower", statistic, tuple(samples.tolist()), pairing, True)
+    def side(samples: np.ndarray) -> Side:
+        return Side("a side", "eval", {"figure": figure(samples.tolist(), statistic, paired=paired)})
 
-    return compared(figure(a), figure(b))["verdict"]
+    return compared(side(a), side(b))["figure"]["verdict"]
+
+
+def figure(samples: list[float], statistic: str, *, paired: bool) -> Figure:
+    pairing = "the same rounds" if paired else None
+    return Figure(value_of(samples, statistic), "lower", statistic, tuple(samples), pairing, True)
+
+
+def significance(a: list[float], b: list[float], statistic: str, *, paired: bool) -> float | None:
+    """The p value of one figure, asked alone."""
+    found = Contrast(figure(a, statistic, paired=paired), figure(b, statistic, paired=paired))
+    return None if found.too_few else adjusted({"figure": found})["figure"]
 
 
 def verdicts(
@@ -131,12 +144,76 @@ def test_few_rounds_are_counted_out() -> None:
 
 def test_percentiles_need_a_tail() -> None:
     samples = np.random.default_rng(0).exponential(1, 500).tolist()
-    assert interval(samples[:49], "p90") is None
-    assert interval(samples[:50], "p90") is not None
-    assert interval(samples[:499], "p99") is None
-    assert interval(samples, "p99") is not None
-    for name in ("p50", "p90", "p99"):
-        assert value_of(samples, name) == np.percentile(samples, float(name[1:]))
+    alone = [[sample] for sample in samples]
+    assert pooled.interval(alone[:49], "p90") is None
+    assert pooled.interval(alone[:50], "p90") is not None
+    assert pooled.interval(alone[:499], "p99") is None
+    assert pooled.interval(alone, "p99") is not None
+    assert pooled.interval([samples[:250], samples[250:]], "p90") is None  # two rounds, however many requests they have
+    for percent in (50, 90, 99):
+        assert percentile(samples, percent) == np.percentile(samples, percent)
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_percentiles_of_rounds_that_share_a_mood() -> None:
+    """The interval of a pooled percentile holds the truth, which that of requests drawn one by one does not."""
+    generator = np.random.default_rng(4)
+    truth = np.percentile(np.exp(generator.normal(0, 0.2, (20000, 1)) + generator.normal(0, 0.2, (20000, 40))), 90)
+    missed = {"rounds": 0, "requests": 0}
+    for _ in range(60):
+        rounds = np.exp(generator.normal(0, 0.2, (40, 1)) + generator.normal(0, 0.2, (40, 20))).tolist()
+        for name, units in (("rounds", rounds), ("requests", [[value] for one in rounds for value in one])):
+            found = pooled.interval(units, "p90")
+            assert found is not None
+            missed[name] += found.misses(float(truth))
+    assert missed["rounds"] <= 7
+    assert missed["requests"] > 12
+
+
+def test_percentiles_through_failures() -> None:
+    """What failed is longer than all the rest, and a percentile among it is not defined."""
+    answered = [float(value) for value in range(1, 10)]
+    assert percentile([*answered, np.inf], 50) == np.median([*answered, 1e9])
+    assert percentile([*answered, np.inf], 90) == np.inf  # it lies between the last answer and the failure
+    assert percentile([*answered, 10.0, np.inf], 90) == 10  # it is the last answer
+    assert percentile([np.inf], 50) == np.inf
+
+
+def test_rounds_in_which_neither_side_had_any_leave_the_ratio_to_the_others() -> None:
+    a, b = [3.0, 3, 3, 0, 3, 3, 3, 3], [1.5, 1.5, 1.5, 0, 1.5, 1.5, 1.5, 1.5]
+    assert ratio_of(a, b, "p50", paired=True) == 2
+    found = ratio_interval(a, b, "p50", paired=True)
+    assert found is not None
+    assert 1 <= found.low <= found.high == 2
+
+
+def test_the_family_is_asked_as_one() -> None:
+    """Westfall and Young's step-down maxT, written as in their algorithm 4.1, over all 256 swaps of eight pairs."""
+    generator = np.random.default_rng(6)
+    apart = generator.normal(0, 1, (5, 8)) + np.array([4.0, 0.8, 0, 0, 0])[:, None]
+    asked = {
+        f"figure {index}": Contrast(*(figure(side, "mean", paired=True) for side in (one.tolist(), [0.0] * 8)))
+        for index, one in enumerate(apart)
+    }
+    signs = np.array([[1 - 2 * (number >> bit & 1) for bit in range(8)] for number in range(256)])
+    # (sums of squares do not change with the signs, so this is in the order of |t|)
+    sizes = np.abs(np.stack([signs @ one / np.sqrt((one**2).sum()) for one in apart]))
+    measured, expected, last = sizes[:, 0], {}, 0.0
+    order = sorted(range(5), key=lambda index: -measured[index])
+    for place, index in enumerate(order):
+        at_least = [max(sizes[other, draw] for other in order[place:]) >= measured[index] - 1e-9 for draw in range(256)]
+        last = max(last, np.mean(at_least).item())
+        expected[f"figure {index}"] = last
+    assert adjusted(asked) == pytest.approx(expected)
+
+
+def test_one_disturbed_round_does_not_hide_a_difference() -> None:
+    generator = np.random.default_rng(8)
+    b = np.exp(generator.normal(0, 0.2, 10))
+    a = 1.05 * b * np.exp(generator.normal(0, 0.01, 10))
+    a[3] *= 2
+    assert verdict(a, b, "p50", paired=True) == "worse"
+    assert verdict(b, a, "p50", paired=True) == "better"
 
 
 def test_equal_samples_are_equal() -> None:

@@ -64,7 +64,7 @@ class Page:
     ) -> None:
         self.checkpoint = checkpoint
         self.results = results
-        self.notes = [*notes, *checkpoint.warnings]
+        self.notes = [*notes, *checkpoint.warnings, *summary.undefined(results)]
         self.commands = Commands(checkpoint)
         self.latencies = summary.latencies(results)
         self.perplexity = summary.perplexity(results)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from serve.measure import documents
+from serve.measure.compare import compared
 from serve.measure.documents import Side
 from serve.measure.report.checkpoint import Checkpoint
 
@@ -30,6 +32,11 @@ class Result:
         """Of the model that was measured, as it was called then; None where only an address is known."""
         found = self.measured.entry.get("directory")
         return found if isinstance(found, str) else None
+
+    @functools.cached_property
+    def beside_dense(self) -> dict[str, dict[str, Any]]:
+        """The figures beside those of the dense model, as `halve compare` finds them."""
+        return compared(self.measured, self.dense) if self.dense else {}
 
     @property
     def environment(self) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from serve.measure.compare import compared
+from serve.measure.compare import own_interval
 from serve.measure.documents import Figure, Side
 from serve.measure.report.checkpoint import Checkpoint, Layer
 from serve.measure.report.results import Result
-from serve.measure.statistics import Interval, interval
+from serve.measure.statistics import Interval
 
 Unit = Literal["seconds", "bytes", "rate", "number", "share"]
 SINGLE_STREAM = "concurrency=1"
@@ -211,6 +211,12 @@ def levels(results: Iterable[Result]) -> list[Level]:
     return sorted(found.values(), key=lambda level: (level.label.partition("=")[0], level.number or 0.0))
 
 
+def undefined(results: Iterable[Result]) -> list[str]:
+    """Why figures are not there that were measured: too many requests failed."""
+    sides = [side for result in results for side in (result.measured, result.dense) if side]
+    return [note for side in sides for note in side.notes]
+
+
 def memory(checkpoint: Checkpoint, results: Iterable[Result]) -> Memory | None:
     """What the bytes are of: as measured in memory where a bench says so, else as stored. None without pruned layers."""
     before, after = checkpoint.pruned_bytes
@@ -337,9 +343,9 @@ def _row(result: Result, name: str, label: str, unit: Unit, load: str) -> Row | 
     shared: dict[str, Any] = {"load": load, "source": str(result.path), "key": key}
     other = result.dense.figures.get(name) if result.dense else None
     if other is None:
-        own = interval(figure.samples, figure.statistic) if figure.statistic else None
+        own = own_interval(figure) if figure.sampled else None
         return Row(label, unit, figure.value, own=own, **shared)
-    found = compared(figure, other)
+    found = result.beside_dense[name]
     return Row(
         label, unit, figure.value, other.value, found["ratio"], found["interval"] if figure.sampled else None,
         found["verdict"], found.get("why"), **shared,
