@@ -34,9 +34,10 @@ import numpy as np
 
 from serve.engines.vllm import installed
 from serve.measure.environment import environment
-from serve.measure.generator import Generator, Load
+from serve.measure.generator import Generator
 from serve.measure.latency import round_of
 from serve.measure.loads import Shape, asks
+from serve.measure.outcomes import Load
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import UsageError
 from serve.measure.documents import DocumentError
+from serve.measure.requests import too_many_failed
 
 WITHIN = 0.15
 """The error of a ratio that a prediction on a device that is here is held to."""
@@ -85,6 +86,7 @@ def check(advice_file: Path, bench_file: Path) -> dict[str, Any]:
             f"{bench_file} has no dense model beside the sparse one; measure with `halve bench DIR --against DENSE`"
         )
     label = _level(bench, advice.load, bench_file)
+    _require_answers(models, label, bench_file)
     measured = {form: _times_of(models[form], label, bench_file) for form in ("dense", "sparse")}
     figures = {}
     for name in _FIGURES:
@@ -162,6 +164,17 @@ def _level(bench: Mapping[str, Any], load: _Load, path: Path) -> str | None:
         f"the advice is for prompt {load.prompt}, output {load.output}, batch {load.batch}, and {path} was measured with prompt "
         f"{lengths[0]}, output {lengths[1]}, batch {' and '.join(batches.values())}; advise again with these, or measure again"
     )
+
+
+def _require_answers(models: Mapping[str, Any], label: str | None, path: Path) -> None:
+    """Raises UsageError where so many requests of a load failed that it has no figures."""
+    for form in ("dense", "sparse"):
+        load = _mapping(_mapping(_mapping(models[form]).get("loads")).get(label))
+        failed, requests = load.get("errors"), load.get("requests")
+        if isinstance(failed, int) and isinstance(requests, int) and too_many_failed(failed, requests):
+            raise UsageError(
+                f"{path}: {failed} of {requests} requests of {label} failed on the {form} side; measure again"
+            )
 
 
 def _times_of(model: Any, label: str | None, path: Path) -> dict[str, list[float]]:

@@ -64,7 +64,7 @@ def compare(a: Path, b: Path | None = None, *, gates: Sequence[str] = (), confid
         "figures": figures,
         "confident": confident,
         "gates": judged,
-        "notes": _notes(candidate, baseline),
+        "notes": [*_notes(candidate, baseline), *_by_dense(figures)],
         "ok": all(gate["holds"] for gate in judged),
     }
 
@@ -192,6 +192,16 @@ def _notes(a: Side, b: Side) -> list[str]:
             notes.append(f"only {one.name} has {', '.join(alone)}")
     notes += [*a.notes, *b.notes]
     return notes
+
+
+def _by_dense(figures: dict[str, dict[str, Any]]) -> list[str]:
+    """How two runs were compared, where they were by their dense model."""
+    if not any("relative_to" in found for found in figures.values()):
+        return []
+    return [
+        "two runs: A / B of times and rates is of sparse / dense in one to sparse / dense in the other, as the machine may have "
+        "been faster in one of them"
+    ]
 
 
 def _listed(side: Side) -> str:

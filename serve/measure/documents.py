@@ -315,7 +315,7 @@ def _load_figures(rounds: list[_Round], pairing: str, damaged: str) -> tuple[dic
                 samples = tuple(_of_round(one, statistic) for one in of_rounds)
                 figures[f"{name}.{statistic}"] = Figure(value, "lower", "p50", samples, pairing, True, failed=told)
     for name in [name for name in rounds[0].figures if name not in TIMES]:
-        rates = [one.figures.get(name) for one in rounds]
+        rates: list[Any] = [one.figures.get(name) for one in rounds]
         if not all(_is_number(rate) and rate >= 0 for rate in rates):
             raise DocumentError(f"{damaged}: {name} is not in every round; measure again")
         samples = tuple(map(float, rates))

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.errors import UsageError, did_you_mean
-from serve.measure.generator import Outcome, Outcomes
+from serve.measure.outcomes import Outcome, Outcomes
 from serve.measure.requests import DIGITS, TIMES, described, samples_of, times_of, too_many_failed
 
 RATES = ("requests_per_second", "output_tokens_per_second", "goodput_per_second")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compress.errors import UsageError
-from serve.measure.generator import Ask
+from serve.measure.outcomes import Ask
 
 PROMPT, OUTPUT = 128, 32  # tokens, where nothing else is said
 TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")

@@ -23,10 +23,11 @@ from serve.engines.process import ServerProcess
 from serve.loading import load_tokenizer, require_language_model
 from serve.measure.endpoint import EndpointError, EndpointRunner
 from serve.measure.environment import environment
-from serve.measure.generator import Generator, Load
+from serve.measure.generator import Generator
 from serve.measure.latency import failing, round_of, summary
 from serve.measure.loads import Level, asks
 from serve.measure.memory import PeakMemory, told_by
+from serve.measure.outcomes import Load
 from serve.measure.speed import ratio
 
 Progress = Callable[[int, int, str], None]

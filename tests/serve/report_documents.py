@@ -12,8 +12,8 @@ import numpy as np
 
 from serve.measure.commands import bench
 from serve.measure.evaluation import evaluate
-from serve.measure.generator import Outcome, Outcomes
 from serve.measure.latency import round_of, summary
+from serve.measure.outcomes import Outcome, Outcomes
 from tests import tiny_models
 from tests.runs import calibration, compress
 

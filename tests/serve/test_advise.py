@@ -481,6 +481,13 @@ def test_what_cannot_be_checked(files: tuple[Path, Path]) -> None:
         files[1].write_text(json.dumps(document))
         with pytest.raises(UsageError, match=error):
             check(*files)
+    failing = bench_document({"prompt": 128, "output": 32, "levels": ["concurrency=1"]})
+    for form, model in failing["models"].items():
+        counts = {"requests": 64, "errors": 48 if form == "sparse" else 0}
+        failing["models"][form] = {"loads": {"concurrency=1": {**model, **counts}}}
+    files[1].write_text(json.dumps({**failing, "through": "endpoint"}))
+    with pytest.raises(UsageError, match="48 of 64 requests of concurrency=1 failed on the sparse side"):
+        check(*files)
     files[1].write_text("{")
     with pytest.raises(DocumentError, match="not whole"):
         check(*files)

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from serve.measure.clock import new_event_loop
-from serve.measure.generator import Ask, Generator, Load, Outcomes
-from serve.measure.latency import TIMES, limits, round_of, summary
+from serve.measure.generator import Generator
+from serve.measure.latency import limits, round_of, summary
+from serve.measure.outcomes import Ask, Load, Outcomes
+from serve.measure.requests import TIMES
 from tests.serve.mocks import mock_endpoint
 
 pytestmark = pytest.mark.alone

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from serve.measure import generator
-from serve.measure.generator import Ask, Load, Outcomes, run_load
+from serve.measure.generator import run_load
 from serve.measure.latency import round_of, summary
+from serve.measure.outcomes import Ask, Load, Outcomes
 from tests.serve.test_stream import DONE, token, usage
 
 pytestmark = pytest.mark.alone

@@ -39,7 +39,7 @@ def test_an_endpoint_here_is_not_asked_for_at_a_proxy(monkeypatch: pytest.Monkey
             self.end_headers()
             self.wfile.write(b"halve:weight_bytes 1234\n")
 
-        def log_message(self, *arguments: object) -> None:
+        def log_message(self, format: str, *arguments: object) -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Metrics) as server:
