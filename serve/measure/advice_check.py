@@ -169,7 +169,7 @@ def _level(bench: Mapping[str, Any], load: _Load, path: Path) -> str | None:
 def _require_answers(models: Mapping[str, Any], label: str | None, path: Path) -> None:
     """Raises UsageError where so many requests of a load failed that it has no figures."""
     for form in ("dense", "sparse"):
-        load = _mapping(_mapping(_mapping(models[form]).get("loads")).get(label))
+        load = _mapping(_mapping(_mapping(models[form]).get("loads")).get(label or ""))
         failed, requests = load.get("errors"), load.get("requests")
         if isinstance(failed, int) and isinstance(requests, int) and too_many_failed(failed, requests):
             raise UsageError(

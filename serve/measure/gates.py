@@ -2,7 +2,8 @@
 
 ``perplexity<=1.10x`` bounds the ratio of the candidate to the baseline, ``tpot.p50<=0.02`` (no ``x``) the
 candidate's own value. A gate is judged by the value; where it has to hold *confidently*, the whole 95 % interval has
-to be on the right side, and a figure whose interval is not known does not pass.
+to be on the right side, and a figure whose interval is not known does not pass. Neither does one that is not defined, because
+requests failed.
 """
 
 from __future__ import annotations
