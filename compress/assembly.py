@@ -32,6 +32,7 @@ def assemble(
     records = [record for block in blocks for record in block["layers"]]
     repairs = [block["repair"] for block in blocks if "repair" in block]
     pruned = [record for record in records if record["status"] == "pruned"]
+    distillation = journal.distillation or {}
     artefact.write_weights(directory, _entries(model, recipe, journal))
     artefact.copy_companions(model.source.directory, directory)
     artefact.write_config(directory, _config(model, recipe, {record["name"] for record in pruned}))
@@ -60,13 +61,17 @@ def assemble(
             "pruned_bytes_before": sum(r["bytes_before"] for r in pruned),
             "pruned_bytes_after": sum(r["bytes_after"] for r in pruned),
         },
-        "warnings": [*_warnings(pruned, "layers"), *_warnings(repairs, "blocks")],
+        "warnings": [
+            *_warnings(pruned, "layers"),
+            *_warnings(repairs, "blocks"),
+            *([distillation["warning"]] if "warning" in distillation else []),
+        ],
         "layers": records,
         **({"allocation": journal.allocation} if journal.allocation else {}),
         **({"repairs": repairs} if repairs else {}),
-        **({"distillation": journal.distillation} if journal.distillation else {}),
+        **({"distillation": distillation} if distillation else {}),
     }
-    report["summary"] |= _summary_of_repairs(recipe, repairs)
+    report["summary"] |= _summary_of_repairs(recipe, repairs) | _summary_of_distillation(distillation)
     artefact.write_records(directory, saved_recipe, report)
 
 
@@ -119,6 +124,12 @@ def _summary_of_repairs(recipe: Recipe, repairs: list[dict[str, Any]]) -> dict[s
         f"mean_{key}": sum(repair[key] for repair in done) / len(done)
         for key in ("held_out_error_before", "held_out_error")
     }
+
+
+def _summary_of_distillation(distillation: dict[str, Any]) -> dict[str, Any]:
+    """Of the whole model's divergence from the dense one, before and after, held out."""
+    wanted = ("tokens", "held_out_divergence_before", "held_out_divergence")
+    return {f"distilled_{key}" if key == "tokens" else key: distillation[key] for key in wanted if key in distillation}
 
 
 def _warnings(records: list[dict[str, Any]], what: str) -> list[str]:

@@ -66,12 +66,15 @@ def text_set(windows: Tensor) -> CalibrationSet:
     return CalibrationSet("input_ids", windows, {"use_cache": False})
 
 
-def load_windows(source: str, tokenizer: Any, *, samples: int, length: int, seed: int) -> Tensor:
+def load_windows(
+    source: str, tokenizer: Any, *, samples: int, length: int, seed: int, at_least: int | None = None
+) -> Tensor:
     """Token windows [samples, length] int64 for calibration.
 
     Args:
         source: ``c4``, a ``.txt`` or ``.jsonl`` file (``.gz`` too), or a Hugging Face data set (needs ``datasets``).
         tokenizer: of transformers.
+        at_least: how many will do where the text holds no more; left out, all of ``samples``.
 
     Raises:
         CalibrationError: the text cannot be read, or holds fewer windows than asked for.
@@ -79,7 +82,10 @@ def load_windows(source: str, tokenizer: Any, *, samples: int, length: int, seed
     text = "\n\n".join(_until(read_documents(source), samples * length * _CHARACTERS_PER_TOKEN))
     tokens = tokenize(text, tokenizer)
     available = len(tokens) // length
+    if at_least is not None and at_least <= available < samples:
+        samples = available
     if available < samples:
+        samples = samples if at_least is None else at_least
         raise CalibrationError(
             f"calibration text {source!r} has {len(tokens)} tokens, which is {available} windows of {length}, and {samples} "
             f"were asked for; give a longer text, or "

@@ -89,6 +89,7 @@ def compress(
                     ["relative output error, mean", f"{summary['mean_relative_output_error']:.4f}"],
                     *_allocation_rows(done.report.get("allocation")),
                     *_repair_rows(summary),
+                    *_distillation_rows(summary),
                     ["their weights, before", human_bytes(summary["pruned_bytes_before"])],
                     ["their weights, after", human_bytes(summary["pruned_bytes_after"])],
                     ["the whole directory", human_bytes(done.report["bytes"]["total"])],
@@ -129,6 +130,15 @@ def _repair_rows(summary: dict[str, Any]) -> list[list[str]]:
         return []
     before, after = summary["mean_held_out_error_before"], summary["mean_held_out_error"]
     return [["error of the blocks, held out", f"{before:.4f} before the repair, {after:.4f} after"]]
+
+
+def _distillation_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """What the training of the whole model bought."""
+    if "held_out_divergence" not in summary:
+        return []
+    before, after = summary["held_out_divergence_before"], summary["held_out_divergence"]
+    said = f"{before:.4f} before {summary['distilled_tokens']:,} tokens, {after:.4f} after"
+    return [["divergence from the dense model, held out", said]]
 
 
 def methods(as_json: Json = False) -> None:

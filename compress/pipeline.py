@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compress import artefact, calibration, memory, packed, vision
-from compress.activations import spilled
+from compress.activations import Growing, spilled
 from compress.allocate import AllocateOptions, Savings, allocate, reasons_of, what_pruning_saves
 from compress.architecture import reads_images, shape_of
 from compress.assembly import assemble
@@ -27,7 +27,7 @@ from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
 from compress.checkpoint import check_files
 from compress.device import choose_device
-from compress.distill import DistillOptions, distill
+from compress.distill import DistillOptions, distill, require_room
 from compress.errors import (
     CalibrationError,
     HalveError,
@@ -44,7 +44,7 @@ from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS
 from compress.pruner import BlockPruner
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
-from compress.repair import held_out_batches, repair_block
+from compress.repair import HELD_OUT, held_out_batches, repair_block
 from compress.sources import Source, fingerprint, load_tokenizer, resolve
 from compress.targets import TENSORS_OF_TARGETS
 from compress.version import versions
@@ -163,8 +163,10 @@ class _Run:
             self.model = BlockModel(
                 self.source, self._dtype(), self.device, add_bias=self.recipe.add_bias, attention=self.attention
             )
-            self.samples = self._samples()
             self.decisions = self._decide()
+            self.samples = self._samples()
+            if (distillation := self.recipe.chosen_distillation) is not None:
+                require_room(self.model, self.samples.samples, len(self.samples) - self._fitted, distillation)
             self.store = self._gradient_store()
             self.journal.open(self._identity())
         except HalveError:
@@ -188,8 +190,10 @@ class _Run:
             self.pruner = self._pruner(self._observed)
             try:
                 self._prune_blocks()
-            except (SourceError, NumericalError):
-                self.journal.abandon()
+            except (SourceError, NumericalError) as error:
+                self.journal.abandon_if_new()
+                if self.journal.directory.is_dir():
+                    error.args = (f"{error} (what was finished is kept in {self.journal.directory})",)
                 raise
         if self.recipe.chosen_distillation is not None and self.journal.distillation is None:
             self._distill(self.recipe.chosen_distillation)
@@ -227,15 +231,28 @@ class _Run:
                 f"the model reads at most {limit} tokens; --length {recipe.length} is more than that"
             )
         tokenizer = load_tokenizer(self.source.directory)
+        fitted = recipe.fitted_to(self._widest())
         windows = calibration.load_windows(
-            recipe.calibration, tokenizer, samples=recipe.windows, length=recipe.length, seed=recipe.seed
+            recipe.calibration,
+            tokenizer,
+            samples=fitted.windows,
+            length=recipe.length,
+            seed=recipe.seed,
+            at_least=recipe.windows,
         )
+        # As many as the text had; the recipe that is saved says how many there were.
+        self.recipe = fitted.with_samples(min(fitted.samples, len(windows)), fitted.training_samples and len(windows))
         vocabulary = self.source.config.get("vocab_size")
         if isinstance(vocabulary, int) and int(windows.max()) >= vocabulary:
             raise SourceError(
                 f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together"
             )
         return calibration.text_set(windows)
+
+    def _widest(self) -> int:
+        """Input channels of the widest layer that is pruned."""
+        linears = (pair for index in range(len(self.model.blocks)) for pair in self.model.linears(index).items())
+        return max(shape_of(module)[1] for name, module in linears if self.decisions[name] is None)
 
     def _decide(self) -> dict[str, str | None]:
         """For every linear of every block: None if it is pruned, or the reason why it stays dense."""
@@ -279,10 +296,13 @@ class _Run:
 
     def _require_space(self) -> None:
         size = sum(info.nbytes for info in self.source.tensors.info.values())
+        pruned = {self.model.key_of(f"{name}.weight") for name, reason in self.decisions.items() if reason is None}
+        blocks = sum(self.source.tensors.info[key].nbytes for key in pruned)
         if self.recipe.format == "packed":
-            pruned = {self.model.key_of(f"{name}.weight") for name, reason in self.decisions.items() if reason is None}
-            saved = sum(self.source.tensors.info[key].nbytes for key in pruned) * 7 / 16
-            size -= int(saved * (1 - self.recipe.allocate))
+            saved = int(blocks * 7 / 16 * (1 - self.recipe.allocate))
+            size, blocks = size - saved, blocks - saved
+        # Finished blocks lie beside the artefact that is made of them, and those before the distillation beside those after.
+        size += blocks * (2 if self.recipe.distill else 1)
         tokens = len(self.samples) * self._tokens_of_a_sample()
         # Saved for a resume, and a second time where they are too large for the memory.
         sets = 2 * (2 if self._dense_wanted else 1) * tokens
@@ -307,22 +327,44 @@ class _Run:
     def _prune_blocks(self) -> None:
         count = len(self.model.blocks)
         self.progress(self.journal.next_block, count, "reading the calibration samples")
-        passing = self.samples.first(self._observed) if self.recipe.chosen_repair is None else self.samples
-        activations = {"hidden": self.model.record_calls(passing.batches(self._batch_size()))}
-        if self._dense_wanted:
-            activations["dense"] = [states.clone() for states in activations["hidden"]]
-        activations = {
-            kind: self._kept(kind, batches)
-            for kind, batches in (self.journal.load_activations() or activations).items()
-        }
+        activations = self._first_activations()
         memory.give_back()
         for index in range(self.journal.next_block, count):
-            self.journal.save_activations(index, activations)
+            if not self.model.carried:  # else a resumed run begins with the first block: what is carried is not saved
+                self.journal.save_activations(index, activations)
             widths = {kind: batches[0].dtype for kind, batches in activations.items()}
             self._finish_block(index, activations["hidden"], activations.get("dense"))
             for kind, batches in activations.items():
                 if batches[0].dtype != widths[kind]:
                     activations[kind] = self._kept(kind, batches)
+
+    def _first_activations(self) -> dict[str, list[Tensor]]:
+        """What goes into the block to go on with, from the model before the blocks, or as the interrupted run saved it."""
+        passing = self.samples.first(self._observed) if self.recipe.chosen_repair is None else self.samples
+        size = self._batch_size()
+        batches = passing.batches(size)
+        if (saved := self.journal.load_activations()) is not None:
+            self.model.record_calls(batches, lambda states: None)
+            return {kind: self._kept(kind, states) for kind, states in saved.items()}
+        kinds = ("hidden", "dense") if self._dense_wanted else ("hidden",)
+        growing = {
+            kind: Growing(-(-len(passing) // size), self.journal.directory / f"{kind}.activations") for kind in kinds
+        }
+
+        def keep(states: Tensor) -> None:
+            for number, into in enumerate(growing.values()):
+                into.append(states.clone() if number else states)  # each is overwritten on its own
+
+        self.model.record_calls(batches, keep)
+        self._refuse_what_is_carried()
+        return {kind: into.tensors for kind, into in growing.items()}
+
+    def _refuse_what_is_carried(self) -> None:
+        """Two streams of activations would write over each other's, and other blocks may read channels that were reordered."""
+        if self._dense_wanted:
+            self.model.refuse_carried("--repair block" if self.recipe.chosen_repair else "--targets dense")
+        if self.recipe.permutation != "none":
+            self.model.refuse_carried(f"--permutation {self.recipe.permutation}")
 
     def _kept(self, kind: str, batches: list[Tensor]) -> list[Tensor]:
         """The activations where they can be overwritten: in memory, or in a file where they are large."""
@@ -363,11 +405,23 @@ class _Run:
     @property
     def _observed(self) -> int:
         """Calibration samples, the first ones, that the statistics see: nothing that a stage that trains holds out."""
-        if self.recipe.repair == "none" and not self.recipe.distill:
+        if not self._trains:
+            return len(self.samples)
+        size = self._batch_size()
+        return min(-(-self.recipe.samples // size) * size, self._fitted)  # whole batches
+
+    @property
+    def _fitted(self) -> int:
+        """Calibration samples, the first ones, that something may be fitted to; the others are held out."""
+        if not self._trains:
             return len(self.samples)
         size = self._batch_size()
         batches = -(-len(self.samples) // size)
-        return min(-(-self.recipe.samples // size), batches - held_out_batches(batches)) * size  # whole batches
+        return (batches - held_out_batches(batches)) * size if batches > 1 else len(self.samples)
+
+    @property
+    def _trains(self) -> bool:
+        return self.recipe.chosen_repair is not None or bool(self.recipe.distill)
 
     @property
     def _dense_wanted(self) -> bool:
@@ -378,7 +432,9 @@ class _Run:
         """Calibration samples in one forward pass."""
         if self.recipe.needs & REGIONAL_NEEDS:
             return 1  # a gradient is taken of each sample's own loss
-        return max(1, BATCH_TOKENS // self._tokens_of_a_sample())
+        size = max(1, BATCH_TOKENS // self._tokens_of_a_sample())
+        # (Whole batches are held out, so where something trains there have to be some.)
+        return max(1, min(size, int(HELD_OUT * len(self.samples)))) if self._trains else size
 
     def _finish_block(self, index: int, hidden: list[Tensor], dense: list[Tensor] | None) -> None:
         """One block from its inputs to its outputs.
@@ -399,7 +455,7 @@ class _Run:
         record: dict[str, Any] = {"layers": done.records}
         if repair is not None:
             assert dense is not None, "they are kept for the repair"
-            record["repair"] = repair_block(
+            repaired = repair_block(
                 self.model,
                 index,
                 done.masks,
@@ -410,7 +466,8 @@ class _Run:
                 seed=self.recipe.seed,
                 tell=lambda text: self.progress(index, count, text),
             )
-            done.changed |= self.model.parameters(index).keys()
+            record["repair"] = repaired.record
+            done.changed |= repaired.changed
             if "held_out_error" in record["repair"]:
                 said += ", held out {held_out_error_before:.4f}, repaired {held_out_error:.4f}".format(
                     **record["repair"]
@@ -459,6 +516,7 @@ class _Run:
             self.samples.samples,
             options,
             tokens=self.recipe.distill,
+            held_out=len(self.samples) - self._fitted,
             format=self.recipe.format,
             seed=self.recipe.seed,
             tell=self.progress,

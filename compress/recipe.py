@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compress.errors import RecipeError, did_you_mean, one_line
+from compress.presets import merged
 
 # The methods import torch, which takes two seconds: they are imported where a recipe is checked, so that the
 # schema alone (which `--help` shows) costs nothing.
@@ -98,6 +100,13 @@ class Recipe(BaseModel):
         "for an image classifier a directory of images",
     )
     samples: int = Field(128, ge=1, description="calibration windows, or images")
+    tokens_per_input: float = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="calibration tokens for each input channel of the widest layer, at least: more windows than --samples where "
+        "the model is wide, as far as the text goes",
+    )
     training_samples: int | None = Field(
         None,
         ge=1,
@@ -336,7 +345,22 @@ class Recipe(BaseModel):
             data = data["recipe"]
         if not isinstance(data, dict):
             raise RecipeError(f"the recipe {path} must be a mapping of fields, such as 'metric: wanda'")
-        return cls.create(**{**{str(key): value for key, value in data.items()}, **overrides})
+        return cls.create(**merged({str(key): value for key, value in data.items()}, overrides))
+
+    def fitted_to(self, widest: int) -> Recipe:
+        """The same with as many windows as ``tokens_per_input`` wants for a model.
+
+        Args:
+            widest: input channels of its widest layer that is pruned.
+        """
+        wanted = math.ceil(self.tokens_per_input * widest / self.length)
+        return self.with_samples(
+            max(self.samples, wanted), self.training_samples and max(self.training_samples, wanted)
+        )
+
+    def with_samples(self, samples: int, training_samples: int | None) -> Recipe:
+        """The same with other numbers of windows."""
+        return self.model_copy(update={"samples": samples, "training_samples": training_samples})
 
     def differences(self, other: Recipe) -> list[str]:
         """``"samples: 64 instead of 128"`` for each field in which this one differs from the other."""

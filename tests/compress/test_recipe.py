@@ -166,6 +166,7 @@ CHANGES: dict[str, Any] = {
     "add_bias": True,
     "calibration": "wikitext2",
     "samples": 64,
+    "tokens_per_input": 4,
     "length": 512,
     "seed": 1,
     "ignore": ("*.k_proj",),
