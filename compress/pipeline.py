@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from torch import Tensor
 from compress import artefact, calibration, memory, packed, vision
 from compress.activations import Growing, spilled
 from compress.allocate import AllocateOptions, Savings, allocate, reasons_of, what_pruning_saves
-from compress.architecture import reads_images, shape_of
+from compress.architecture import reads_images
 from compress.assembly import assemble
 from compress.attention import TORCH
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
 from compress.checkpoint import check_files
+from compress.decisions import decide, widest
 from compress.device import choose_device
 from compress.distill import DistillOptions, distill, require_room
 from compress.errors import (
@@ -35,17 +35,17 @@ from compress.errors import (
     OutputError,
     RecipeError,
     SourceError,
-    did_you_mean,
 )
 from compress.files import TensorFiles
 from compress.gradients import GradientStore
 from compress.journal import Journal
-from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS
+from compress.layer_statistics import GRADIENT_NEEDS
 from compress.pruner import BlockPruner
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
-from compress.repair import HELD_OUT, held_out_batches, repair_block
+from compress.repair import held_out_batches, repair_block
 from compress.sources import Source, fingerprint, load_tokenizer, resolve
+from compress.split import Split
 from compress.targets import TENSORS_OF_TARGETS
 from compress.version import versions
 
@@ -163,10 +163,11 @@ class _Run:
             self.model = BlockModel(
                 self.source, self._dtype(), self.device, add_bias=self.recipe.add_bias, attention=self.attention
             )
-            self.decisions = self._decide()
+            self.decisions = decide(self.model, self.recipe)
             self.samples = self._samples()
+            self.split = Split.of(len(self.samples), self.recipe, self._tokens_of_a_sample(), BATCH_TOKENS)
             if (distillation := self.recipe.chosen_distillation) is not None:
-                require_room(self.model, self.samples.samples, len(self.samples) - self._fitted, distillation)
+                require_room(self.model, self.samples.samples, len(self.samples) - self.split.fitted, distillation)
             self.store = self._gradient_store()
             self.journal.open(self._identity())
         except HalveError:
@@ -187,7 +188,7 @@ class _Run:
             except HalveError:
                 self.journal.abandon_if_new()
                 raise
-            self.pruner = self._pruner(self._observed)
+            self.pruner = self._pruner(self.split.observed)
             try:
                 self._prune_blocks()
             except (SourceError, NumericalError) as error:
@@ -231,7 +232,7 @@ class _Run:
                 f"the model reads at most {limit} tokens; --length {recipe.length} is more than that"
             )
         tokenizer = load_tokenizer(self.source.directory)
-        fitted = recipe.fitted_to(self._widest())
+        fitted = recipe.fitted_to(widest(self.model, self.decisions))
         windows = calibration.load_windows(
             recipe.calibration,
             tokenizer,
@@ -248,39 +249,6 @@ class _Run:
                 f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together"
             )
         return calibration.text_set(windows)
-
-    def _widest(self) -> int:
-        """Input channels of the widest layer that is pruned."""
-        linears = (pair for index in range(len(self.model.blocks)) for pair in self.model.linears(index).items())
-        return max(shape_of(module)[1] for name, module in linears if self.decisions[name] is None)
-
-    def _decide(self) -> dict[str, str | None]:
-        """For every linear of every block: None if it is pruned, or the reason why it stays dense."""
-        decisions: dict[str, str | None] = {}
-        used: set[str] = set()
-        for index in range(len(self.model.blocks)):
-            for name, module in self.model.linears(index).items():
-                columns = shape_of(module)[1]
-                matching = [pattern for pattern in self.recipe.ignore if fnmatchcase(name, pattern)]
-                used.update(matching)
-                reason = (
-                    f"ignored by the recipe ({matching[0]})"
-                    if matching
-                    else self.recipe.parsed_pattern.why_not(columns)
-                )
-                if reason is None and self.recipe.format == "packed":
-                    reason = packed.why_not(columns)
-                decisions[name] = reason
-        if unused := [pattern for pattern in self.recipe.ignore if pattern not in used]:
-            raise RecipeError(
-                f"ignore {unused[0]!r} matches no linear layer{did_you_mean(unused[0], _generic(decisions))}"
-            )
-        if all(decisions.values()):
-            name, reason = next(iter(decisions.items()))
-            raise SourceError(
-                f"no layer of {self.source.directory} can be pruned to {self.recipe.pattern}: {name}: {reason}"
-            )
-        return decisions
 
     def _identity(self) -> dict[str, Any]:
         gguf = Path(self.model_name).expanduser()
@@ -307,7 +275,7 @@ class _Run:
         # Saved for a resume, and a second time where they are too large for the memory.
         sets = 2 * (2 if self._dense_wanted else 1) * tokens
         if self.recipe.chosen_targets is not None:
-            sets += TENSORS_OF_TARGETS * self._observed * self._tokens_of_a_sample()
+            sets += TENSORS_OF_TARGETS * self.split.observed * self._tokens_of_a_sample()
         activations = sets * self._hidden_size() * self.model.dtype.itemsize
         free = shutil.disk_usage(self.journal.directory).free
         if free < size + activations:
@@ -340,8 +308,8 @@ class _Run:
 
     def _first_activations(self) -> dict[str, list[Tensor]]:
         """What goes into the block to go on with, from the model before the blocks, or as the interrupted run saved it."""
-        passing = self.samples.first(self._observed) if self.recipe.chosen_repair is None else self.samples
-        size = self._batch_size()
+        passing = self.samples.first(self.split.observed) if self.recipe.chosen_repair is None else self.samples
+        size = self.split.size
         batches = passing.batches(size)
         if (saved := self.journal.load_activations()) is not None:
             self.model.record_calls(batches, lambda states: None)
@@ -377,7 +345,7 @@ class _Run:
         # What is pruned and how makes no difference to them, and the attention none but of rounding.
         others = ("model", "recipe", "attention")
         identity = {key: value for key, value in self._identity().items() if key not in others}
-        identity["calibration"] = self.samples.first(self._observed).digest
+        identity["calibration"] = self.samples.first(self.split.observed).digest
         if (gguf := Path(self.model_name).expanduser()).is_file():
             identity["source"] = fingerprint([gguf])  # what was made of it is new in each run
         identity["dtype"] = str(self._gradient_dtype())
@@ -395,7 +363,7 @@ class _Run:
         store.provide(
             GRADIENT_NEEDS if kept else self.recipe.needs & GRADIENT_NEEDS,
             lambda: BlockModel(self.source, self._gradient_dtype(), self.device, attention=self.attention),
-            self.samples.first(self._observed),
+            self.samples.first(self.split.observed),
             every if kept else [[name for name in block if name in wanted] for block in every],
             wanted,
             self.progress,
@@ -403,38 +371,9 @@ class _Run:
         memory.give_back()
 
     @property
-    def _observed(self) -> int:
-        """Calibration samples, the first ones, that the statistics see: nothing that a stage that trains holds out."""
-        if not self._trains:
-            return len(self.samples)
-        size = self._batch_size()
-        return min(-(-self.recipe.samples // size) * size, self._fitted)  # whole batches
-
-    @property
-    def _fitted(self) -> int:
-        """Calibration samples, the first ones, that something may be fitted to; the others are held out."""
-        if not self._trains:
-            return len(self.samples)
-        size = self._batch_size()
-        batches = -(-len(self.samples) // size)
-        return (batches - held_out_batches(batches)) * size if batches > 1 else len(self.samples)
-
-    @property
-    def _trains(self) -> bool:
-        return self.recipe.chosen_repair is not None or bool(self.recipe.distill)
-
-    @property
     def _dense_wanted(self) -> bool:
         """Whether the activations of the dense model go through the blocks beside those of the pruned one."""
         return self.recipe.chosen_repair is not None or self.recipe.chosen_targets is not None
-
-    def _batch_size(self) -> int:
-        """Calibration samples in one forward pass."""
-        if self.recipe.needs & REGIONAL_NEEDS:
-            return 1  # a gradient is taken of each sample's own loss
-        size = max(1, BATCH_TOKENS // self._tokens_of_a_sample())
-        # (Whole batches are held out, so where something trains there have to be some.)
-        return max(1, min(size, int(HELD_OUT * len(self.samples)))) if self._trains else size
 
     def _finish_block(self, index: int, hidden: list[Tensor], dense: list[Tensor] | None) -> None:
         """One block from its inputs to its outputs.
@@ -447,7 +386,7 @@ class _Run:
         count = len(self.model.blocks)
         repair = self.recipe.chosen_repair
         block = self.model.load_block(index)
-        observed = hidden[: -(-self._observed // self._batch_size())]
+        observed = hidden[: -(-self.split.observed // self.split.size)]
         done = self.pruner.prune(index, block, observed, dense, lambda batch: self._advance(index, dense or [], batch))
         errors = [record["relative_output_error"] for record in done.records if "relative_output_error" in record]
         said = f"{self.model.block_name(index)}, relative output error "
@@ -494,7 +433,7 @@ class _Run:
         """Why the linears stay dense that the allocation keeps, measured in the dense model unless that was done."""
         record = self.journal.allocation
         if record is None:
-            windows, size = self.samples.first(min(options.windows, self._observed)), self._batch_size()
+            windows, size = self.samples.first(min(options.windows, self.split.observed)), self.split.size
             batches = -(-len(windows) // size)
             fitted = min(len(windows), (batches - held_out_batches(batches)) * size)
             pruner = self._pruner(fitted)
@@ -516,7 +455,7 @@ class _Run:
             self.samples.samples,
             options,
             tokens=self.recipe.distill,
-            held_out=len(self.samples) - self._fitted,
+            held_out=len(self.samples) - self.split.fitted,
             format=self.recipe.format,
             seed=self.recipe.seed,
             tell=self.progress,
@@ -542,8 +481,3 @@ class _Run:
             states.copy_(output)
         else:  # the residuals of some families are wider than their embeddings
             activations[batch] = output.to(states.device)
-
-
-def _generic(names: dict[str, Any]) -> list[str]:
-    """Layer names with their block number as a star, each once."""
-    return sorted({".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names})

@@ -55,17 +55,28 @@ def interrupted(source: Path, out: Path, *, blocks: int = 2, **settings: Any) ->
     return out.with_name(out.name + ".partial")
 
 
-def test_killed_at_every_change_of_the_disk(tmp_path: Path) -> None:
+EVERYTHING = (
+    *("--reconstruction", "admm", "--permutation", "fold", "--targets", "dense", "--allocate", "0.1"),
+    *("--repair", "block", "--repair-options", "passes=1", "--repair-options", "rounds=1", "--training-samples", "16"),
+    *("--distill", "640", "--distill-options", "batch=2"),
+)
+"""Every stage that writes something of its own."""
+
+
+@pytest.mark.parametrize(
+    "stages", [(), pytest.param(EVERYTHING, marks=pytest.mark.slow)], ids=["default", "everything"]
+)
+def test_killed_at_every_change_of_the_disk(stages: tuple[str, ...], tmp_path: Path) -> None:
     source = tiny_models.build("llama", tmp_path / "source", layers=2)
     given = [str(source), "--calibration", str(calibration(tmp_path)), "--samples", "4", "--length", str(LENGTH)]
-    given += ["--checkpoint-seconds", "0"]
+    given += ["--checkpoint-seconds", "0", *stages]
     done = subprocess.run(
         [sys.executable, "-m", "tests.compress.killing", str(tmp_path / "runs"), *given],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3000 if stages else 300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
