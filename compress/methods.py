@@ -25,9 +25,9 @@ MethodT = TypeVar("MethodT", "Metric", "Reconstruction")
 
 
 class Options(BaseModel):
-    """The options of a method: a subclass adds its fields; unknown ones are refused."""
+    """The options of a method: a subclass adds its fields; unknown ones are refused, and so are NaN and infinity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.errors import RecipeError
 from compress.layer_statistics import LayerStatistics
-from compress.methods import Pruning, Reconstructed
+from compress.methods import Pruning, Reconstructed, Reconstruction, parse_options
 from compress.metrics.wanda import wanda
 from compress.patterns import Group, NMPattern, Pattern, UnstructuredPattern, parse_pattern
 from compress.reconstruction import DSNOT, R2_DSNOT
@@ -312,3 +313,17 @@ def test_registered_with_what_they_need() -> None:
     assert R2_DSNOT.needs == {"moments", "sum_of_squares"}
     assert not DSNOT.own_metric
     assert not R2_DSNOT.own_metric
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (DSNOT, {"threshold": float("inf")}),
+        (R2_DSNOT, {"gamma_prune": float("inf")}),
+        (R2_DSNOT, {"gamma_grow": float("nan")}),
+        (R2_DSNOT, {"p": float("inf")}),
+    ],
+)
+def test_numbers_that_leave_nothing_to_compare_are_refused(method: Reconstruction, options: dict[str, float]) -> None:
+    with pytest.raises(RecipeError, match=f"option '{next(iter(options))}' of {method.name}"):
+        parse_options(method, options)
