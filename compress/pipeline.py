@@ -185,7 +185,7 @@ class _Run:
             except HalveError:
                 self.journal.abandon_if_new()
                 raise
-            self.pruner = self._pruner(self._observed)
+            self.pruner = self._pruner()
             try:
                 self._prune_blocks()
             except (SourceError, NumericalError):
@@ -424,8 +424,8 @@ class _Run:
         memory.give_back()
         self.progress(index + 1, count, said)
 
-    def _pruner(self, samples: int) -> BlockPruner:
-        return BlockPruner(self.model, self.recipe, self.decisions, samples, self.store, self.journal.directory)
+    def _pruner(self) -> BlockPruner:
+        return BlockPruner(self.model, self.recipe, self.decisions, self.store, self.journal.directory)
 
     def _what_pruning_saves(self) -> dict[str, float]:
         """By linear, where an allocation is still to be made."""
@@ -438,11 +438,8 @@ class _Run:
         record = self.journal.allocation
         if record is None:
             windows, size = self.samples.first(min(options.windows, self._observed)), self._batch_size()
-            batches = -(-len(windows) // size)
-            fitted = min(len(windows), (batches - held_out_batches(batches)) * size)
-            pruner = self._pruner(fitted)
             record = allocate(
-                self.model, pruner, windows.batches(size), self._pass_on, saves, tell=self.progress
+                self.model, self._pruner(), windows.batches(size), self._pass_on, saves, tell=self.progress
             ).record()
             memory.give_back()
             self.journal.save_allocation(record)
