@@ -137,9 +137,10 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
         "calibration": protocol.calibration,
         "seed": protocol.seed,
         "format": "dense",
-        "gradients": work / "gradients",
     }
     cell = Cell(**request["cell"])
+    if cell.metric in GRADIENT_METRICS:
+        settings["gradients"] = work / "gradients"
     metric_first = cell.metric is not None and cell.reconstruction == "none"
     options = {"metric_options" if metric_first else "reconstruction_options": cell.options}
     out = work / cell.key.replace(" ", "_").replace(":", "-")

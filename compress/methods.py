@@ -39,6 +39,11 @@ class Options(BaseModel):
         """The comparison group that these options imply, or None for the method's own."""
         return None
 
+    @property
+    def named_layers(self) -> Mapping[str, str]:
+        """What the full names of some linear layers have in them, by the option that says so; if none has, it is refused."""
+        return {}
+
     def check(self, pattern: Pattern) -> None:
         """Raises RecipeError where these options cannot be used with the pattern."""
 

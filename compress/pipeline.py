@@ -104,6 +104,11 @@ def compress_model(
     if recipe is not None and fields:
         raise RecipeError(f"give either a recipe or its fields, not both (got {', '.join(fields)})")
     recipe = recipe or Recipe.create(**fields)
+    if gradients is not None and not recipe.needs & GRADIENT_NEEDS:
+        raise RecipeError(
+            f"gradients={str(gradients)!r} was given, and nothing in the recipe reads the gradients of the model's loss; leave "
+            "it out (flag --gradients), or choose a metric that does (see `halve methods`)"
+        )
     run = _Run(
         str(model),
         Path(out),
@@ -258,6 +263,11 @@ class _Run:
             raise RecipeError(
                 f"ignore {unused[0]!r} matches no linear layer{did_you_mean(unused[0], _generic(decisions))}"
             )
+        for option, part in self.recipe.named_layers.items():
+            if not any(part in name for name in decisions):
+                raise RecipeError(
+                    f"option {option}={part}: no linear layer has that in its name; they are {', '.join(_generic(decisions))}"
+                )
         if all(decisions.values()):
             name, reason = next(iter(decisions.items()))
             raise SourceError(

@@ -19,7 +19,7 @@ from compress.architecture import find_blocks, is_linear, oriented
 from compress.backward import regional_gradients
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet, text_set
-from compress.errors import CorruptCheckpointError, OutputError, SourceError
+from compress.errors import CorruptCheckpointError, OutputError, RecipeError, SourceError
 from compress.gradients import GradientStore
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric
@@ -179,10 +179,10 @@ def test_regional_of_float16_is_that_of_float32(tmp_path: Path) -> None:
     for model in (halves, wide):
         hidden = model.record_calls(samples_of("llama").batches(1))
         for states in hidden:
-            states[:, 0, 5] = 3000.0
+            states[:, 0] = 3000.0
         model.load_block(1)
-        for module in model.linears(1).values():  # the same weights
-            module.weight.data = module.weight.data.half().to(model.dtype)
+        for module in model.linears(1).values():  # the same weights, and as small as those of large models
+            module.weight.data = (module.weight.data.half() / 8).to(model.dtype)
         found.append(regional_gradients(model, 1, model.linears(1), hidden))
         assert all(parameter.dtype == model.dtype for parameter in model.blocks[1].parameters())
     for name, expected in found[1].items():
@@ -478,6 +478,14 @@ def test_kept_gradients_are_for_any_layers_and_a_refusal_leaves_nothing(
         assert not (tmp_path / "three.partial").exists()
     three = compress(source, tmp_path / "three", gradients=kept, **SETTINGS).directory
     assert tree(three) == tree(expected)
+
+
+def test_a_directory_of_gradients_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"gradients='.*kept' was given, and nothing in the recipe reads the gradients"
+    ):
+        compress(tmp_path / "source", tmp_path / "out", gradients=tmp_path / "kept", metric="wanda++")
+    assert beside(tmp_path / "out") == ["calibration.txt"]
 
 
 def test_kept_gradients_of_a_gguf(gblm: list[LayerStatistics], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
