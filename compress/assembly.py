@@ -7,6 +7,7 @@ from typing import Any
 
 from compress import artefact, packed
 from compress.architecture import linears_of
+from compress.bias import NO_BIAS
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
 from compress.files import Entry, TensorFiles
@@ -63,6 +64,7 @@ def assemble(
         },
         "warnings": [
             *_warnings(pruned, "layers"),
+            *_missing_biases(recipe, pruned),
             *_warnings(repairs, "blocks"),
             *([distillation["warning"]] if "warning" in distillation else []),
         ],
@@ -130,6 +132,26 @@ def _summary_of_distillation(distillation: dict[str, Any]) -> dict[str, Any]:
     """Of the whole model's divergence from the dense one, before and after, held out."""
     wanted = ("tokens", "held_out_divergence_before", "held_out_divergence")
     return {f"distilled_{key}" if key == "tokens" else key: distillation[key] for key in wanted if key in distillation}
+
+
+def _missing_biases(recipe: Recipe, pruned: list[dict[str, Any]]) -> list[str]:
+    """Of a metric that supposes a bias, how many layers have none; of those that it scored so."""
+    metric = recipe.chosen_metric
+    if metric is None or not metric.corrects_bias:
+        return []
+    bare = [record["name"] for record in pruned if record.get("bias") == NO_BIAS and not record.get("after_norm")]
+    if not bare:
+        return []
+    remedy = (
+        "use wanda"
+        if recipe.add_bias
+        else "give them one by --add-bias, where the model has a switch for it, or use wanda"
+    )
+    return [
+        f"{metric.name} supposes that a bias takes over the mean of what is pruned, and {len(bare)} of {len(pruned)} layers "
+        f"have none, the first is {bare[0]}: they were pruned by the variance of their inputs alone, and nothing makes up for "
+        f"the mean; {remedy}"
+    ]
 
 
 def _warnings(records: list[dict[str, Any]], what: str) -> list[str]:

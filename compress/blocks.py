@@ -377,7 +377,7 @@ class BlockModel:
         if self.carried:
             raise SourceError(
                 f"the blocks of {type(self.model).__name__} hand more than hidden states on to each other ({self.carried}: later "
-                f"layers read keys and values of earlier ones), which {what} does not follow; leave it out"
+                f"layers read keys and values of earlier ones), which {what} does not follow; choose something else"
             )
 
     def _match_keys(self) -> dict[str, str]:

@@ -31,6 +31,11 @@ def decide(model: BlockModel, recipe: Recipe) -> dict[str, str | None]:
             decisions[name] = reason
     if unused := [pattern for pattern in recipe.ignore if pattern not in used]:
         raise RecipeError(f"ignore {unused[0]!r} matches no linear layer{did_you_mean(unused[0], _generic(decisions))}")
+    for option, part in recipe.named_layers.items():
+        if not any(part in name for name in decisions):
+            raise RecipeError(
+                f"option {option}={part}: no linear layer has that in its name; they are {', '.join(_generic(decisions))}"
+            )
     if all(decisions.values()):
         name, reason = next(iter(decisions.items()))
         raise SourceError(f"no layer of {model.source.directory} can be pruned to {recipe.pattern}: {name}: {reason}")

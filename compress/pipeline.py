@@ -43,7 +43,7 @@ from compress.layer_statistics import GRADIENT_NEEDS
 from compress.pruner import BlockPruner
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
-from compress.repair import held_out_batches, repair_block
+from compress.repair import repair_block
 from compress.sources import Source, fingerprint, load_tokenizer, resolve
 from compress.split import Split
 from compress.targets import TENSORS_OF_TARGETS
@@ -104,6 +104,11 @@ def compress_model(
     if recipe is not None and fields:
         raise RecipeError(f"give either a recipe or its fields, not both (got {', '.join(fields)})")
     recipe = recipe or Recipe.create(**fields)
+    if gradients is not None and not recipe.needs & GRADIENT_NEEDS:
+        raise RecipeError(
+            f"gradients={str(gradients)!r} was given, and nothing in the recipe reads the gradients of the model's loss; leave "
+            "it out (flag --gradients), or choose a metric that does (see `halve methods`)"
+        )
     run = _Run(
         str(model),
         Path(out),
@@ -188,7 +193,7 @@ class _Run:
             except HalveError:
                 self.journal.abandon_if_new()
                 raise
-            self.pruner = self._pruner(self.split.observed)
+            self.pruner = self._pruner()
             try:
                 self._prune_blocks()
             except (SourceError, NumericalError) as error:
@@ -420,8 +425,8 @@ class _Run:
         memory.give_back()
         self.progress(index + 1, count, said)
 
-    def _pruner(self, samples: int) -> BlockPruner:
-        return BlockPruner(self.model, self.recipe, self.decisions, samples, self.store, self.journal.directory)
+    def _pruner(self) -> BlockPruner:
+        return BlockPruner(self.model, self.recipe, self.decisions, self.store, self.journal.directory)
 
     def _what_pruning_saves(self) -> dict[str, float]:
         """By linear, where an allocation is still to be made."""
@@ -434,11 +439,8 @@ class _Run:
         record = self.journal.allocation
         if record is None:
             windows, size = self.samples.first(min(options.windows, self.split.observed)), self.split.size
-            batches = -(-len(windows) // size)
-            fitted = min(len(windows), (batches - held_out_batches(batches)) * size)
-            pruner = self._pruner(fitted)
             record = allocate(
-                self.model, pruner, windows.batches(size), self._pass_on, saves, tell=self.progress
+                self.model, self._pruner(), windows.batches(size), self._pass_on, saves, tell=self.progress
             ).record()
             memory.give_back()
             self.journal.save_allocation(record)

@@ -154,8 +154,18 @@ class Recipe(BaseModel):
         metric = self.chosen_metric
         if metric is None and self.metric_options:
             raise RecipeError(f"metric_options were given, but no metric: {self.reconstruction} uses its own")
+        if self.group in ("block", "layer") and isinstance(pattern, NMPattern):
+            raise RecipeError(
+                f"group={self.group!r} is of unstructured patterns: the weights that compete in {self.pattern!r} are "
+                f"the groups of {pattern.m} in a row; leave --group out"
+            )
         for options in self._parsed_options():
             options.check(pattern)
+            if options.group is not None and self.group not in ("auto", options.group):
+                raise RecipeError(
+                    f"the options of the metric compare the weights of a whole {options.group}, and group is {self.group!r}; "
+                    "leave --group or the options out"
+                )
         if self.repair == "none" and self.repair_options:
             raise RecipeError("repair_options were given, but no repair; add repair='block' (flag --repair block)")
         if not self.distill and self.distill_options:
@@ -300,6 +310,11 @@ class Recipe(BaseModel):
         """The statistics that scores need: those of the metric, or of Wanda's where the permutation has no other."""
         metric = self.chosen_metric
         return frozenset({"sum_of_squares"}) if metric is None else metric.needs | self._parsed_options()[0].needs
+
+    @property
+    def named_layers(self) -> dict[str, str]:
+        """Parts of names by which methods tell layers apart, by the option that gives them."""
+        return {name: part for options in self._parsed_options() for name, part in options.named_layers.items()}
 
     def _parsed_options(self) -> list[Options]:
         """The options of the method that makes the mask first, then of the reconstruction if that is another one."""

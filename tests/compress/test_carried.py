@@ -74,6 +74,7 @@ def test_most_families_carry_nothing(family: str, tmp_path: Path) -> None:
         ({"repair": "block"}, "--repair block does not follow"),
         ({"reconstruction": "admm", "targets": "dense"}, "--targets dense does not follow"),
         ({"permutation": "fold"}, "--permutation fold does not follow"),
+        ({"metric": "gblm", "reconstruction": "none"}, "a metric that needs gradients does not follow"),
     ],
 )
 def test_what_cannot_be_right_is_refused(shares_keys: Path, settings: dict[str, Any], said: str) -> None:
