@@ -10,26 +10,23 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress import artefact, calibration, memory, packed, vision
-from compress.activations import Growing, spilled
+from compress import artefact, memory, packed, vision
 from compress.allocate import AllocateOptions, Savings, allocate, reasons_of, what_pruning_saves
-from compress.architecture import reads_images
 from compress.assembly import assemble
 from compress.attention import TORCH
 from compress.blocks import BlockModel
-from compress.calibration import CalibrationSet
 from compress.checkpoint import check_files
-from compress.decisions import decide, widest
+from compress.decisions import decide
 from compress.device import choose_device
 from compress.distill import DistillOptions, distill, require_room
 from compress.errors import (
-    CalibrationError,
     HalveError,
     NumericalError,
     OutputError,
@@ -44,8 +41,10 @@ from compress.pruner import BlockPruner
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
 from compress.repair import repair_block
-from compress.sources import Source, fingerprint, load_tokenizer, resolve
+from compress.samples import choose_samples
+from compress.sources import Source, fingerprint, resolve
 from compress.split import Split
+from compress.streams import Streams, advance, pass_on
 from compress.targets import TENSORS_OF_TARGETS
 from compress.version import versions
 
@@ -169,7 +168,7 @@ class _Run:
                 self.source, self._dtype(), self.device, add_bias=self.recipe.add_bias, attention=self.attention
             )
             self.decisions = decide(self.model, self.recipe)
-            self.samples = self._samples()
+            self.samples, self.recipe = choose_samples(self.model, self.recipe, self.decisions)
             self.split = Split.of(len(self.samples), self.recipe, self._tokens_of_a_sample(), BATCH_TOKENS)
             if (distillation := self.recipe.chosen_distillation) is not None:
                 require_room(self.model, self.samples.samples, len(self.samples) - self.split.fitted, distillation)
@@ -223,38 +222,6 @@ class _Run:
             )
         return packed.VALUE_DTYPES[name]
 
-    def _samples(self) -> CalibrationSet:
-        recipe = self.recipe
-        if reads_images(self.source.config):
-            if recipe.distill:
-                raise RecipeError("distill learns from the logits of a language model, and this is an image classifier")
-            return vision.load_images(
-                recipe.calibration, self.source.directory, samples=recipe.windows, seed=recipe.seed
-            )
-        limit = self.source.config.get("max_position_embeddings") or self.source.config.get("n_positions")
-        if isinstance(limit, int) and recipe.length > limit:
-            raise CalibrationError(
-                f"the model reads at most {limit} tokens; --length {recipe.length} is more than that"
-            )
-        tokenizer = load_tokenizer(self.source.directory)
-        fitted = recipe.fitted_to(widest(self.model, self.decisions))
-        windows = calibration.load_windows(
-            recipe.calibration,
-            tokenizer,
-            samples=fitted.windows,
-            length=recipe.length,
-            seed=recipe.seed,
-            at_least=recipe.windows,
-        )
-        # As many as the text had; the recipe that is saved says how many there were.
-        self.recipe = fitted.with_samples(min(fitted.samples, len(windows)), fitted.training_samples and len(windows))
-        vocabulary = self.source.config.get("vocab_size")
-        if isinstance(vocabulary, int) and int(windows.max()) >= vocabulary:
-            raise SourceError(
-                f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together"
-            )
-        return calibration.text_set(windows)
-
     def _identity(self) -> dict[str, Any]:
         gguf = Path(self.model_name).expanduser()
         return {
@@ -278,7 +245,7 @@ class _Run:
         size += blocks * (2 if self.recipe.distill else 1)
         tokens = len(self.samples) * self._tokens_of_a_sample()
         # Saved for a resume, and a second time where they are too large for the memory.
-        sets = 2 * (2 if self._dense_wanted else 1) * tokens
+        sets = 2 * (2 if self.recipe.wants_dense else 1) * tokens
         if self.recipe.chosen_targets is not None:
             sets += TENSORS_OF_TARGETS * self.split.observed * self._tokens_of_a_sample()
         activations = sets * self._hidden_size() * self.model.dtype.itemsize
@@ -300,48 +267,14 @@ class _Run:
     def _prune_blocks(self) -> None:
         count = len(self.model.blocks)
         self.progress(self.journal.next_block, count, "reading the calibration samples")
-        activations = self._first_activations()
+        streams = Streams(self.model, self.recipe, self.journal)
+        passing = self.samples.first(self.split.observed) if self.recipe.chosen_repair is None else self.samples
+        streams.begin(passing, self.split.size)
         memory.give_back()
         for index in range(self.journal.next_block, count):
-            if not self.model.carried:  # else a resumed run begins with the first block: what is carried is not saved
-                self.journal.save_activations(index, activations)
-            widths = {kind: batches[0].dtype for kind, batches in activations.items()}
-            self._finish_block(index, activations["hidden"], activations.get("dense"))
-            for kind, batches in activations.items():
-                if batches[0].dtype != widths[kind]:
-                    activations[kind] = self._kept(kind, batches)
-
-    def _first_activations(self) -> dict[str, list[Tensor]]:
-        """What goes into the block to go on with, from the model before the blocks, or as the interrupted run saved it."""
-        passing = self.samples.first(self.split.observed) if self.recipe.chosen_repair is None else self.samples
-        size = self.split.size
-        batches = passing.batches(size)
-        if (saved := self.journal.load_activations()) is not None:
-            self.model.record_calls(batches, lambda states: None)
-            return {kind: self._kept(kind, states) for kind, states in saved.items()}
-        kinds = ("hidden", "dense") if self._dense_wanted else ("hidden",)
-        growing = {
-            kind: Growing(-(-len(passing) // size), self.journal.directory / f"{kind}.activations") for kind in kinds
-        }
-
-        def keep(states: Tensor) -> None:
-            for number, into in enumerate(growing.values()):
-                into.append(states.clone() if number else states)  # each is overwritten on its own
-
-        self.model.record_calls(batches, keep)
-        self._refuse_what_is_carried()
-        return {kind: into.tensors for kind, into in growing.items()}
-
-    def _refuse_what_is_carried(self) -> None:
-        """Two streams of activations would write over each other's, and other blocks may read channels that were reordered."""
-        if self._dense_wanted:
-            self.model.refuse_carried("--repair block" if self.recipe.chosen_repair else "--targets dense")
-        if self.recipe.permutation != "none":
-            self.model.refuse_carried(f"--permutation {self.recipe.permutation}")
-
-    def _kept(self, kind: str, batches: list[Tensor]) -> list[Tensor]:
-        """The activations where they can be overwritten: in memory, or in a file where they are large."""
-        return spilled(batches, self.journal.directory / f"{kind}.activations")
+            streams.save(index)
+            with streams.widening():
+                self._finish_block(index, streams.hidden, streams.dense)
 
     def _gradient_store(self) -> GradientStore | None:
         """Where the gradients of the dense model's loss lie, or will lie, if the recipe needs them."""
@@ -375,11 +308,6 @@ class _Run:
         )
         memory.give_back()
 
-    @property
-    def _dense_wanted(self) -> bool:
-        """Whether the activations of the dense model go through the blocks beside those of the pruned one."""
-        return self.recipe.chosen_repair is not None or self.recipe.chosen_targets is not None
-
     def _finish_block(self, index: int, hidden: list[Tensor], dense: list[Tensor] | None) -> None:
         """One block from its inputs to its outputs.
 
@@ -392,7 +320,9 @@ class _Run:
         repair = self.recipe.chosen_repair
         block = self.model.load_block(index)
         observed = hidden[: -(-self.split.observed // self.split.size)]
-        done = self.pruner.prune(index, block, observed, dense, lambda batch: self._advance(index, dense or [], batch))
+        done = self.pruner.prune(
+            index, block, observed, dense, lambda batch: advance(self.model, index, dense or [], batch)
+        )
         errors = [record["relative_output_error"] for record in done.records if "relative_output_error" in record]
         said = f"{self.model.block_name(index)}, relative output error "
         said += f"{sum(errors) / len(errors):.4f}" if errors else "none pruned"
@@ -416,7 +346,7 @@ class _Run:
                 said += ", held out {held_out_error_before:.4f}, repaired {held_out_error:.4f}".format(
                     **record["repair"]
                 )
-        self._pass_on(index, hidden)
+        pass_on(self.model, index, hidden)
         tensors = self.pruner.save(index, done)
         self.model.drop_block(index)
         del block, done
@@ -440,7 +370,12 @@ class _Run:
         if record is None:
             windows, size = self.samples.first(min(options.windows, self.split.observed)), self.split.size
             record = allocate(
-                self.model, self._pruner(), windows.batches(size), self._pass_on, saves, tell=self.progress
+                self.model,
+                self._pruner(),
+                windows.batches(size),
+                partial(pass_on, self.model),
+                saves,
+                tell=self.progress,
             ).record()
             memory.give_back()
             self.journal.save_allocation(record)
@@ -464,22 +399,3 @@ class _Run:
         )
         self.journal.save_distilled(blocks, record)
         memory.give_back()
-
-    def _pass_on(self, index: int, activations: list[Tensor]) -> None:
-        """Overwrites the inputs of a loaded block with its outputs."""
-        for batch in range(len(activations)):
-            self._advance(index, activations, batch)
-
-    def _advance(self, index: int, activations: list[Tensor], batch: int) -> None:
-        """The same for one batch."""
-        states = activations[batch]
-        output = self.model.run_block(index, batch, states)
-        if not packed.is_finite(output):
-            raise NumericalError(
-                f"{self.model.block_name(index)}: its output contains NaN or infinity (in {self.model.dtype}); "
-                "check the model in this dtype, or try --dtype float32"
-            )
-        if output.dtype == states.dtype:
-            states.copy_(output)
-        else:  # the residuals of some families are wider than their embeddings
-            activations[batch] = output.to(states.device)

@@ -257,6 +257,11 @@ class Recipe(BaseModel):
         return options
 
     @property
+    def wants_dense(self) -> bool:
+        """Whether the activations of the dense model go through the blocks beside those of the pruned one."""
+        return self.repair != "none" or self.targets != "own"
+
+    @property
     def chosen_repair(self) -> RepairOptions | None:
         """How blocks are repaired, or None where they are not."""
         if self.repair == "none":

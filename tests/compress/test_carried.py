@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compress import calibration as texts
 from compress import pipeline
 from compress.blocks import BlockModel
 from compress.errors import SourceError
@@ -90,10 +91,8 @@ def test_layers_that_attend_to_earlier_keys_are_observed_behind_pruned_ones(
     """The inputs that each block gets, against transformers on the finished model."""
     seen: dict[int, torch.Tensor] = {}
     drawn: list[torch.Tensor] = []
-    load_windows, finish = pipeline.calibration.load_windows, pipeline._Run._finish_block
-    monkeypatch.setattr(
-        pipeline.calibration, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1]
-    )
+    load_windows, finish = texts.load_windows, pipeline._Run._finish_block
+    monkeypatch.setattr(texts, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1])
 
     def watched(self: Any, index: int, hidden: list[torch.Tensor], *rest: Any) -> None:
         seen[index] = hidden[0].clone()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from compress import calibration as texts
 from compress import distill, pipeline, pruner
 from compress.divergence import KLDivergence
 from compress.errors import HalveError, RecipeError
@@ -40,10 +41,8 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     drawn: list[torch.Tensor] = []
-    load_windows = pipeline.calibration.load_windows
-    monkeypatch.setattr(
-        pipeline.calibration, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1]
-    )
+    load_windows = texts.load_windows
+    monkeypatch.setattr(texts, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1])
     return drawn
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compress import activations, pipeline, pruner, repair
+from compress import calibration as texts
 from compress.architecture import find_blocks, linears_of
 from compress.errors import NumericalError, RecipeError
 from compress.journal import Journal
@@ -53,10 +54,8 @@ def test_the_error_falls_and_is_what_the_models_say(
 ) -> None:
     """The reported errors, computed again from the two finished models by transformers."""
     drawn: list[torch.Tensor] = []
-    load_windows = pipeline.calibration.load_windows
-    monkeypatch.setattr(
-        pipeline.calibration, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1]
-    )
+    load_windows = texts.load_windows
+    monkeypatch.setattr(texts, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1])
     source = build(family, tmp_path)
     out = compress(source, tmp_path / "out", **SETTINGS).directory
     repairs = report(out)["repairs"]
@@ -139,7 +138,7 @@ def test_a_leak_of_the_optimizer_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_held_out_windows_are_never_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tokens in them change no layer and no step of the first block, only what is measured on them."""
-    load_windows = pipeline.calibration.load_windows
+    load_windows = texts.load_windows
     held_out = held_out_batches(SAMPLES)
     source = build("llama", tmp_path, layers=1)
 
@@ -150,7 +149,7 @@ def test_held_out_windows_are_never_fitted(tmp_path: Path, monkeypatch: pytest.M
                 found[-held_out:] = found[-held_out:].flip(1)
             return found
 
-        monkeypatch.setattr(pipeline.calibration, "load_windows", windows)
+        monkeypatch.setattr(texts, "load_windows", windows)
         return compress(source, tmp_path / name, **SETTINGS | options).directory
 
     monkeypatch.setattr(repair, "PATIENCE", 10**6)
@@ -238,10 +237,8 @@ def test_targets_are_the_dense_model_s_and_inputs_the_pruned_one_s(
         return run(model, index, masks, inputs, targets, *args, **kwargs)
 
     drawn: list[torch.Tensor] = []
-    load_windows = pipeline.calibration.load_windows
-    monkeypatch.setattr(
-        pipeline.calibration, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1]
-    )
+    load_windows = texts.load_windows
+    monkeypatch.setattr(texts, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1])
     monkeypatch.setattr(pipeline, "repair_block", watched)
     source = build("llama", tmp_path, layers=3, dtype=torch.bfloat16)
     out = compress(source, tmp_path / "out", **SETTINGS).directory
@@ -357,10 +354,8 @@ def test_a_gradient_that_is_not_finite_ends_the_training_of_its_block(
 def test_training_error_is_that_of_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On windows that were trained on, as many as were held out, by transformers from the finished models."""
     drawn: list[torch.Tensor] = []
-    load_windows = pipeline.calibration.load_windows
-    monkeypatch.setattr(
-        pipeline.calibration, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1]
-    )
+    load_windows = texts.load_windows
+    monkeypatch.setattr(texts, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1])
     source = build("llama", tmp_path)
     out = compress(source, tmp_path / "out", **SETTINGS).directory
     names = ["model.layers.0", "model.layers.1"]
