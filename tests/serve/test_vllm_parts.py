@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compress.errors import CorruptCheckpointError, SourceError
 from serve import vllm_plugin
 from serve.engines import vllm as engine
+from serve.engines.vllm_arguments import option
 from serve.vllm import stored
 from serve.vllm.names import Names
 from serve.vllm.shards import Loads, modules_of, shards_of
@@ -466,6 +467,75 @@ def test_dense_checkpoints_with_zeros_are_made_known_to_vllm(
     assert halve("serve", str(zeros), "--engine", "vllm", "--", "--quantization=fp8").code == 0
     flags = [command[command.index("--port") + 2 :] for command, _ in executed]
     assert flags == [["--quantization", "halve"], [], [], ["--quantization=fp8"]]
+
+
+def test_zeros_are_found_behind_a_first_block_that_is_dense(tmp_path: Path) -> None:
+    for family in ("llama", "gpt2"):  # whose linears are stored transposed
+        _, zeros = checkpoints.pair(tmp_path / family, family, layers=2, ignore=("*.0.*",))
+        assert engine._has_zeros(zeros)
+    assert not engine._has_zeros(tmp_path / "llama" / "source")
+    assert not engine._has_zeros(tmp_path / "gpt2" / "source")
+
+
+def test_a_few_rows_of_zeros_are_not_enough(tmp_path: Path, zeros: Path) -> None:
+    """Where no weight is 2:4 but in its first rows."""
+    tensors = load_file(zeros / "model.safetensors")
+    dense = shutil.copytree(zeros, tmp_path / "dense")
+    for tensor in tensors.values():
+        if tensor.ndim == 2:
+            tensor[-1] = 1
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    assert engine._LOOKED_AT < checkpoints.WIDTH
+    assert not engine._has_zeros(dense)
+
+
+def test_options_are_read_as_vllm_reads_them(tmp_path: Path) -> None:
+    def size(*arguments: str) -> str | None:
+        return option(arguments, "--tensor-parallel-size", "-tp")
+
+    assert size() is size("--max-model-len", "2") is size("--tensor-parallel") is None
+    assert size("--tensor-parallel-size", "2") == size("--tensor_parallel_size=2") == size("-tp", "2") == "2"
+    assert size("--tensor_parallel-size", "2", "-tp", "4") == "4"
+    assert size("--seed", "1", "-tp") == ""
+    file = tmp_path / "vllm.yaml"
+    file.write_text("tensor_parallel_size: 2\nquantization: fp8\nenable-lora: true\n")
+    assert size("--config", str(file)) == size(f"--config={file}") == "2"
+    assert size("--config", str(file), "-tp", "1") == "1"
+    assert option(["--config", str(file)], "--quantization", "-q") == "fp8"
+    assert size("--config", str(tmp_path / "absent")) is None
+    file.write_text("- a list")
+    assert size("--config", str(file)) is None
+
+
+def test_what_the_user_says_of_the_quantization_holds(
+    halve: Halve, executed: list[Any], zeros: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("quantization: fp8\n")
+    for arguments in (["--config", str(file)], ["-q", "fp8"], ["--quantization", "fp8"]):
+        assert halve("serve", str(zeros), "--engine", "vllm", "--", *arguments).code == 0
+        command, _ = executed[-1]
+        assert "halve" not in command
+
+
+def test_what_is_not_measured_is_said(
+    halve: Halve, executed: list[Any], pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    packed, zeros = pair
+
+    def said(directory: Path, *arguments: str) -> list[str]:
+        caplog.clear()
+        assert halve("serve", str(directory), "--engine", "vllm", *arguments).code == 0
+        return [record.getMessage() for record in caplog.records if record.name == "halve.serve"]
+
+    [line] = said(zeros, "--tune", "5")
+    assert "nothing is measured before serving (--tune)" in line
+    assert "is not packed (`halve pack`" in line
+    [line] = said(packed, "--tune", "5", "--", "--tensor_parallel_size", "2")
+    assert "tensor parallelism" in line
+    assert not said(zeros)
+    assert not said(zeros, "--tune", "0")
+    assert not said(packed, "--", "-tp", "2")
 
 
 def test_what_keeps_vllm_from_starting_is_said(
