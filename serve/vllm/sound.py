@@ -8,8 +8,8 @@ from pathlib import Path
 from compress.checkpoint import check_files
 from compress.errors import CorruptCheckpointError, SourceError
 from compress.files import TensorFiles
-from compress.layout import Layout
-from compress.packed import MASK_SUFFIX, VALUES_SUFFIX, PackedWeight, validate
+from compress.layout import Layout, LinearInfo
+from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, VALUES_SUFFIX, PackedWeight, validate
 from compress.sources import read_config
 from serve.vllm.stored import Stored, model_types, require_order
 
@@ -53,12 +53,17 @@ def _packed(stored: Stored, layout: Layout, files: TensorFiles) -> set[str]:
     """The linears that have to be there as values and mask."""
     if stored.kind == "packed":
         return layout.packed(stored.ignore)
-    # compressed-tensors' rules may mean the output head, too, which it left as it is; vLLM never asks how that is stored.
+
+    # What is there decides: compressed-tensors' rules may mean the output head, too, which it left as it is, and their names may
+    # be those of an older transformers. They tell what should be there where nothing is.
+    def is_there(linear: LinearInfo, suffix: str) -> bool:
+        return layout.key(linear.name + suffix, files) is not None
+
     return {
         linear.name
         for linear in layout.linears.values()
-        if stored.is_packed(linear.name)
-        and (linear.in_block or layout.key(f"{linear.name}.{stored.values}", files) is not None)
+        if is_there(linear, f".{stored.values}")
+        or (linear.in_block and not is_there(linear, DENSE_SUFFIX) and stored.is_packed(linear.name))
     }
 
 

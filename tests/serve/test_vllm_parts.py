@@ -381,6 +381,7 @@ def test_a_stranded_checkpoint_may_keep_its_head(zeros: Path, tmp_path: Path) ->
     """Where compressed-tensors' rules mean every linear layer, and the output head is none for vLLM."""
     whole = checkpoints.stranded(zeros, tmp_path / "whole", "sparse-24-bitmask")
     assert require_sound(whole, Stored("bitmask")) is None
+    assert require_sound(whole, Stored("bitmask", targets=("re:an_older_name",))) is None, "what is there decides"
 
 
 @pytest.mark.parametrize("kind", ["packed", "bitmask"])
@@ -536,6 +537,18 @@ def test_what_is_not_measured_is_said(
     assert not said(zeros)
     assert not said(zeros, "--tune", "0")
     assert not said(packed, "--", "-tp", "2")
+
+
+def test_a_model_that_cannot_be_compared_is_served_and_that_is_said(
+    halve: Halve, executed: list[Any], packed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM knows models that transformers does not."""
+    unknown = shutil.copytree(packed, tmp_path / "unknown")
+    config = json.loads((packed / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps({**config, "model_type": "not_there_yet"}))
+    assert halve("serve", str(unknown), "--engine", "vllm").code == 0
+    [line] = [record.getMessage() for record in caplog.records if record.name == "halve.serve"]
+    assert "were not compared with the model: transformers does not know the model" in line
 
 
 def test_what_keeps_vllm_from_starting_is_said(
