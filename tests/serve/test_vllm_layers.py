@@ -180,7 +180,7 @@ def start(plugin: ModuleType, weight: Tensor, x: Tensor, kept: Path) -> tuple[Te
 
 
 @needs_kernels
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_kept_graph_is_not_taken_for_layers_of_another_form(
     plugin: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
