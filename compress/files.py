@@ -103,12 +103,12 @@ class TensorFiles:
     def __iter__(self) -> Iterator[str]:
         return iter(self.info)
 
-    def read(self, name: str, device: str = "cpu") -> Tensor:
-        """The tensor as it is stored."""
+    def read(self, name: str, device: str = "cpu", rows: int | None = None) -> Tensor:
+        """The tensor as it is stored; ``rows``: only so many of the first."""
         info = self.info[name]
         try:
             with safe_open(info.file, framework="pt", device=device) as file:
-                return file.get_tensor(name)
+                return file.get_tensor(name) if rows is None else file.get_slice(name)[:rows]
         except (SafetensorError, OSError) as error:
             raise CorruptCheckpointError(f"{info.file}: cannot read {name}: {error}") from None
 
