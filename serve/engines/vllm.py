@@ -24,6 +24,7 @@ from compress.files import TensorFiles
 from compress.layout import Layout
 from compress.packed import DENSE_SUFFIX
 from compress.sources import read_config
+from serve.engines.access import check_access
 from serve.engines.directory import require_checkpoint
 from serve.engines.process import Address, ServerProcess
 from serve.vllm import stored
@@ -71,10 +72,11 @@ def launch(
     ``extra`` are arguments of vLLM's own.
 
     Raises:
-        UsageError: no vLLM is installed that halve's plugin fits.
+        UsageError: no vLLM is installed that halve's plugin fits, or the key is empty.
         SourceError, CorruptCheckpointError: the checkpoint cannot be served, or is damaged.
     """
     directory = require_checkpoint(model_dir)
+    check_access(host, api_key)
     distribution = _require_vllm()
     extra = extra or []
     options = {
