@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.architecture import load_config
 from compress.calibration import BUILTIN, CalibrationSet
 from compress.errors import CalibrationError, SourceError, one_line
+from compress.own_code import NEVER, explain
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 TOKENS_OF_AN_IMAGE = 256
@@ -129,9 +130,9 @@ def _image_processor(model: Path) -> Any:
             "give --calibration random to try without images"
         )
     try:
-        return AutoImageProcessor.from_pretrained(model)
+        return AutoImageProcessor.from_pretrained(model, **NEVER)
     except Exception as error:  # anything can come out of a damaged file
-        raise SourceError(f"{model} has no usable image processor: {one_line(error)}") from None
+        raise SourceError(f"{model} has no usable image processor: {explain(error)}") from None
 
 
 def _pixels(path: Path, processor: Any) -> Tensor:
