@@ -200,7 +200,7 @@ def _describe(method: dict[str, Any]) -> None:
 
 
 def verify(directory: Directory, as_json: Json = False) -> None:
-    """Is it really 2:4, whole, finite and loadable; which layers are dense and why; how many bytes."""
+    """Is it really 2:4 (or what its recipe says), whole and finite; which layers are dense and why; how many bytes."""
     from compress.verify import verify as run
 
     with progress_bar("verifying") as progress:
@@ -209,8 +209,10 @@ def verify(directory: Directory, as_json: Json = False) -> None:
     document = {
         "directory": str(directory),
         "kind": verdict.kind,
-        "ok": True,
-        "layers_2_4": len(verdict.sparse),
+        "ok": verdict.ok,
+        "pattern": verdict.pattern,
+        "layers_2_4": len(verdict.sparse) if verdict.pattern == "2:4" else 0,
+        "layers_sparse": len(verdict.sparse),
         "layers_dense": len(dense),
         "dense": dense,
         "bytes": verdict.bytes,
@@ -222,14 +224,15 @@ def verify(directory: Directory, as_json: Json = False) -> None:
     def human() -> None:
         rows = [
             ["kind", verdict.kind],
-            ["layers that are 2:4", len(verdict.sparse)],
+            [f"layers that are {verdict.pattern}", len(verdict.sparse)],
+            ["their bytes", f"{verdict.bytes['sparse_layers']:,}"],
             ["layers that are dense", len(dense)],
-            ["bytes of the 2:4 layers", f"{verdict.bytes['sparse_layers']:,}"],
-            ["bytes of the dense layers", f"{verdict.bytes['dense_layers']:,}"],
+            ["their bytes", f"{verdict.bytes['dense_layers']:,}"],
             ["bytes of the directory", f"{verdict.bytes['directory']:,}"],
             ["weight files, with a digest", f"{verdict.files}, {verdict.sealed_files}"],
         ]
-        out.print(table(f"{directory} is whole", "", "", rows=rows))
+        title = f"{directory} is whole" + ("" if verdict.ok else f", and no layer of it is {verdict.pattern}")
+        out.print(table(title, "", "", rows=rows))
         for layer in dense[:20]:
             out.print(f"dense: {layer['name']}: {layer['reason']}", highlight=False)
         if len(dense) > 20:
@@ -238,6 +241,8 @@ def verify(directory: Directory, as_json: Json = False) -> None:
             out.print(f"note: {note}", highlight=False)
 
     emit(document, as_json, human)
+    if not verdict.ok:
+        raise typer.Exit(1)
 
 
 def pack(

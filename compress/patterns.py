@@ -107,6 +107,22 @@ class UnstructuredPattern:
 Pattern = NMPattern | UnstructuredPattern
 
 
+def has_pattern(weight: Tensor, pattern: Pattern) -> bool:
+    """Whether the zeros of ``weight`` [N, K] are as the pattern asks, or more than that.
+
+    Of an unstructured one only their number is looked at: which weights competed does not show.
+    """
+    nonzero = weight != 0
+    if isinstance(pattern, NMPattern):
+        if pattern.why_not(weight.shape[1]) is not None:
+            return False
+        return int(nonzero.unflatten(-1, (-1, pattern.m)).sum(dim=-1, dtype=torch.int32).max()) <= pattern.keep_n
+    n, k = weight.shape
+    blocks = [min(BLOCK_COLUMNS, k - start) for start in range(0, k, BLOCK_COLUMNS)]
+    fewest = min(n * pattern.pruned(k), pattern.pruned(n * k), sum(pattern.pruned(n * width) for width in blocks))
+    return weight.numel() - int(nonzero.sum()) >= fewest
+
+
 def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
     """``"2:4"``, ``"4:8"``, any ``"N:M"`` with N kept of M, or ``"unstructured"`` with a sparsity.
 
