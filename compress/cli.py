@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 import yaml
 from rich.padding import Padding
+from rich.text import Text
 
-from compress.console import Json, emit, human_bytes, out, progress_bar, table
+from compress.console import Json, emit, human_bytes, out, progress_bar, say, table
 from compress.errors import RecipeError
 from compress.presets import PRESETS, preset_fields
 from compress.recipe import Recipe
@@ -98,13 +99,11 @@ def compress(
         )
         kept = [layer for layer in done.report["layers"] if layer["status"] == "dense"]
         if kept:
-            out.print(
-                f"dense: {len(kept)} layers, the first is {kept[0]['name']}: {kept[0]['reason']}", highlight=False
-            )
+            say(f"dense: {len(kept)} layers, the first is {kept[0]['name']}: {kept[0]['reason']}")
         for warning in done.report["warnings"]:
-            out.print(f"[yellow]warning[/]: {warning}", highlight=False)
+            out.print(Text.assemble(("warning", "yellow"), ": ", warning), highlight=False)
         steps = ["verify"] if reads_images(read_config(done.directory)) else ["verify", "serve"]
-        out.print("next: " + ", ".join(f"halve {step} {done.directory}" for step in steps), highlight=False)
+        say("next: " + ", ".join(f"halve {step} {done.directory}" for step in steps))
 
     emit(document, as_json, human)
 
@@ -234,11 +233,11 @@ def verify(directory: Directory, as_json: Json = False) -> None:
         title = f"{directory} is whole" + ("" if verdict.ok else f", and no layer of it is {verdict.pattern}")
         out.print(table(title, "", "", rows=rows))
         for layer in dense[:20]:
-            out.print(f"dense: {layer['name']}: {layer['reason']}", highlight=False)
+            say(f"dense: {layer['name']}: {layer['reason']}")
         if len(dense) > 20:
-            out.print(f"... and {len(dense) - 20} more (--json lists all)", highlight=False)
+            say(f"... and {len(dense) - 20} more (--json lists all)")
         for note in verdict.notes:
-            out.print(f"note: {note}", highlight=False)
+            say(f"note: {note}")
 
     emit(document, as_json, human)
     if not verdict.ok:
@@ -257,7 +256,7 @@ def pack(
     emit(
         {"out": str(out_directory), **counts},
         as_json,
-        lambda: out.print(f"{out_directory}: {counts['packed']} layers packed, {counts['dense']} stay dense"),
+        lambda: say(f"{out_directory}: {counts['packed']} layers packed, {counts['dense']} stay dense"),
     )
 
 
@@ -273,7 +272,7 @@ def unpack(
     emit(
         {"out": str(out_directory), **counts},
         as_json,
-        lambda: out.print(f"{out_directory}: {counts['unpacked']} layers unpacked"),
+        lambda: say(f"{out_directory}: {counts['unpacked']} layers unpacked"),
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.architecture import load_config
 from compress.calibration import BUILTIN, CalibrationSet
 from compress.errors import CalibrationError, SourceError, one_line
+from compress.extras import how_to_install
 from compress.own_code import NEVER, explain
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -121,7 +122,7 @@ def _image_processor(model: Path) -> Any:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        raise CalibrationError("reading images needs the package 'pillow': pip install 'halve[vision]'") from None
+        raise CalibrationError(f"reading images needs the package 'pillow': {how_to_install('vision')}") from None
     from transformers import AutoImageProcessor
 
     if not any((model / name).is_file() for name in _PROCESSOR_FILES):

