@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError
+from compress.extras import how_to_install
 
 BUILTIN = {"c4": "c4.jsonl.gz", "wikitext2": "wikitext2-test.txt.gz"}
 _CHARACTERS_PER_TOKEN = 40
@@ -179,7 +180,7 @@ def _read_dataset(source: str, path: Path) -> Iterator[str]:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise CalibrationError(
-            f"reading the data set {source!r} needs the package 'datasets': pip install 'halve[hub]'"
+            f"reading the data set {source!r} needs the package 'datasets': {how_to_install('hub')}"
         ) from None
     try:
         # (a directory by its path, in which ~ is resolved)

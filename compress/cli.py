@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 import yaml
 from rich.padding import Padding
+from rich.text import Text
 
-from compress.console import Json, emit, human_bytes, out, progress_bar, table
+from compress.console import Json, emit, human_bytes, out, progress_bar, say, table
 from compress.errors import RecipeError
 from compress.presets import PRESETS, preset_fields
 from compress.recipe import Recipe
@@ -99,13 +100,11 @@ def compress(
         )
         kept = [layer for layer in done.report["layers"] if layer["status"] == "dense"]
         if kept:
-            out.print(
-                f"dense: {len(kept)} layers, the first is {kept[0]['name']}: {kept[0]['reason']}", highlight=False
-            )
+            say(f"dense: {len(kept)} layers, the first is {kept[0]['name']}: {kept[0]['reason']}")
         for warning in done.report["warnings"]:
-            out.print(f"[yellow]warning[/]: {warning}", highlight=False)
+            out.print(Text.assemble(("warning", "yellow"), ": ", warning), highlight=False)
         steps = ["verify"] if reads_images(read_config(done.directory)) else ["verify", "serve"]
-        out.print("next: " + ", ".join(f"halve {step} {done.directory}" for step in steps), highlight=False)
+        say("next: " + ", ".join(f"halve {step} {done.directory}" for step in steps))
 
     emit(document, as_json, human)
 
@@ -210,7 +209,7 @@ def _describe(method: dict[str, Any]) -> None:
 
 
 def verify(directory: Directory, as_json: Json = False) -> None:
-    """Is it really 2:4, whole, finite and loadable; which layers are dense and why; how many bytes."""
+    """Is it really 2:4 (or what its recipe says), whole and finite; which layers are dense and why; how many bytes."""
     from compress.verify import verify as run
 
     with progress_bar("verifying") as progress:
@@ -219,8 +218,10 @@ def verify(directory: Directory, as_json: Json = False) -> None:
     document = {
         "directory": str(directory),
         "kind": verdict.kind,
-        "ok": True,
-        "layers_2_4": len(verdict.sparse),
+        "ok": verdict.ok,
+        "pattern": verdict.pattern,
+        "layers_2_4": len(verdict.sparse) if verdict.pattern == "2:4" else 0,
+        "layers_sparse": len(verdict.sparse),
         "layers_dense": len(dense),
         "dense": dense,
         "bytes": verdict.bytes,
@@ -232,22 +233,25 @@ def verify(directory: Directory, as_json: Json = False) -> None:
     def human() -> None:
         rows = [
             ["kind", verdict.kind],
-            ["layers that are 2:4", len(verdict.sparse)],
+            [f"layers that are {verdict.pattern}", len(verdict.sparse)],
+            ["their bytes", f"{verdict.bytes['sparse_layers']:,}"],
             ["layers that are dense", len(dense)],
-            ["bytes of the 2:4 layers", f"{verdict.bytes['sparse_layers']:,}"],
-            ["bytes of the dense layers", f"{verdict.bytes['dense_layers']:,}"],
+            ["their bytes", f"{verdict.bytes['dense_layers']:,}"],
             ["bytes of the directory", f"{verdict.bytes['directory']:,}"],
             ["weight files, with a digest", f"{verdict.files}, {verdict.sealed_files}"],
         ]
-        out.print(table(f"{directory} is whole", "", "", rows=rows))
+        title = f"{directory} is whole" + ("" if verdict.ok else f", and no layer of it is {verdict.pattern}")
+        out.print(table(title, "", "", rows=rows))
         for layer in dense[:20]:
-            out.print(f"dense: {layer['name']}: {layer['reason']}", highlight=False)
+            say(f"dense: {layer['name']}: {layer['reason']}")
         if len(dense) > 20:
-            out.print(f"... and {len(dense) - 20} more (--json lists all)", highlight=False)
+            say(f"... and {len(dense) - 20} more (--json lists all)")
         for note in verdict.notes:
-            out.print(f"note: {note}", highlight=False)
+            say(f"note: {note}")
 
     emit(document, as_json, human)
+    if not verdict.ok:
+        raise typer.Exit(1)
 
 
 def pack(
@@ -262,7 +266,7 @@ def pack(
     emit(
         {"out": str(out_directory), **counts},
         as_json,
-        lambda: out.print(f"{out_directory}: {counts['packed']} layers packed, {counts['dense']} stay dense"),
+        lambda: say(f"{out_directory}: {counts['packed']} layers packed, {counts['dense']} stay dense"),
     )
 
 
@@ -278,7 +282,7 @@ def unpack(
     emit(
         {"out": str(out_directory), **counts},
         as_json,
-        lambda: out.print(f"{out_directory}: {counts['unpacked']} layers unpacked"),
+        lambda: say(f"{out_directory}: {counts['unpacked']} layers unpacked"),
     )
 
 

@@ -36,6 +36,7 @@ from compress.errors import HalveError, NumericalError
 from compress.files import TensorFiles
 from compress.methods import Options
 from compress.norms import norms_of
+from compress.own_code import NEVER
 from compress.repair import Repair
 from compress.seeds import named_seed
 from compress.training import MaskedAdam, Trainable, autocast, precision
@@ -159,7 +160,9 @@ class _Course:
         self._pruned = pruned
         self._precision = precision(model.dtype, model.device)
         build = partial(
-            auto_class(model.config).from_pretrained, attn_implementation=model.model.config._attn_implementation
+            auto_class(model.config).from_pretrained,
+            attn_implementation=model.model.config._attn_implementation,
+            **NEVER,
         )
         directory = model.source.directory
         self._dense = build(directory, dtype=model.dtype).to(model.device).eval().requires_grad_(False)

@@ -234,6 +234,19 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def inside(directory: Path, name: str, said_by: Path) -> Path:
+    """The path of a file that ``said_by``, a file of a checkpoint, names.
+
+    Raises:
+        CorruptCheckpointError: it is not below the checkpoint's directory.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CorruptCheckpointError(
+            f"{said_by} names {name!r}, which is outside of {directory}; get the checkpoint again"
+        )
+    return directory / name
+
+
 def sibling(directory: Path, suffix: str) -> Path:
     """The path beside a directory that is to be made, where it is put together: its name with a suffix."""
     if directory.name in ("", ".."):
@@ -284,7 +297,7 @@ def _find_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (directory / name).is_file()]
+            missing = [name for name in names if not inside(directory, name, index).is_file()]
             if not names:
                 raise ValueError("it names no tensor")
         except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -137,6 +137,10 @@ class Layout:
                     f"there (in {info.file})"
                 )
 
+    def parameter_keys(self, stored: Keys) -> set[str]:
+        """The checkpoint's keys of the parameters that it stores as they are. Others are buffers, or packed tensors."""
+        return {key for name in self.parameters if (key := self.key(name, stored)) is not None}
+
     def key(self, name: str, stored: Keys) -> str | None:
         """The checkpoint's key of a tensor of the model, or None.
 

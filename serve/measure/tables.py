@@ -43,7 +43,9 @@ def print_evaluation(document: dict[str, Any]) -> None:
 def print_comparison(document: dict[str, Any]) -> None:
     for side in ("a", "b"):
         about = ", ".join(f"{key} {value}" for key, value in document[side].items() if key != "name")
-        out.print(f"{side.upper()}: {document[side]['name']}{f', {about}' if about else ''}", highlight=False)
+        out.print(
+            f"{side.upper()}: {document[side]['name']}{f', {about}' if about else ''}", highlight=False, markup=False
+        )
     rows = [
         [
             name,
@@ -88,10 +90,14 @@ def print_bench(document: dict[str, Any]) -> None:
             f"{label}: {about['requests']} requests a round, prompt {longest}{load['prompt']}, output {longest}{load['output']}, "
             f"{document['rounds_done']} rounds"
         )
-        rows = [_times(text, name, beside, speedup) for name, text in _TIMES.items() if f"{name}_seconds" in beside[0]]
+        rows: list[list[Any]] = [
+            _times(text, name, beside, speedup) for name, text in _TIMES.items() if f"{name}_seconds" in beside[0]
+        ]
         rows += [_rates(text, name, beside, speedup) for name, text in _RATES.items() if name in beside[0]]
         if any(one["errors"] for one in beside):
-            rows.append(["[red]requests that failed[/]", *(f"{one['errors']} of {one['requests']}" for one in beside)])
+            rows.append(
+                [Text("requests that failed", "red"), *(f"{one['errors']} of {one['requests']}" for one in beside)]
+            )
         out.print(table(title, "p50 / p90 / p99", *models, *(["times as fast"] if compared else []), rows=rows))
         for name, one in zip(models, beside, strict=True):
             if "first_error" in one:

@@ -348,7 +348,7 @@ def test_without_lm_eval(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     called = run("--tasks", "arc_easy", "--task-data", DATA)
     assert called.code == 2
-    assert called.message == "--tasks needs the package 'lm-eval': pip install 'halve[eval]'"
+    assert called.message == "--tasks needs the package 'lm-eval': pip install -e '.[eval]' in the checkout of halve"
 
 
 def test_without_the_hub(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def test_the_file_must_not_be_there(halve: Halve, own: Measured, tmp_path: Path)
 def test_without_matplotlib(halve: Halve, own: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     called = halve("report", own.sparse, "--out", tmp_path / "report.html")
-    assert (called.code, "pip install 'halve[report]'" in called.message) == (2, True)
+    assert (called.code, "pip install -e '.[report]'" in called.message) == (2, True)
 
 
 def test_results_of_another_checkpoint_are_left_out(halve: Halve, own: Measured, tmp_path: Path) -> None:

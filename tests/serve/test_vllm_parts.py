@@ -569,5 +569,5 @@ def test_what_keeps_vllm_from_starting_is_said(
     monkeypatch.setattr(engine, "installed", lambda: ("vllm", "0.21.0"))
     assert "needs vLLM 0.24 to 0.33, and this is 0.21.0" in fails(str(packed), "--engine", "vllm")
     monkeypatch.setattr(engine, "installed", lambda: None)
-    assert "pip install 'halve[vllm]'" in fails(str(packed), "--engine", "vllm")
+    assert "pip install -e '.[vllm]'" in fails(str(packed), "--engine", "vllm")
     assert not executed

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress.artefact import CARD_NAME, REPORT_NAME, account_anew, read_report
+from compress.card import MEASURED_BEGIN, MEASURED_END
 from compress.errors import OutputError
 from compress.files import write_text
 from serve.measure.report.quantities import bounds, gain, quantity
 from serve.measure.report.summary import Row
 
-BEGIN = "<!-- halve report: begin -->"
-END = "<!-- halve report: end -->"
+BEGIN, END = MEASURED_BEGIN, MEASURED_END
 
 
 def update(directory: Path, rows: Sequence[Row]) -> Path | None:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from compress.console import human_bytes
 from compress.errors import UsageError
+from compress.extras import how_to_install
 from serve.measure.report.checkpoint import Allocation, Layer
 from serve.measure.report.drawing import (
     COLOURS,
@@ -39,7 +40,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError(
-            "halve report draws with matplotlib, which is not installed: pip install 'halve[report]'"
+            f"halve report draws with matplotlib, which is not installed: {how_to_install('report')}"
         ) from None
 
 
