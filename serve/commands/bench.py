@@ -15,12 +15,13 @@ from serve.commands.shared import ALWAYS, Against, Device, dense_model, refuse_e
 _ENDPOINT, _IN_PROCESS, _KERNELS = "measuring through an endpoint", "--in-process", "--kernels"
 _URL, _AGAINST_URL, _TRACE, _CHOSEN = "--url", "--against-url", "--trace", "--concurrency and --rate"
 _STARTED, _OWN_ENGINE = "servers that halve starts", "servers that halve starts with its own engine"
+_WHOLE = "measuring whole models"
 _BELONGS = {
     "directory": ALWAYS, "as_json": ALWAYS, "kernels": ALWAYS,
     "against": (_ENDPOINT, _IN_PROCESS), "rounds": (_ENDPOINT, _IN_PROCESS),
     "prompt": (_ENDPOINT, _IN_PROCESS), "output": (_ENDPOINT, _IN_PROCESS),
     "device": (_OWN_ENGINE, _IN_PROCESS, _KERNELS),
-    "budget": (_KERNELS,), "batch": (_IN_PROCESS,), "in_process": (_ENDPOINT, _IN_PROCESS),
+    "budget": (_KERNELS,), "batch": (_IN_PROCESS,), "in_process": (_WHOLE,),
     "url": (_ENDPOINT,), "against_url": (_ENDPOINT,), "goodput": (_ENDPOINT,), "seed": (_ENDPOINT,), "timeout": (_ENDPOINT,),
     "out": (_ENDPOINT,), "concurrency": (_ENDPOINT,), "rate": (_ENDPOINT,), "trace": (_ENDPOINT,), "requests": (_CHOSEN,),
     "engine": (_STARTED,), "model": (_URL,), "api_key": (_URL,),
@@ -108,7 +109,7 @@ def bench(
 
     Times to first token, per output token, between tokens and end to end. With --engine vllm, what follows -- goes to vLLM.
     """
-    given = {_KERNELS} if kernels else {_IN_PROCESS} if in_process else {_ENDPOINT}
+    given = {_KERNELS} if kernels else {_WHOLE, _IN_PROCESS if in_process else _ENDPOINT}
     if _ENDPOINT in given:
         is_started = url is None or (against is not None and against_url is None)
         told = {

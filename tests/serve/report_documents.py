@@ -88,7 +88,9 @@ def endpoint_bench(dense: Path, sparse: Path, labels: tuple[str, ...] = ("concur
             "engine": "transformers",
             "rounds": 8,
             "levels": list(labels),
-            "shapes": {label: {"requests": 20, "prompt": 8, "output": 4} for label in labels},
+            "shapes": {
+                label: {"requests": 20 + number, "prompt": 8, "output": 4} for number, label in enumerate(labels)
+            },
         },
         "environment": {"machine": "a machine", "threads": 2, "date": "2026-11-24", "versions": {"halve": "0"}},
         "complete": True,

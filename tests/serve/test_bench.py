@@ -239,7 +239,7 @@ def test_endpoints_that_cannot_be_used(
         (["--kernels", "--url", "x"], "--url is for measuring through an endpoint"),
         (["--kernels", "--out", "k.json"], "--out is for measuring through an endpoint"),
         (["--kernels", "--rounds", "3"], "--rounds is for measuring through an endpoint or --in-process"),
-        (["--kernels", "--in-process"], "--in-process is for measuring through an endpoint"),
+        (["--kernels", "--in-process"], "--in-process is for measuring whole models"),
         (["--kernels", "--", "--enforce-eager"], "'--enforce-eager' is not known"),
         (["--budget", "3"], "--budget is for --kernels"),
         (["--trace-requests", "3"], "--trace-requests is for --trace"),

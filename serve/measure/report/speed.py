@@ -83,11 +83,12 @@ def load_of(result: Result, label: str | None = None) -> str:
     labels = list(result.measured.entry.get("loads") or {})
     shown = labels if label is None else [label]
     parts = [str(load["engine"])] if load.get("engine") else []
-    shapes = [(load.get("shapes") or {}).get(one) or load for one in shown] or [load]
-    if all(shape == shapes[0] for shape in shapes):
+    told = [{**load, **(load.get("shapes") or {}).get(one, {})} for one in shown] or [load]
+    lengths = [{name: of[name] for name in ("prompt", "output") if name in of} for of in told]
+    if all(one == lengths[0] for one in lengths):
         up_to = "up to " if shown == ["trace"] else ""
         words = {"prompt": f"prompt of {up_to}{{}}", "output": f"{up_to}{{}} tokens out"}
-        parts += [how.format(shapes[0][name]) for name, how in words.items() if name in shapes[0]]
+        parts += [words[name].format(tokens) for name, tokens in lengths[0].items()]
     if load.get("batch", 1) != 1:
         parts.append(f"batch of {load['batch']}")
     parts += _rounds(result, labels)
