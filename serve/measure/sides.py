@@ -48,8 +48,15 @@ class Side:
     longest: int
     server: ServerProcess | None = None
     memory: PeakMemory | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    """What it said of its memory; a server that has ended says nothing any more."""
     backends: list[dict[str, Any]] = field(default_factory=list)
     rounds: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def log(self) -> str:
+        """What a server that was started here has said."""
+        return self.server.log if self.server is not None else ""
 
     def document(self) -> dict[str, Any]:
         """What is known of the model, and what was measured so far."""
@@ -59,10 +66,9 @@ class Side:
             config = read_config(self.directory)
             told["dtype"] = config.get("dtype") or config.get("torch_dtype")
             told["weights_sha256"] = seal(self.directory)
-        sizes = told_by(self.base_url, self.server.log if self.server is not None else "")
-        if self.directory is not None:
-            sizes = {"disk": sum(f.stat().st_size for f in self.directory.rglob("*") if f.is_file()), **sizes}
-        told["bytes"] = sizes
+            told["bytes"] = {"disk": sum(f.stat().st_size for f in self.directory.rglob("*") if f.is_file())}
+        self.sizes |= told_by(self.base_url, self.log)
+        told["bytes"] = {**told.get("bytes", {}), **self.sizes}
         if self.memory is not None:
             told["peak_process_bytes"] = self.memory.resident
             if self.memory.gpu is not None:
@@ -163,5 +169,5 @@ def _reach(
         url, model=model, api_key=api_key, max_length=_ANY_LENGTH, timeout=min(timeout, 60.0)
     ) as reached:
         side = Side(path, reached.url, reached.model, api_key, reached.max_length + 1, server)
-    side.backends = backends_of(side.base_url, server.log if server is not None else "")
+    side.sizes, side.backends = told_by(side.base_url, side.log), backends_of(side.base_url, side.log)
     return side
