@@ -254,6 +254,28 @@ def sibling(directory: Path, suffix: str) -> Path:
     return directory.with_name(directory.name + suffix)
 
 
+def try_place(path: Path) -> None:
+    """Finds out, before hours of work, whether a file can be written there; leaves nothing behind.
+
+    Raises:
+        OutputError: it is a directory, or the place cannot be written.
+    """
+    temporary = _temporary(path)
+    try:
+        if path.is_dir():
+            raise OutputError(f"--out {path} is a directory; name a file in it")
+        if not path.resolve().parent.is_dir():
+            raise OutputError(f"--out {path}: there is no directory {path.resolve().parent}")
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise OutputError(f"--out {path} cannot be written: {error.strerror}") from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.name}.tmp"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path`` that takes its name when the block ends well and goes when it does not.
@@ -261,7 +283,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: there is no space left, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         temporary.replace(path)
@@ -279,7 +301,7 @@ def explain_os_error(error: OSError, path: Path) -> Exception:
         return OutputError(
             f"no disk space left while writing {path}; free some and run the same command again (`halve compress` goes on with --resume)"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
         return OutputError(f"cannot write {path}: {error.strerror}")
     return error
 

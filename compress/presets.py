@@ -59,8 +59,10 @@ def preset_fields(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return merged(PRESETS[name].fields, given)
 
 
-def merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe with what was given beside it.
+def merged(
+    base: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields of a recipe with what was given beside it; ``defaults`` are of the fields that the base does not have.
 
     What was given wins, and options are merged one by one. What the base says only for the sake of something that was given
     otherwise goes with it, so that nobody reads of a field that he never wrote: options of a method that was replaced,
@@ -70,7 +72,7 @@ def merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     fields = dict(base)
     for field, value in given.items():
         options = f"{field}_options"
-        if options in fields and value != fields.get(field):
+        if options in fields and value != fields.get(field, (defaults or {}).get(field)):
             del fields[options]
         if isinstance(value, Mapping) and isinstance(fields.get(field), Mapping):
             value = {**fields[field], **value}

@@ -365,7 +365,8 @@ class Recipe(BaseModel):
             data = data["recipe"]
         if not isinstance(data, dict):
             raise RecipeError(f"the recipe {path} must be a mapping of fields, such as 'metric: wanda'")
-        return cls.create(**merged({str(key): value for key, value in data.items()}, overrides))
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return cls.create(**merged({str(key): value for key, value in data.items()}, overrides, defaults))
 
     def fitted_to(self, widest: int) -> Recipe:
         """The same with as many windows as ``tokens_per_input`` wants for a model.

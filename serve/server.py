@@ -139,6 +139,7 @@ class BackgroundServer(ServerProcess):
                 command += [f"--{name.replace('_', '-')}", str(value)]
         paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment.pop(KEY_VARIABLE, None)  # the user's, of another server: who starts this one would be locked out
         if key is not None:
             environment[KEY_VARIABLE] = str(key)
         super().__init__(command, environment, name="The server", timeout=timeout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from compress.errors import HalveError
 
@@ -113,6 +113,8 @@ class EngineStats:
     """Parameters and buffers as they are held in memory."""
     kv_cache_bytes: int
     """The budget of keys and values: the most that they may take."""
+    backends: Sequence[Mapping[str, Any]] = ()
+    """Which backend multiplies how many layers, and why: ``phase``, ``backend``, ``reason``, ``layers``."""
 
 
 class Engine(Protocol):

@@ -33,6 +33,7 @@ from serve.engines.kv_cache import BatchCache, keys_and_values
 from serve.engines.ranges import read_advice
 from serve.engines.sampling import next_tokens, top_logprobs
 from serve.engines.sequence import Sequence
+from serve.linear import backends
 from serve.loading import weight_bytes
 
 log = logging.getLogger("halve.serve")
@@ -95,6 +96,7 @@ class TransformersEngine:
         self.max_model_len, why = loading.choose_context(config, self.tokenizer, self._wished_len)
         self._budget = self._size_budget()
         self._weight_bytes = weight_bytes(self.model)
+        self._backends = backends(self.model, {"prefill": PREFILL_TOKENS, "decode": 1})
         notes.append(f"max_model_len {self.max_model_len}: {why}")
         notes.append(f"key/value cache up to {self._budget * self._bytes_per_token / 2**20:,.0f} MiB")
         for note in notes:
@@ -153,6 +155,7 @@ class TransformersEngine:
             generation_tokens=self._generation_tokens,
             weight_bytes=self._weight_bytes,
             kv_cache_bytes=self._budget * self._bytes_per_token,
+            backends=self._backends,
         )
 
     def close(self) -> None:

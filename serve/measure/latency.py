@@ -44,6 +44,8 @@ def limits(given: Sequence[str]) -> dict[str, float]:
         known = [time for time in TIMES if time != "itl"]
         if name not in known:
             raise UsageError(f"--goodput {text!r}: no limit is set on {name!r}{did_you_mean(name, known)}")
+        if name in found:
+            raise UsageError(f"--goodput sets two limits on {name}; give the one that counts")
         try:
             found[name] = float(value) / 1e3
         except ValueError:
@@ -53,18 +55,21 @@ def limits(given: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def round_of(outcomes: Outcomes, goodput: Mapping[str, float]) -> dict[str, Any]:
-    """One round: its samples, its statistics (``figures``), its rates, its errors, and each request as it went."""
+def round_of(outcomes: Outcomes, goodput: Mapping[str, float], ramp_up: int = 0) -> dict[str, Any]:
+    """One round: its samples, its statistics (``figures``), its rates, its errors, and each request as it went.
+
+    The first ``ramp_up`` requests (`loads.Level`) have no part in the latencies, nor in the share of requests that are good.
+    """
     answered = [outcome for outcome in outcomes.requests if outcome.error is None]
     errors = [outcome.error for outcome in outcomes.requests if outcome.error is not None]
-    times = [times_of(outcome) for outcome in answered]
+    times = [times_of(outcome) for outcome in outcomes.requests[ramp_up:] if outcome.error is None]
     samples = {name: [value for one in times for value in one[name]] for name in TIMES}
     figures: dict[str, Any] = {name: _statistics(samples[name]) for name in TIMES if samples[name]}
     figures["requests_per_second"] = len(answered) / outcomes.seconds
     figures["output_tokens_per_second"] = sum(outcome.count for outcome in answered) / outcomes.seconds
     if goodput:
         good = sum(all(max(one[name], default=0.0) <= most for name, most in goodput.items()) for one in times)
-        figures["goodput_per_second"] = good / outcomes.seconds
+        figures["goodput_per_second"] = figures["requests_per_second"] * (good / len(times) if times else 0.0)
     return {
         "seconds": outcomes.seconds,
         "generator_cpu_seconds": outcomes.cpu_seconds,
