@@ -32,6 +32,7 @@ CLAIMS = (
     Claim("Pruner-Zero", "pruner-zero + none 2:4", "wanda + none 2:4"),
     Claim(f"Wanda++ {SCORE_ALONE}", "wanda++ + none 2:4", "wanda + none 2:4"),
     Claim(f"Wanda++ {SCORE_ALONE}", "wanda++ + none 2:4", "gblm + none 2:4"),
+    Claim("DSnoT, in attention alone", "wanda + dsnot skip=mlp 2:4", "wanda + none 2:4"),
     Claim(f"DSnoT {ALL_LINEARS}", "wanda + dsnot 2:4", "wanda + none 2:4"),
     Claim(f"DSnoT {ALL_LINEARS}", "magnitude + dsnot 2:4", "magnitude + none 2:4"),
     Claim("R²-DSnoT (there mostly at 60 % unstructured)", "wanda + r2-dsnot 2:4", "wanda + dsnot 2:4"),
