@@ -142,47 +142,17 @@ def _distillation_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 def methods(as_json: Json = False) -> None:
     """What there is: every metric and reconstruction, its paper, what it needs, what it costs."""
-    from compress.allocate import ALLOCATE
-    from compress.distill import DISTILL
-    from compress.methods import Metric, Reconstruction
-    from compress.metrics import METRICS
-    from compress.reconstruction import RECONSTRUCTIONS
-    from compress.repair import REPAIRS
-    from compress.targets import TARGETS
+    from compress.catalogue import SLOTS, catalogue, takes
 
-    catalogue = []
-    for kind, table_of in (
-        ("metric", METRICS),
-        ("reconstruction", RECONSTRUCTIONS),
-        ("allocate", {ALLOCATE.name: ALLOCATE}),
-        ("targets", {TARGETS.name: TARGETS}),
-        ("repair", REPAIRS),
-        ("distill", {DISTILL.name: DISTILL}),
-    ):
-        for method in table_of.values():
-            options = {
-                name: {"default": field.default, "description": field.description or ""}
-                for name, field in method.options.model_fields.items()
-            }
-            catalogue.append(
-                {
-                    "kind": kind,
-                    "name": method.name,
-                    "paper": method.paper,
-                    "needs": sorted(method.needs | method.options().needs),
-                    "cost": method.cost,
-                    **({"group": method.group} if isinstance(method, Metric | Reconstruction) else {}),
-                    "options": options,
-                }
-            )
+    listed = catalogue()
 
     def human() -> None:
         out.print("any metric goes with any reconstruction; options are NAME=VALUE", highlight=False)
-        for kind in ("metric", "reconstruction", "allocate", "targets", "repair", "distill"):
-            out.print(f"\n[bold]--{kind}[/]", highlight=False)
-            for method in catalogue:
-                if method["kind"] == kind:
-                    _describe(method)
+        for slot in SLOTS:
+            out.print(f"\n[bold]--{slot}[/]", highlight=False)
+            for method in listed:
+                if method["kind"] == slot:
+                    _describe(method, takes)
         out.print("\n[bold]--preset[/]", highlight=False)
         for name, preset in PRESETS.items():
             out.print(f"\n[bold cyan]{name}[/]", highlight=False)
@@ -192,20 +162,25 @@ def methods(as_json: Json = False) -> None:
             )
 
     presets = {name: {"purpose": preset.purpose, "fields": dict(preset.fields)} for name, preset in PRESETS.items()}
-    emit({"methods": catalogue, "presets": presets}, as_json, human)
+    emit({"methods": listed, "presets": presets}, as_json, human)
 
 
-def _describe(method: dict[str, Any]) -> None:
-    """One method for people: its name, then what it is, needs and costs, then its options."""
+def _describe(method: dict[str, Any], takes: Callable[[dict[str, Any]], str]) -> None:
+    """One method for people: its name, then what it is, needs and costs, then its options and what they take."""
     out.print(f"\n[bold cyan]{method['name']}[/]", highlight=False)
     if method["paper"]:
         out.print(Padding(method["paper"], (0, 0, 0, 4)), highlight=False)
     out.print(Padding(f"cost: {method['cost']}", (0, 0, 0, 4)), highlight=False)
     if method["needs"]:
         out.print(Padding(f"needs: {', '.join(method['needs'])}", (0, 0, 0, 4)), highlight=False)
+    if "group" in method:
+        out.print(Padding(f"group: {method['group']}, in unstructured patterns", (0, 0, 0, 4)), highlight=False)
     for name, option in method["options"].items():
         default = "chosen" if option["default"] is None else option["default"]
-        out.print(Padding(f"{name}={default}  {option['description']}", (0, 0, 0, 4)), highlight=False)
+        if isinstance(default, bool):
+            default = str(default).lower()  # as it has to be typed
+        values = f" ({taken})" if (taken := takes(option)) else ""
+        out.print(Padding(f"{name}={default}  {option['description']}{values}", (0, 0, 0, 4)), highlight=False)
 
 
 def verify(directory: Directory, as_json: Json = False) -> None:

@@ -170,7 +170,7 @@ class GradientStore:
             write_shard(self._file(index), _entries(found))
             if index:  # (the first block's upstream is of no use)
                 self._write(self._upstream(index), upstream)
-                # Only now, that a pass can go on from here: what it went on from before.
+                # Only now is there something else to go on from.
                 self._inputs(index).unlink()
                 self._upstream(index + 1).unlink()
         record = {"identity": self._identity, "kinds": wanted, "blocks": count}
@@ -181,13 +181,18 @@ class GradientStore:
                 path.unlink()
 
     def _begin(self, kinds: list[str], layers: Sequence[Sequence[str]]) -> list[str]:
-        """Notes what is gathered, and clears the directory of everything that was not made for it; the kinds to gather."""
+        """Notes what is gathered, and clears the directory of everything that was not made for it.
+
+        Returns:
+            The kinds to gather: those of an interrupted pass, if it gathers more than these.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         wanted = {"identity": self._identity, "kinds": kinds, "layers": [list(names) for names in layers]}
         begun = _read_begun(self.directory / BEGUN)
         same = {**begun, "kinds": kinds} == wanted and set(begun["kinds"]) >= set(kinds)
-        for path in list(self.directory.iterdir()):  # of a run that was killed here, too
-            if _is_ours(path) and path.name != LOCK and not (same and path.name != RECORD and path.suffix != ".tmp"):
+        for path in list(self.directory.iterdir()):
+            kept = path.name == LOCK or (same and path.name != RECORD and path.suffix != ".tmp")
+            if _is_ours(path) and not kept:
                 path.unlink()
         if same:
             return begun["kinds"]

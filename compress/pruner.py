@@ -195,7 +195,8 @@ class BlockPruner:
         return observer
 
     def _reads_norm(self, index: int, hidden: Tensor) -> bool:
-        """Whether the input of a block comes straight from a normalization; looked at once for all blocks that are made alike."""
+        """Whether the input of a block comes straight from a normalization; looked at once for all blocks that are made alike,
+        with the block before it in memory beside it."""
         if index == 0:
             return False
         key = make_of(self.model.blocks[index - 1])

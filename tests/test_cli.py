@@ -63,14 +63,36 @@ def test_methods(halve: Halve) -> None:
     methods = {(method["kind"], method["name"]): method for method in called.document["methods"]}
     assert methods.keys() == {("metric", name) for name in METRICS} | {
         ("reconstruction", name) for name in RECONSTRUCTIONS
-    } | {("allocate", "allocate"), ("targets", "dense"), ("repair", "block"), ("distill", "distill")}
+    } | {
+        ("permutation", "fold"),
+        ("allocate", "allocate"),
+        ("targets", "dense"),
+        ("repair", "block"),
+        ("distill", "distill"),
+    }
     assert methods["metric", "wanda"]["needs"] == ["sum_of_squares"]
     assert methods["metric", "gblm"]["needs"] == ["gradient_l2", "sum_of_squares"]  # one of them by its options
     assert methods["reconstruction", "sparsegpt"]["options"]["block_size"]["default"] == 128
     for method in methods.values():
         assert {"kind", "name", "paper", "needs", "cost", "options"} <= method.keys()
         assert method["cost"]
+    assert methods["reconstruction", "admm"]["group"] == "layer"
+    assert "group" not in methods["reconstruction", "dsnot"], "the group is the metric's"
+    options = {name: method["options"] for (_, name), method in methods.items()}
+    assert options["r2-dsnot"]["relative"]["choices"] == ["prune", "grow"]
+    assert set(options["symwanda"]["input"]["choices"]) == {"none", "constant", "activations", "weights", "relative"}
+    assert (options["symwanda"]["p"]["minimum"], options["symwanda"]["p"]["default"]) == (1, None)
+    assert (options["stochria"]["fraction"]["above"], options["stochria"]["fraction"]["maximum"]) == (0, 1)
+    assert (options["apt"]["refit_tolerance"]["above"], options["apt"]["refit_tolerance"]["below"]) == (0, 1)
     human = halve("methods")
+    said = " ".join(human.stdout.split())
+    assert "relative=prune which criterion uses relative importance (one of prune, grow)" in said
+    assert "(one of none, constant, activations, weights, relative)" in said
+    assert "(above 0 up to 1)" in said
+    assert "group: layer, in unstructured patterns" in said
+    assert "variant=false" in said
+    assert all(f" {text} " in said for text in ("rounds=0", "rows=1", "gamma_grow=0.0", "rho=1.0"))
+    assert "no calibration" not in said
     assert human.code == 0
     assert all(name in human.stdout for _, name in methods)
 
