@@ -7,13 +7,15 @@ wrote. Results are written after every cell, and cells that are there already ar
 interrupted and started again; ``--budget`` starts no new cell after so many seconds. Cells that have not been run are
 shown as such. ``--workers`` cells run side by side with ``--threads`` threads each; times compare within one table only.
 
-The gradients of the dense model, which GBLM and Pruner-Zero need, are gathered once and listed as a line of their own.
+The gradients of the dense model, which GBLM and Pruner-Zero need, are kept for all cells in one work directory: the time of
+the cell that gathers them has them in it, and the page says so there.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import shutil
@@ -83,7 +85,8 @@ def cells() -> list[Cell]:
         *(Cell(None, "sparsegpt"), Cell(None, "apt"), Cell("wanda", "none")),
         *(Cell("wanda", "none", permutation="fold"), Cell(None, "sparsegpt", permutation="fold")),
         *(cell for cell in none if cell.metric not in ("random", "stochria")),
-        *(Cell("wanda", "dsnot"), Cell("wanda", "r2-dsnot"), Cell("wanda", "swaps")),
+        *(Cell("wanda", "dsnot"), Cell("wanda", "dsnot", options={"skip": "mlp"})),
+        *(Cell("wanda", "r2-dsnot"), Cell("wanda", "swaps")),
         *none,
         *(Cell("wanda", reconstruction) for reconstruction in ("sparsegpt", "apt", "bias")),
         Cell(None, "apt", permutation="fold"),
@@ -137,9 +140,10 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
         "calibration": protocol.calibration,
         "seed": protocol.seed,
         "format": "dense",
-        "gradients": work / "gradients",
     }
     cell = Cell(**request["cell"])
+    if cell.metric in GRADIENT_METRICS:
+        settings["gradients"] = work / "gradients"
     metric_first = cell.metric is not None and cell.reconstruction == "none"
     options = {"metric_options" if metric_first else "reconstruction_options": cell.options}
     out = work / cell.key.replace(" ", "_").replace(":", "-")
@@ -238,23 +242,27 @@ def _run_missing(
 ) -> None:
     started = time.perf_counter()
     lock = threading.Lock()
+    from compress.gradients import RECORD
+
+    record = work / "gradients" / RECORD
     gradients = threading.Lock()  # the first that needs the shared gradients gathers them, the others wait
 
     def one(cell: Cell) -> None:
         if time.perf_counter() - started > arguments.budget:
             return
-        guarded = cell.metric in GRADIENT_METRICS and not (work / "gradients" / "gradients.json").is_file()
-        if guarded:
-            gradients.acquire()
-        try:
-            result = run_cell(cell, model, work, protocol, arguments.threads)
-        except HalveError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return
-        finally:
-            if guarded:
-                gradients.release()
-        result["gathered_gradients"] = guarded
+        with contextlib.ExitStack() as held:
+            gathers = cell.metric in GRADIENT_METRICS and not record.is_file()
+            if gathers:
+                held.enter_context(gradients)
+                gathers = not record.is_file()  # the one that was waited for may have gathered them
+            if not gathers:
+                held.close()
+            try:
+                result = run_cell(cell, model, work, protocol, arguments.threads)
+            except HalveError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                return
+        result["gathered_gradients"] = gathers
         result["workers"] = arguments.workers
         with lock:
             document["cells"][cell.key] = result

@@ -39,14 +39,21 @@ class Mock:
         fault: what goes wrong with each request: "garbage" (no events), "early" (it hangs up after half of the tokens),
             "hang" (after half of the tokens nothing more comes), "status" (500), "error" (an error as an event), "unmeasured" (no
             usage), "short" (half of the tokens, and a proper end).
-        every: the fault befalls each request whose number is a multiple of this.
+        every: the fault befalls each request whose number is a multiple of this; ``after``: but for so many at the beginning.
     """
 
     def __init__(
-        self, ttft: float, itl: float, stall: tuple[float, float] = (0.0, 0.0), fault: str = "", every: int = 1
+        self,
+        ttft: float,
+        itl: float,
+        stall: tuple[float, float] = (0.0, 0.0),
+        fault: str = "",
+        every: int = 1,
+        after: int = 0,
     ) -> None:
-        self.ttft, self.itl, self.stall, self.fault, self.every = ttft, itl, stall, fault, every
+        self.ttft, self.itl, self.stall, self.fault, self.every, self.after = ttft, itl, stall, fault, every, after
         self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
 
     def due(self, when: float) -> float:
         begin = self.requests[0]["arrived"] + self.stall[0]
@@ -55,7 +62,8 @@ class Mock:
     def begin(self, asked: dict[str, Any], connection: Connection) -> None:
         record = {"arrived": time.monotonic(), "sent": [], "prompt": asked["prompt"], "asked": asked}
         self.requests.append(record)
-        fault = self.fault if len(self.requests) % self.every == 0 else ""
+        number = len(self.requests)
+        fault = self.fault if number > self.after and number % self.every == 0 else ""
         if fault == "status":
             connection.answer(500, {"error": {"message": "the mock fails as it was told"}})
             return
@@ -129,6 +137,7 @@ class Connection(asyncio.Protocol):
             return
         self._received = body[length:]
         method, path, _ = request.split(" ")
+        self._mock.keys.append(fields.get("authorization"))
         self._route(method, path, body[:length])
 
     def _route(self, method: str, path: str, body: bytes) -> None:
@@ -139,6 +148,7 @@ class Connection(asyncio.Protocol):
                 "requests": [{k: v for k, v in r.items() if k != "asked"} for r in self._mock.requests],
                 "cpu_seconds": time.process_time(),
             },
+            "/keys": lambda: self._mock.keys,
             "/asked": lambda: [record["asked"] for record in self._mock.requests],
         }
         if method == "POST" and path == "/v1/completions":
@@ -193,8 +203,10 @@ def main() -> None:
     parser.add_argument("--stall", type=float, nargs=2, default=(0.0, 0.0), metavar=("AFTER", "SECONDS"))
     parser.add_argument("--fault", choices=FAULTS, default="")
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--after", type=int, default=0)
     arguments = parser.parse_args()
-    mock = Mock(arguments.ttft, arguments.itl, tuple(arguments.stall), arguments.fault, arguments.every)
+    stall = tuple(arguments.stall)
+    mock = Mock(arguments.ttft, arguments.itl, stall, arguments.fault, arguments.every, arguments.after)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_serve(mock))
 

@@ -11,7 +11,8 @@ same time; they take turns, and the one that waits is idle. In a round each gets
     prefill   one request at a time, 1,024 tokens in, 1 out: time to first token (TTFT)
     eight     eight requests at once, 128 tokens in, 64 out: output tokens per second
 
-Figures are medians over rounds, ratios medians of the ratios within a round with their quartiles. Threads: "default" is
+Figures are medians over rounds, ratios medians of the ratios within a round, with the smallest and the largest. What was measured
+in fewer than three rounds is told without a ratio. Threads: "default" is
 what vLLM takes by itself (it leaves one core to its server); a number binds the engine to as many cores.
 
 `vllm bench latency` runs each model alone in a process of its own, in turn, the same number of tokens.
@@ -48,6 +49,8 @@ LOADS = {
 }
 SMOKE = {"decode": {"input": 16, "output": 4, "requests": 2, "concurrency": 1}}
 FIGURE = {"decode": "median_tpot_ms", "prefill": "median_ttft_ms", "eight": "output_throughput"}
+FEWEST = 3
+"""Rounds from which a ratio is quoted."""
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -168,14 +171,31 @@ def summary(found: dict[str, Any], loads: dict[str, dict[str, int]]) -> dict[str
     figures: dict[str, dict[str, float]] = {}
     ratios: dict[str, Any] = {}
     for name in loads:
-        key = FIGURE[name]
-        by_side = {side: [answers[name][side][key] for answers in found["rounds"]] for side in SIDES}
-        figures[name] = {side: statistics.median(values) for side, values in by_side.items()}
-        is_rate = key == "output_throughput"
-        ratios[name] = (
-            ratio(by_side["dense"], by_side["sparse"]) if is_rate else ratio(by_side["sparse"], by_side["dense"])
-        )
+        values = by_round(found, name)
+        figures[name] = {side: statistics.median(values[side]) for side in SIDES}
+        dense, sparse = values["dense"], values["sparse"]
+        ratios[name] = ratio(dense, sparse) if is_rate(name) else ratio(sparse, dense)
     return {"figures": figures, "ratios": ratios}
+
+
+def by_round(found: dict[str, Any], load: str) -> dict[str, list[float]]:
+    """A load's figure in each round, by side."""
+    return {side: [answers[load][side][FIGURE[load]] for answers in found["rounds"]] for side in SIDES}
+
+
+def is_rate(load: str) -> bool:
+    """Whether more is faster."""
+    return FIGURE[load] == "output_throughput"
+
+
+def times_as_fast(values: dict[str, list[float]], *, is_rate: bool = False) -> str:
+    """The median over rounds of how many times as fast 2:4 is, the range, and how many rounds; without a ratio where they are few."""
+    ratios = [dense / sparse for dense, sparse in zip(values["dense"], values["sparse"], strict=True)]
+    ratios = [1 / one for one in ratios] if is_rate else ratios
+    rounds = f"{len(ratios)} round{'s' * (len(ratios) != 1)}"
+    if len(ratios) < FEWEST:
+        return f"{rounds}, too few for a ratio"
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {rounds})"
 
 
 def render(document: dict[str, Any]) -> str:
@@ -183,7 +203,7 @@ def render(document: dict[str, Any]) -> str:
         f"# 2:4 against dense in vLLM {document['vllm'][1]} ({document['vllm'][0]}), {document['model']}",
         "",
         "`python -m benchmarks.vllm_speed`: vLLM's own server and load generator, dense and sparse in turn. Times as fast: the "
-        "median of the rounds' ratios, in brackets their quartiles.",
+        "median of the rounds' ratios, in brackets the smallest and the largest.",
         "",
         "| threads | load | dense | 2:4 | times as fast |",
         "|---|---|---:|---:|---:|",
@@ -191,19 +211,18 @@ def render(document: dict[str, Any]) -> str:
     units = {"median_tpot_ms": "ms a token", "median_ttft_ms": "ms to the first token", "output_throughput": "tokens/s"}
     for threads, found in document["threads"].items():
         for name, figures in found["figures"].items():
-            load, spread = document["loads"][name], found["ratios"][name]
+            load = document["loads"][name]
             what = f"{load['concurrency']} at once, {load['input']} in, {load['output']} out: {units[FIGURE[name]]}"
-            lines.append(
-                f"| {threads} | {what} | {figures['dense']:.1f} | {figures['sparse']:.1f} | {spread['median']:.2f} "
-                f"({spread['p25']:.2f} to {spread['p75']:.2f}) |"
-            )
-    if "latency" in document:
-        dense, sparse = (statistics.median(document["latency"][side]) for side in SIDES)
+            fast = times_as_fast(by_round(found, name), is_rate=is_rate(name))
+            lines.append(f"| {threads} | {what} | {figures['dense']:.1f} | {figures['sparse']:.1f} | {fast} |")
+    if latency := document.get("latency"):
+        dense, sparse = (statistics.median(latency[side]) for side in SIDES)
         load = document["loads"]["decode"]
-        lines.append(
-            f"| {document['latency']['threads']} | `vllm bench latency`, {load['input']} in, {load['output']} out: seconds | "
-            f"{dense:.2f} | {sparse:.2f} | {dense / sparse:.2f} |"
-        )
+        what, fast = f"`vllm bench latency`, {load['input']} in, {load['output']} out", times_as_fast(latency)
+        if len(latency["dense"]) < FEWEST:  # no line of the table, which is quoted elsewhere
+            lines += ["", f"{what}, threads {latency['threads']}: dense {dense:.2f} s, 2:4 {sparse:.2f} s ({fast})."]
+        else:
+            lines.append(f"| {latency['threads']} | {what}: seconds | {dense:.2f} | {sparse:.2f} | {fast} |")
     last = list(document["threads"].values())[-1]
     held = last["memory"]
     lines += [
@@ -229,7 +248,7 @@ def main() -> None:
     parser.add_argument("--name", default="vllm_speed", help="of the results files")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", nargs="*", default=["default", str(len(os.sched_getaffinity(0)))])
-    parser.add_argument("--latency", type=int, default=2, help="rounds of `vllm bench latency`; 0 leaves it out")
+    parser.add_argument("--latency", type=int, default=FEWEST, help="rounds of `vllm bench latency`; 0 leaves it out")
     parser.add_argument("--smoke", action="store_true", help="few tokens, nothing is written: does it run?")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

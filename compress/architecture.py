@@ -19,7 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from compress.errors import SourceError, one_line
+from compress.errors import SourceError
+from compress.own_code import NEVER, explain
 
 LinearModule = nn.Linear | Conv1D
 
@@ -114,12 +115,12 @@ def load_config(directory: Path) -> Any:
         SourceError: transformers does not know the model, or a field has a wrong type.
     """
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, **NEVER)
     except (
         ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, ArithmeticError, StrictDataclassError
     ) as error:  # fmt: skip
         file = directory if directory.is_file() else directory / "config.json"
-        raise SourceError(f"transformers cannot read {file}: {one_line(error)}") from None
+        raise SourceError(f"transformers cannot read {file}: {explain(error)}") from None
 
 
 def reads_images(config: Any) -> bool:
@@ -138,7 +139,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     kind = "an image classifier" if reads_images(config) else "a causal language model"
     try:
         with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype, **NEVER)
     except (
         ValueError,
         KeyError,
@@ -150,7 +151,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         AssertionError,
         ArithmeticError,
     ) as error:
-        raise SourceError(f"transformers cannot build {kind} of this config.json: {one_line(error)}") from None
+        raise SourceError(f"transformers cannot build {kind} of this config.json: {explain(error)}") from None
     return model.eval().requires_grad_(False)
 
 

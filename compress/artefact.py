@@ -22,6 +22,7 @@ from compress.files import (
     Entry,
     explain_os_error,
     file_digest,
+    inside,
     read_header,
     write_shard,
     write_text,
@@ -100,10 +101,18 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
     write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def write_records(directory: Path, recipe: dict[str, Any], report: dict[str, Any]) -> None:
-    """Writes ``recipe.yaml``, the model card, and last ``report.json``, which accounts for every file beside it."""
+def write_recipe(directory: Path, recipe: dict[str, Any]) -> None:
     write_text(directory / RECIPE_NAME, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-    write_text(directory / CARD_NAME, model_card(recipe, report))
+
+
+def write_records(directory: Path, recipe: dict[str, Any], report: dict[str, Any], card: str | None = None) -> None:
+    """Writes ``recipe.yaml``, the model card, and last ``report.json``, which accounts for every file beside it.
+
+    Args:
+        card: the card's text, where it is another than `compress.card.model_card` makes.
+    """
+    write_recipe(directory, recipe)
+    write_text(directory / CARD_NAME, model_card(recipe, report) if card is None else card)
     write_text(directory / REPORT_NAME, account(directory, report))
 
 
@@ -191,6 +200,37 @@ def read_report(directory: Path) -> dict[str, Any] | None:
     if not (named and counted):
         raise CorruptCheckpointError(f"{path} is not a report of halve")
     return report
+
+
+def read_recipe(directory: Path) -> dict[str, Any] | None:
+    """``recipe.yaml`` as `compress.assembly` writes it; None where there is none, or another program's."""
+    try:
+        saved = yaml.safe_load((directory / RECIPE_NAME).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return saved if isinstance(saved, dict) and isinstance(saved.get("recipe"), dict) else None
+
+
+def check_account(directory: Path, report: dict[str, Any]) -> list[str]:
+    """Compares the files with what ``report.json`` says of them.
+
+    Returns:
+        The files that it does not list.
+
+    Raises:
+        CorruptCheckpointError: names the first file that is missing or was changed.
+    """
+    listed = report.get("files", {})
+    for name, entry in listed.items():
+        path = inside(directory, name, directory / REPORT_NAME)
+        if not path.is_file():
+            raise CorruptCheckpointError(f"{path} is missing; {REPORT_NAME} lists it")
+        if path.stat().st_size != entry["bytes"]:
+            raise CorruptCheckpointError(f"{path} has {path.stat().st_size} bytes; {REPORT_NAME} says {entry['bytes']}")
+        if file_digest(path) != entry["sha256"]:
+            raise CorruptCheckpointError(f"{path} was changed: its SHA-256 is not the one in {REPORT_NAME}")
+    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {REPORT_NAME}
+    return sorted(present - listed.keys())
 
 
 def _split(entries: list[Entry], limit: int) -> list[list[Entry]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from compress import artefact, packed
 from compress.architecture import linears_of
+from compress.bias import NO_BIAS
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
 from compress.files import Entry, TensorFiles
@@ -32,6 +33,7 @@ def assemble(
     records = [record for block in blocks for record in block["layers"]]
     repairs = [block["repair"] for block in blocks if "repair" in block]
     pruned = [record for record in records if record["status"] == "pruned"]
+    distillation = journal.distillation or {}
     artefact.write_weights(directory, _entries(model, recipe, journal))
     artefact.copy_companions(model.source.directory, directory)
     artefact.write_config(directory, _config(model, recipe, {record["name"] for record in pruned}))
@@ -60,13 +62,18 @@ def assemble(
             "pruned_bytes_before": sum(r["bytes_before"] for r in pruned),
             "pruned_bytes_after": sum(r["bytes_after"] for r in pruned),
         },
-        "warnings": [*_warnings(pruned, "layers"), *_warnings(repairs, "blocks")],
+        "warnings": [
+            *_warnings(pruned, "layers"),
+            *_missing_biases(recipe, pruned),
+            *_warnings(repairs, "blocks"),
+            *([distillation["warning"]] if "warning" in distillation else []),
+        ],
         "layers": records,
         **({"allocation": journal.allocation} if journal.allocation else {}),
         **({"repairs": repairs} if repairs else {}),
-        **({"distillation": journal.distillation} if journal.distillation else {}),
+        **({"distillation": distillation} if distillation else {}),
     }
-    report["summary"] |= _summary_of_repairs(recipe, repairs)
+    report["summary"] |= _summary_of_repairs(recipe, repairs) | _summary_of_distillation(distillation)
     artefact.write_records(directory, saved_recipe, report)
 
 
@@ -119,6 +126,32 @@ def _summary_of_repairs(recipe: Recipe, repairs: list[dict[str, Any]]) -> dict[s
         f"mean_{key}": sum(repair[key] for repair in done) / len(done)
         for key in ("held_out_error_before", "held_out_error")
     }
+
+
+def _summary_of_distillation(distillation: dict[str, Any]) -> dict[str, Any]:
+    """Of the whole model's divergence from the dense one, before and after, held out."""
+    wanted = ("tokens", "held_out_divergence_before", "held_out_divergence")
+    return {f"distilled_{key}" if key == "tokens" else key: distillation[key] for key in wanted if key in distillation}
+
+
+def _missing_biases(recipe: Recipe, pruned: list[dict[str, Any]]) -> list[str]:
+    """Of a metric that supposes a bias, how many layers have none; of those that it scored so."""
+    metric = recipe.chosen_metric
+    if metric is None or not metric.corrects_bias:
+        return []
+    bare = [record["name"] for record in pruned if record.get("bias") == NO_BIAS and not record.get("after_norm")]
+    if not bare:
+        return []
+    remedy = (
+        "use wanda"
+        if recipe.add_bias
+        else "give them one by --add-bias, where the model has a switch for it, or use wanda"
+    )
+    return [
+        f"{metric.name} supposes that a bias takes over the mean of what is pruned, and {len(bare)} of {len(pruned)} layers "
+        f"have none, the first is {bare[0]}: they were pruned by the variance of their inputs alone, and nothing makes up for "
+        f"the mean; {remedy}"
+    ]
 
 
 def _warnings(records: list[dict[str, Any]], what: str) -> list[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+NO_BIAS = "the layer has none to correct"
+"""What a layer's record says under "bias" where a method would have corrected it."""
+
 
 def mean_correction(dense: Tensor, pruned: Tensor, mean: Tensor) -> Tensor:
     """Σ_j (W_ij − V_ij) · mean_j, [N] float32: what has to be added to the bias so that the mean output stays.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache
 
 from compress.architecture import (
     LinearModule,
@@ -32,6 +33,9 @@ from compress.attention import TORCH, set_attention
 from compress.errors import SourceError, one_line
 from compress.sources import Source
 from compress.wide import widen
+
+_CARRIERS = (MutableMapping, MutableSequence, MutableSet, Cache)
+"""Among what a block is called with: what it may write into, for a later block to read."""
 
 _COMPARED = 8
 """How many of the latest tensors of a shape a new one is compared with before it is kept as a new one."""
@@ -101,6 +105,10 @@ class BlockModel:
         self.blocks: list[nn.Module] = list(blocks)
         self._keys = self._match_keys()
         self._require_all_parameters()
+        self._require_own_linears()
+        self.carried = ""
+        """What the blocks of a forward pass hand on to each other besides the hidden states, by the names of its classes; known
+        once calls were recorded. Empty where there is nothing, as in most families."""
         self._calls: list[list[_Call]] = [[] for _ in self.blocks]
         self._returns_tuple = False
         self._rest_of_tuple: tuple[Any, ...] = ()
@@ -135,16 +143,19 @@ class BlockModel:
         """Gives the memory of a block back."""
         self.blocks[index].to("meta")
 
-    def record_calls(self, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    def record_calls(
+        self, batches: Iterable[Mapping[str, Any]], keep: Callable[[Tensor], None] | None = None
+    ) -> list[Tensor]:
         """Runs what comes before the blocks, and records what every block is called with.
 
         The blocks themselves are not run, but for the first one, once, to see what a block returns.
 
         Args:
             batches: what the model is called with, one forward pass after the other.
+            keep: called with the inputs of the first block, one tensor [batch, length, hidden] a batch; nothing else holds them.
 
         Returns:
-            The inputs of the first block, one tensor [batch, length, hidden] a batch.
+            These inputs, if ``keep`` was left out.
 
         Raises:
             SourceError: the model cannot read the batches.
@@ -154,7 +165,7 @@ class BlockModel:
         self._calls = [[] for _ in self.blocks]
         hidden: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            block.forward = self._recorder(index, hidden)
+            block.forward = self._recorder(index, keep or hidden.append)
         self.load_block(0)
         try:
             for inputs in batches:
@@ -248,18 +259,21 @@ class BlockModel:
             return self.run_block(index, batch, hidden)
         return None
 
-    def _recorder(self, index: int, hidden: list[Tensor]) -> Callable[..., Any]:
+    def _recorder(self, index: int, keep: Callable[[Tensor], None]) -> Callable[..., Any]:
         block = self.blocks[index]
 
         def record(*args: Any, **kwargs: Any) -> Any:
             incoming = args[0] if args else kwargs["hidden_states"]
             if index == 0:
-                hidden.append(incoming.to("cpu") if self.device.type != "cpu" else incoming)
+                keep(incoming.to("cpu") if self.device.type != "cpu" else incoming)
                 if not self._calls[0]:
                     output = type(block).forward(block, *args, **kwargs)
                     self._returns_tuple = isinstance(output, tuple)
                     self._rest_of_tuple = output[1:] if self._returns_tuple else ()
             leaves, spec = pytree.tree_flatten((args, kwargs))
+            self.carried = self.carried or ", ".join(
+                sorted({type(leaf).__name__ for leaf in leaves if isinstance(leaf, _CARRIERS)})
+            )
             hidden_at = next(i for i, leaf in enumerate(leaves) if leaf is incoming)
             leaves = [None if leaf is incoming else self._share(leaf) for leaf in leaves]
             self._calls[index].append(_Call(leaves, spec, hidden_at))
@@ -345,6 +359,26 @@ class BlockModel:
                     "another model, or this family stores its weights in another layout than the model holds them (as "
                     "mixtures of experts do), which is not supported yet"
                 )
+
+    def _require_own_linears(self) -> None:
+        """Each block is pruned by itself, so none of its linears may be another block's, too."""
+        owners: dict[str, str] = {}
+        for index in range(len(self.blocks)):
+            for name in self.linears(index):
+                key = self._keys.get(f"{name}.weight")
+                if key is not None and (other := owners.setdefault(key, name)) != name:
+                    raise SourceError(
+                        f"{type(self.model).__name__} shares {key} between blocks ({other}, {name}); weights that are used in "
+                        "several places cannot be pruned for one of them, and this is not supported yet"
+                    )
+
+    def refuse_carried(self, what: str) -> None:
+        """Raises SourceError where blocks hand something on to each other, which ``what`` does not follow."""
+        if self.carried:
+            raise SourceError(
+                f"the blocks of {type(self.model).__name__} hand more than hidden states on to each other ({self.carried}: later "
+                f"layers read keys and values of earlier ones), which {what} does not follow; choose something else"
+            )
 
     def _match_keys(self) -> dict[str, str]:
         """Which tensor of the checkpoint belongs to which parameter or buffer of the model.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError
+from compress.extras import how_to_install
 
 BUILTIN = {"c4": "c4.jsonl.gz", "wikitext2": "wikitext2-test.txt.gz"}
 _CHARACTERS_PER_TOKEN = 40
@@ -66,12 +67,15 @@ def text_set(windows: Tensor) -> CalibrationSet:
     return CalibrationSet("input_ids", windows, {"use_cache": False})
 
 
-def load_windows(source: str, tokenizer: Any, *, samples: int, length: int, seed: int) -> Tensor:
+def load_windows(
+    source: str, tokenizer: Any, *, samples: int, length: int, seed: int, at_least: int | None = None
+) -> Tensor:
     """Token windows [samples, length] int64 for calibration.
 
     Args:
         source: ``c4``, a ``.txt`` or ``.jsonl`` file (``.gz`` too), or a Hugging Face data set (needs ``datasets``).
         tokenizer: of transformers.
+        at_least: how many will do where the text holds no more; left out, all of ``samples``.
 
     Raises:
         CalibrationError: the text cannot be read, or holds fewer windows than asked for.
@@ -79,7 +83,10 @@ def load_windows(source: str, tokenizer: Any, *, samples: int, length: int, seed
     text = "\n\n".join(_until(read_documents(source), samples * length * _CHARACTERS_PER_TOKEN))
     tokens = tokenize(text, tokenizer)
     available = len(tokens) // length
+    if at_least is not None and at_least <= available < samples:
+        samples = available
     if available < samples:
+        samples = samples if at_least is None else at_least
         raise CalibrationError(
             f"calibration text {source!r} has {len(tokens)} tokens, which is {available} windows of {length}, and {samples} "
             f"were asked for; give a longer text, or "
@@ -173,7 +180,7 @@ def _read_dataset(source: str, path: Path) -> Iterator[str]:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise CalibrationError(
-            f"reading the data set {source!r} needs the package 'datasets': pip install 'halve[hub]'"
+            f"reading the data set {source!r} needs the package 'datasets': {how_to_install('hub')}"
         ) from None
     try:
         # (a directory by its path, in which ~ is resolved)

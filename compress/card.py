@@ -6,6 +6,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+MEASURED_BEGIN = "<!-- halve report: begin -->"
+MEASURED_END = "<!-- halve report: end -->"
+"""Between these marks `halve report` puts what it measured of the artefact."""
+
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -37,7 +41,7 @@ measured by the run that made this{{ measure }}.
 """
 
 _USAGE_PACKED = """```python
-import serve.transformers_plugin  # pip install halve
+import serve.transformers_plugin  # a part of halve
 from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained("PATH_OR_ID")

@@ -63,11 +63,22 @@ def check_files(files: list[Path]) -> None:
         list(pool.map(check_digest, files))
 
 
-def expected_tensors(module_name: str, n: int, k: int, value_dtype: str) -> dict[str, tuple[Any, tuple[int, int]]]:
-    """The tensors that stand for a packed linear [n, k], with dtype and shape."""
+def expected_tensors(
+    module_name: str, n: int, k: int, value_dtype: str, suffixes: tuple[str, str] = (VALUES_SUFFIX, MASK_SUFFIX)
+) -> dict[str, tuple[tuple[Any, ...], tuple[int, int]]]:
+    """The tensors that stand for a packed linear [n, k], with the dtypes that each may have and its shape.
+
+    Args:
+        value_dtype: of the kept values; "": any that can be packed.
+        suffixes: what values and mask are called.
+    """
     import torch
 
+    values, mask = suffixes
     return {
-        module_name + VALUES_SUFFIX: (VALUE_DTYPES[value_dtype], (n, k // 2)),
-        module_name + MASK_SUFFIX: (torch.uint8, (n, k // 8)),
+        module_name + values: (
+            (VALUE_DTYPES[value_dtype],) if value_dtype else tuple(VALUE_DTYPES.values()),
+            (n, k // 2),
+        ),
+        module_name + mask: ((torch.uint8,), (n, k // 8)),
     }

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 import yaml
 from rich.padding import Padding
+from rich.text import Text
 
-from compress.console import Json, emit, human_bytes, out, progress_bar, table
+from compress.console import Json, emit, human_bytes, out, progress_bar, say, table
 from compress.errors import RecipeError
 from compress.presets import PRESETS, preset_fields
 from compress.recipe import Recipe
@@ -89,6 +90,7 @@ def compress(
                     ["relative output error, mean", f"{summary['mean_relative_output_error']:.4f}"],
                     *_allocation_rows(done.report.get("allocation")),
                     *_repair_rows(summary),
+                    *_distillation_rows(summary),
                     ["their weights, before", human_bytes(summary["pruned_bytes_before"])],
                     ["their weights, after", human_bytes(summary["pruned_bytes_after"])],
                     ["the whole directory", human_bytes(done.report["bytes"]["total"])],
@@ -98,13 +100,11 @@ def compress(
         )
         kept = [layer for layer in done.report["layers"] if layer["status"] == "dense"]
         if kept:
-            out.print(
-                f"dense: {len(kept)} layers, the first is {kept[0]['name']}: {kept[0]['reason']}", highlight=False
-            )
+            say(f"dense: {len(kept)} layers, the first is {kept[0]['name']}: {kept[0]['reason']}")
         for warning in done.report["warnings"]:
-            out.print(f"[yellow]warning[/]: {warning}", highlight=False)
+            out.print(Text.assemble(("warning", "yellow"), ": ", warning), highlight=False)
         steps = ["verify"] if reads_images(read_config(done.directory)) else ["verify", "serve"]
-        out.print("next: " + ", ".join(f"halve {step} {done.directory}" for step in steps), highlight=False)
+        say("next: " + ", ".join(f"halve {step} {done.directory}" for step in steps))
 
     emit(document, as_json, human)
 
@@ -131,49 +131,28 @@ def _repair_rows(summary: dict[str, Any]) -> list[list[str]]:
     return [["error of the blocks, held out", f"{before:.4f} before the repair, {after:.4f} after"]]
 
 
+def _distillation_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """What the training of the whole model bought."""
+    if "held_out_divergence" not in summary:
+        return []
+    before, after = summary["held_out_divergence_before"], summary["held_out_divergence"]
+    said = f"{before:.4f} before {summary['distilled_tokens']:,} tokens, {after:.4f} after"
+    return [["divergence from the dense model, held out", said]]
+
+
 def methods(as_json: Json = False) -> None:
     """What there is: every metric and reconstruction, its paper, what it needs, what it costs."""
-    from compress.allocate import ALLOCATE
-    from compress.distill import DISTILL
-    from compress.methods import Metric, Reconstruction
-    from compress.metrics import METRICS
-    from compress.reconstruction import RECONSTRUCTIONS
-    from compress.repair import REPAIRS
-    from compress.targets import TARGETS
+    from compress.catalogue import SLOTS, catalogue, takes
 
-    catalogue = []
-    for kind, table_of in (
-        ("metric", METRICS),
-        ("reconstruction", RECONSTRUCTIONS),
-        ("allocate", {ALLOCATE.name: ALLOCATE}),
-        ("targets", {TARGETS.name: TARGETS}),
-        ("repair", REPAIRS),
-        ("distill", {DISTILL.name: DISTILL}),
-    ):
-        for method in table_of.values():
-            options = {
-                name: {"default": field.default, "description": field.description or ""}
-                for name, field in method.options.model_fields.items()
-            }
-            catalogue.append(
-                {
-                    "kind": kind,
-                    "name": method.name,
-                    "paper": method.paper,
-                    "needs": sorted(method.needs | method.options().needs),
-                    "cost": method.cost,
-                    **({"group": method.group} if isinstance(method, Metric | Reconstruction) else {}),
-                    "options": options,
-                }
-            )
+    listed = catalogue()
 
     def human() -> None:
         out.print("any metric goes with any reconstruction; options are NAME=VALUE", highlight=False)
-        for kind in ("metric", "reconstruction", "allocate", "targets", "repair", "distill"):
-            out.print(f"\n[bold]--{kind}[/]", highlight=False)
-            for method in catalogue:
-                if method["kind"] == kind:
-                    _describe(method)
+        for slot in SLOTS:
+            out.print(f"\n[bold]--{slot}[/]", highlight=False)
+            for method in listed:
+                if method["kind"] == slot:
+                    _describe(method, takes)
         out.print("\n[bold]--preset[/]", highlight=False)
         for name, preset in PRESETS.items():
             out.print(f"\n[bold cyan]{name}[/]", highlight=False)
@@ -183,24 +162,29 @@ def methods(as_json: Json = False) -> None:
             )
 
     presets = {name: {"purpose": preset.purpose, "fields": dict(preset.fields)} for name, preset in PRESETS.items()}
-    emit({"methods": catalogue, "presets": presets}, as_json, human)
+    emit({"methods": listed, "presets": presets}, as_json, human)
 
 
-def _describe(method: dict[str, Any]) -> None:
-    """One method for people: its name, then what it is, needs and costs, then its options."""
+def _describe(method: dict[str, Any], takes: Callable[[dict[str, Any]], str]) -> None:
+    """One method for people: its name, then what it is, needs and costs, then its options and what they take."""
     out.print(f"\n[bold cyan]{method['name']}[/]", highlight=False)
     if method["paper"]:
         out.print(Padding(method["paper"], (0, 0, 0, 4)), highlight=False)
     out.print(Padding(f"cost: {method['cost']}", (0, 0, 0, 4)), highlight=False)
     if method["needs"]:
         out.print(Padding(f"needs: {', '.join(method['needs'])}", (0, 0, 0, 4)), highlight=False)
+    if "group" in method:
+        out.print(Padding(f"group: {method['group']}, in unstructured patterns", (0, 0, 0, 4)), highlight=False)
     for name, option in method["options"].items():
         default = "chosen" if option["default"] is None else option["default"]
-        out.print(Padding(f"{name}={default}  {option['description']}", (0, 0, 0, 4)), highlight=False)
+        if isinstance(default, bool):
+            default = str(default).lower()  # as it has to be typed
+        values = f" ({taken})" if (taken := takes(option)) else ""
+        out.print(Padding(f"{name}={default}  {option['description']}{values}", (0, 0, 0, 4)), highlight=False)
 
 
 def verify(directory: Directory, as_json: Json = False) -> None:
-    """Is it really 2:4, whole, finite and loadable; which layers are dense and why; how many bytes."""
+    """Is it really 2:4 (or what its recipe says), whole and finite; which layers are dense and why; how many bytes."""
     from compress.verify import verify as run
 
     with progress_bar("verifying") as progress:
@@ -209,8 +193,10 @@ def verify(directory: Directory, as_json: Json = False) -> None:
     document = {
         "directory": str(directory),
         "kind": verdict.kind,
-        "ok": True,
-        "layers_2_4": len(verdict.sparse),
+        "ok": verdict.ok,
+        "pattern": verdict.pattern,
+        "layers_2_4": len(verdict.sparse) if verdict.pattern == "2:4" else 0,
+        "layers_sparse": len(verdict.sparse),
         "layers_dense": len(dense),
         "dense": dense,
         "bytes": verdict.bytes,
@@ -222,22 +208,25 @@ def verify(directory: Directory, as_json: Json = False) -> None:
     def human() -> None:
         rows = [
             ["kind", verdict.kind],
-            ["layers that are 2:4", len(verdict.sparse)],
+            [f"layers that are {verdict.pattern}", len(verdict.sparse)],
+            ["their bytes", f"{verdict.bytes['sparse_layers']:,}"],
             ["layers that are dense", len(dense)],
-            ["bytes of the 2:4 layers", f"{verdict.bytes['sparse_layers']:,}"],
-            ["bytes of the dense layers", f"{verdict.bytes['dense_layers']:,}"],
+            ["their bytes", f"{verdict.bytes['dense_layers']:,}"],
             ["bytes of the directory", f"{verdict.bytes['directory']:,}"],
             ["weight files, with a digest", f"{verdict.files}, {verdict.sealed_files}"],
         ]
-        out.print(table(f"{directory} is whole", "", "", rows=rows))
+        title = f"{directory} is whole" + ("" if verdict.ok else f", and no layer of it is {verdict.pattern}")
+        out.print(table(title, "", "", rows=rows))
         for layer in dense[:20]:
-            out.print(f"dense: {layer['name']}: {layer['reason']}", highlight=False)
+            say(f"dense: {layer['name']}: {layer['reason']}")
         if len(dense) > 20:
-            out.print(f"... and {len(dense) - 20} more (--json lists all)", highlight=False)
+            say(f"... and {len(dense) - 20} more (--json lists all)")
         for note in verdict.notes:
-            out.print(f"note: {note}", highlight=False)
+            say(f"note: {note}")
 
     emit(document, as_json, human)
+    if not verdict.ok:
+        raise typer.Exit(1)
 
 
 def pack(
@@ -252,7 +241,7 @@ def pack(
     emit(
         {"out": str(out_directory), **counts},
         as_json,
-        lambda: out.print(f"{out_directory}: {counts['packed']} layers packed, {counts['dense']} stay dense"),
+        lambda: say(f"{out_directory}: {counts['packed']} layers packed, {counts['dense']} stay dense"),
     )
 
 
@@ -268,7 +257,7 @@ def unpack(
     emit(
         {"out": str(out_directory), **counts},
         as_json,
-        lambda: out.print(f"{out_directory}: {counts['unpacked']} layers unpacked"),
+        lambda: say(f"{out_directory}: {counts['unpacked']} layers unpacked"),
     )
 
 

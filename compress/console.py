@@ -16,11 +16,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from compress.errors import HalveError
+from compress.errors import HalveError, one_line
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output, and nothing else")]
 
@@ -33,13 +34,19 @@ def emit(document: dict[str, Any], as_json: bool, human: Callable[[], None]) -> 
         human()
 
 
+def say(text: str) -> None:
+    """A line for people on standard output, as it is: names and paths in it may hold what rich takes for markup."""
+    out.print(text, markup=False, highlight=False)
+
+
 def table(title: str, *columns: str, rows: list[list[Any]]) -> Table:
-    """A table with a title; the first column is text, the others are right-aligned."""
-    result = Table(title=title, title_justify="left", title_style="bold")
+    """A table with a title; the first column is text, the others are right-aligned. Texts are no markup;
+    a cell with a style is a `rich.text.Text`."""
+    result = Table(title=Text(title, "bold"), title_justify="left")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right")
+        result.add_column(Text(column), justify="left" if index == 0 else "right")
     for row in rows:
-        result.add_row(*(str(cell) for cell in row))
+        result.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return result
 
 
@@ -52,7 +59,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
     if not err.is_terminal:
 
         def line(done: int, total: int, text: str) -> None:
-            err.print(f"{label} {done}/{total} {text}", highlight=False, soft_wrap=True)
+            err.print(f"{label} {done}/{total} {text}", markup=False, highlight=False, soft_wrap=True)
 
         yield line
         return
@@ -63,7 +70,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, TextColumn("{task.fields[text]}"), console=err, transient=True) as progress:
+    with Progress(*columns, TextColumn("{task.fields[text]}", markup=False), console=err, transient=True) as progress:
         task = progress.add_task(label, total=None, text="")
 
         def update(done: int, total: int, text: str) -> None:
@@ -80,8 +87,12 @@ def run_app(app: Callable[[], object]) -> None:
     try:
         app()
     except HalveError as error:
-        err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        _tell(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:  # a path or a device that the system refuses, at a place that has no better words for it
+        where = f": {error.filename}" if error.filename is not None else ""
+        _tell(f"{error.strerror or one_line(error)}{where} (errno {error.errno})" if error.errno else one_line(error))
+        sys.exit(2)
     except KeyboardInterrupt:
         err.print("interrupted", highlight=False)
         sys.exit(130)
@@ -96,5 +107,5 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def _tell(message: str) -> None:
+    err.print(Text.assemble(("error:", "bold red"), " ", message), highlight=False, soft_wrap=True)

@@ -1,4 +1,5 @@
-"""How much a Gram matrix is damped before it is factored: the option of all methods that do it, and its default."""
+"""Whether a Gram matrix has seen enough tokens, and how much it is damped before it is factored: the option of all methods
+that do it, and its default."""
 
 from __future__ import annotations
 
@@ -24,18 +25,27 @@ Damping: Any = Field(
 """The option of every method that factors a Gram matrix."""
 
 
+def gram_notes(statistics: LayerStatistics, so: str = "") -> dict[str, Any]:
+    """What the report says of a layer's Gram matrix: of how many tokens it is, with a warning where they are few.
+
+    Args:
+        so: what was done about it, for the warning.
+    """
+    per_channel = statistics.count / statistics.inputs.features
+    notes: dict[str, Any] = {"tokens_per_input": round(per_channel, 3)}
+    if per_channel < FEW_TOKENS:
+        notes["warning"] = (
+            f"{per_channel:.2g} calibration tokens per input channel are few for a Gram matrix (at least {FEW_TOKENS}, "
+            f"better {2 * FEW_TOKENS} or more); {so}raise --samples or --length"
+        )
+    return notes
+
+
 def chosen_damping(given: float | None, statistics: LayerStatistics) -> tuple[float, dict[str, Any]]:
     """The damping for a layer's Gram matrix, and what the report says of it.
 
     The given one; or where none was given, that of the papers, or a larger one for too few tokens.
     """
-    per_channel = statistics.count / statistics.inputs.features
-    few = per_channel < FEW_TOKENS
-    notes: dict[str, Any] = {"tokens_per_input": round(per_channel, 3)}
+    few = statistics.count < FEW_TOKENS * statistics.inputs.features
     damping = given if given is not None else FEW_TOKENS_DAMPING if few else DAMPING
-    if few:
-        notes["warning"] = (
-            f"{per_channel:.2g} calibration tokens per input channel are few for a Gram matrix (at least {FEW_TOKENS}, "
-            f"better {2 * FEW_TOKENS} or more); damping {damping:g}; raise --samples or --length"
-        )
-    return damping, notes
+    return damping, gram_notes(statistics, f"damping {damping:g}; ")

@@ -16,7 +16,6 @@ float32 with its gradients and the optimizer's two moments.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -37,7 +36,8 @@ from compress.errors import HalveError, NumericalError
 from compress.files import TensorFiles
 from compress.methods import Options
 from compress.norms import norms_of
-from compress.repair import Repair, held_out_batches
+from compress.own_code import NEVER
+from compress.repair import Repair
 from compress.seeds import named_seed
 from compress.training import MaskedAdam, Trainable, autocast, precision
 
@@ -82,6 +82,7 @@ def distill(
     options: DistillOptions,
     *,
     tokens: int,
+    held_out: int,
     format: str,
     seed: int,
     tell: Telling = lambda done, total, text: None,
@@ -92,24 +93,21 @@ def distill(
         model: the dense model; its parts need not be loaded.
         blocks: the tensors of every pruned block under the checkpoint's names.
         pruned: full names of the pruned linears.
-        windows: calibration windows of token ids [n, length]; the last tenth is held out, as everywhere.
+        windows: calibration windows of token ids [n, length].
         tokens: about how many to train on, windows counted as often as they are seen.
+        held_out: how many of the windows, the last ones, are not trained on.
         format: ``packed`` or ``dense``, of ``blocks`` and of the result.
         seed: of the order of the windows.
         tell: called with the steps done, all steps, and a line.
 
     Returns:
-        The tensors of every block in turn, under the names that ``blocks`` has, and what the report says.
+        The tensors of every block in turn, under the names that ``blocks`` has, and what the report says. Where a gradient is
+        not finite on the way, the training ends, and the best state so far stays.
 
     Raises:
-        HalveError: memory or windows do not suffice. NumericalError: a loss or gradient is not finite.
+        HalveError: see `require_room`. NumericalError: the divergence is not finite before anything is trained.
     """
-    held_out = held_out_batches(len(windows))
-    if not held_out:
-        raise HalveError(
-            "distillation needs at least two calibration windows, one of them to hold out; raise --samples"
-        )
-    _require_memory(model, min(options.batch, len(windows)) * windows.shape[1])
+    require_room(model, windows, held_out, options)
     course = _Course(model, blocks, set(pruned), windows)
     fitted = len(windows) - held_out
     length = windows.shape[1]
@@ -120,24 +118,28 @@ def distill(
     kept = adam.snapshot()
     order = _order(fitted, seed)
     checks = {round(steps * (number + 1) / CHECKS) for number in range(CHECKS)}
-    trained = math.nan
-    for step in range(1, steps + 1):
-        trained = course.learn([next(order) for _ in range(options.batch)])
-        adam.step()
-        if step in checks:
-            error = course.divergence(watched)
-            if error < best:
-                best, kept = error, adam.snapshot()
-        tell(step, steps, f"distilling, step {step} of {steps}, held-out divergence {before:.4f} to {best:.4f}")
+    taken, notes = 0, {}
+    try:
+        for taken in range(1, steps + 1):
+            course.learn([next(order) for _ in range(options.batch)])
+            adam.step()
+            if taken in checks:
+                error = course.divergence(watched)
+                if error < best:
+                    best, kept = error, adam.snapshot(kept)
+            tell(taken, steps, f"distilling, step {taken} of {steps}, held-out divergence {before:.4f} to {best:.4f}")
+    except NumericalError as error:
+        notes = {"warning": f"distillation ended early, the best state so far is kept: {error}"}
     adam.restore(kept)
     adam.require_masks()
     record = {
-        "tokens": steps * options.batch * length,
-        "steps": steps,
+        "tokens": taken * options.batch * length,
+        "steps": taken,
         "windows": fitted,
         "held_out_divergence_before": before,
         "held_out_divergence": best,
-        "training_divergence": trained,
+        "training_divergence": course.divergence(range(min(fitted, len(watched)))),
+        **notes,
     }
     return course.blocks(blocks, format), record
 
@@ -158,7 +160,9 @@ class _Course:
         self._pruned = pruned
         self._precision = precision(model.dtype, model.device)
         build = partial(
-            auto_class(model.config).from_pretrained, attn_implementation=model.model.config._attn_implementation
+            auto_class(model.config).from_pretrained,
+            attn_implementation=model.model.config._attn_implementation,
+            **NEVER,
         )
         directory = model.source.directory
         self._dense = build(directory, dtype=model.dtype).to(model.device).eval().requires_grad_(False)
@@ -331,11 +335,17 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
             del block.forward
 
 
-def _require_memory(model: BlockModel, tokens: int) -> None:
-    """Raises HalveError where the two models, the optimizer and the logits of a step's tokens will not fit."""
+def require_room(model: BlockModel, windows: Tensor, held_out: int, options: DistillOptions) -> None:
+    """Raises HalveError where no window is left to hold out, or the two models, the optimizer, the best state and the logits of
+    a step's tokens will not fit. To be called before anything else is done: pruning may take hours."""
+    if not 0 < held_out < len(windows):
+        raise HalveError(
+            "distillation needs at least two calibration windows, one of them to hold out; raise --samples"
+        )
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
-    need = parameters * (model.dtype.itemsize + 4 * 4)  # dense; pruned, its gradients, two moments
+    need = parameters * (model.dtype.itemsize + 5 * 4 + 1)  # dense; pruned, gradients, two moments, best state; masks
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+    tokens = min(options.batch, len(windows)) * windows.shape[1]
     need += LOGITS_HELD * min(LOGITS_AT_ONCE, tokens * vocabulary) * model.dtype.itemsize
     free = _free_memory(model.device)
     if need > free:

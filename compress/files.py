@@ -103,12 +103,12 @@ class TensorFiles:
     def __iter__(self) -> Iterator[str]:
         return iter(self.info)
 
-    def read(self, name: str, device: str = "cpu") -> Tensor:
-        """The tensor as it is stored."""
+    def read(self, name: str, device: str = "cpu", rows: int | None = None) -> Tensor:
+        """The tensor as it is stored; ``rows``: only so many of the first."""
         info = self.info[name]
         try:
             with safe_open(info.file, framework="pt", device=device) as file:
-                return file.get_tensor(name)
+                return file.get_tensor(name) if rows is None else file.get_slice(name)[:rows]
         except (SafetensorError, OSError) as error:
             raise CorruptCheckpointError(f"{info.file}: cannot read {name}: {error}") from None
 
@@ -234,11 +234,46 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def inside(directory: Path, name: str, said_by: Path) -> Path:
+    """The path of a file that ``said_by``, a file of a checkpoint, names.
+
+    Raises:
+        CorruptCheckpointError: it is not below the checkpoint's directory.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CorruptCheckpointError(
+            f"{said_by} names {name!r}, which is outside of {directory}; get the checkpoint again"
+        )
+    return directory / name
+
+
 def sibling(directory: Path, suffix: str) -> Path:
     """The path beside a directory that is to be made, where it is put together: its name with a suffix."""
     if directory.name in ("", ".."):
         raise OutputError(f"--out {str(directory)!r} names no new directory; give it a name")
     return directory.with_name(directory.name + suffix)
+
+
+def try_place(path: Path) -> None:
+    """Finds out, before hours of work, whether a file can be written there; leaves nothing behind.
+
+    Raises:
+        OutputError: it is a directory, or the place cannot be written.
+    """
+    temporary = _temporary(path)
+    try:
+        if path.is_dir():
+            raise OutputError(f"--out {path} is a directory; name a file in it")
+        if not path.resolve().parent.is_dir():
+            raise OutputError(f"--out {path}: there is no directory {path.resolve().parent}")
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise OutputError(f"--out {path} cannot be written: {error.strerror}") from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.name}.tmp"
 
 
 @contextmanager
@@ -248,7 +283,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: there is no space left, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         temporary.replace(path)
@@ -266,7 +301,7 @@ def explain_os_error(error: OSError, path: Path) -> Exception:
         return OutputError(
             f"no disk space left while writing {path}; free some and run the same command again (`halve compress` goes on with --resume)"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
         return OutputError(f"cannot write {path}: {error.strerror}")
     return error
 
@@ -284,7 +319,7 @@ def _find_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (directory / name).is_file()]
+            missing = [name for name in names if not inside(directory, name, index).is_file()]
             if not names:
                 raise ValueError("it names no tensor")
         except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -5,7 +5,8 @@ forward pass goes through the blocks one by one and leaves the input of each blo
 activation checkpointing); the backward pass goes through them in reverse, runs each block again from its saved input,
 and passes the gradient of the input on to the block before it. So memory holds one block, its float32 accumulators
 and the activations of the calibration set twice; disk holds the inputs of all blocks until they have been used, and
-the accumulators of each block once it is done.
+the accumulators of each block once it is done. With the gradients that the backward pass has arrived at, what is on disk is
+also where a pass that was killed goes on, whatever its way back: at the block that it was killed in.
 
 The gradient is taken sample by sample (GBLM-Pruner sums |g| or g² over samples, not the gradients themselves) and is
 accumulated in float32. A float16 model is run in float32 here: small gradients would vanish.
@@ -13,7 +14,6 @@ accumulated in float32. A float16 model is run in float32 here: small gradients 
 
 from __future__ import annotations
 
-import copy
 import fcntl
 import json
 import re
@@ -25,15 +25,17 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from compress.architecture import LinearModule, linears_of, oriented
+from compress.backward import Accumulator, loss_of, no_gradient
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet
-from compress.errors import OutputError, SourceError, one_line
+from compress.errors import OutputError, SourceError
 from compress.files import Entry, TensorFiles, check_digest, explain_os_error, write_shard, write_text
 from compress.layer_statistics import GRADIENT_NEEDS
 
 Progress = Callable[[int, int, str], None]
 RECORD = "gradients.json"
+BEGUN = "begun.json"
+"""What a pass that is not finished gathers, and from what: the files beside it belong to that."""
 LOCK = "lock"
 
 
@@ -132,7 +134,8 @@ class GradientStore:
         progress: Progress = lambda done, total, text: None,
         required: Collection[str] | None = None,
     ) -> None:
-        """Runs the forward and the backward pass over the dense model and writes a file for each block.
+        """Runs the forward and the backward pass over the dense model and writes a file for each block; or what is left of
+        them, where a pass for the same was interrupted here.
 
         Args:
             model: the dense model, in the dtype of the passes.
@@ -144,33 +147,80 @@ class GradientStore:
             SourceError: the model gives no gradient: no loss, or one that does not reach a required layer.
             OutputError: there is not enough space on the disk.
         """
-        wanted = sorted({*self._kinds, *kinds} & GRADIENT_NEEDS)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for left_over in filter(_is_ours, list(self.directory.iterdir())):  # of a run that was killed here, too
-            if left_over.name != LOCK:
-                left_over.unlink()
+        wanted = self._begin(sorted({*self._kinds, *kinds} & GRADIENT_NEEDS), layers)
         count = len(model.blocks)
         arguments = list(samples.batches(1))
         hidden = model.record_calls(arguments)
+        model.refuse_carried("a metric that needs gradients")  # they would end at what a later block reads
         self._require_space(model, hidden, layers, len(wanted))
-        for index in range(count):
-            progress(index, 2 * count, f"gradients: forward through {model.block_name(index)}")
-            self._write(self._inputs(index), {f"{n:06d}": states for n, states in enumerate(hidden)})
-            model.load_block(index)
-            hidden = [model.run_block(index, n, states).to(states.device) for n, states in enumerate(hidden)]
-            model.drop_block(index)
-        upstream = self._loss_gradients(model, samples, arguments, hidden)
+        left = self._left_backward(count)
+        if left is None:
+            hidden = self._forward(model, hidden, progress)
+            upstream = self._loss_gradients(model, samples, arguments, hidden)
+            self._write(self._upstream(count), upstream)
+            left = count
+        else:
+            upstream = self._read(self._upstream(left))
         del hidden
-        for index in reversed(range(count)):
+        for index in reversed(range(left)):
             progress(2 * count - 1 - index, 2 * count, f"gradients: backward through {model.block_name(index)}")
             model.load_block(index)
             found = self._backward(model, index, layers[index], wanted, upstream, required)
             model.drop_block(index)
-            self._write(self._file(index), found)
-            self._inputs(index).unlink()
+            write_shard(self._file(index), _entries(found))
+            if index:  # (the first block's upstream is of no use)
+                self._write(self._upstream(index), upstream)
+                # Only now is there something else to go on from.
+                self._inputs(index).unlink()
+                self._upstream(index + 1).unlink()
         record = {"identity": self._identity, "kinds": wanted, "blocks": count}
         write_text(self.directory / RECORD, json.dumps(record))
         self._kinds = set(wanted)
+        for path in list(self.directory.iterdir()):
+            if _is_ours(path) and path.name.startswith((BEGUN, "inputs", "upstream")):
+                path.unlink()
+
+    def _begin(self, kinds: list[str], layers: Sequence[Sequence[str]]) -> list[str]:
+        """Notes what is gathered, and clears the directory of everything that was not made for it.
+
+        Returns:
+            The kinds to gather: those of an interrupted pass, if it gathers more than these.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        wanted = {"identity": self._identity, "kinds": kinds, "layers": [list(names) for names in layers]}
+        begun = _read_begun(self.directory / BEGUN)
+        same = {**begun, "kinds": kinds} == wanted and set(begun["kinds"]) >= set(kinds)
+        for path in list(self.directory.iterdir()):
+            kept = path.name == LOCK or (same and path.name != RECORD and path.suffix != ".tmp")
+            if _is_ours(path) and not kept:
+                path.unlink()
+        if same:
+            return begun["kinds"]
+        write_text(self.directory / BEGUN, json.dumps(wanted))
+        return kinds
+
+    def _left_backward(self, count: int) -> int | None:
+        """How many blocks, the first ones, the backward pass has still before it; None where it has not begun."""
+        for left in range(1, count + 1):
+            if self._upstream(left).is_file():
+                needed = [self._inputs(i) if i < left else self._file(i) for i in range(count)]
+                return left if all(path.is_file() for path in needed) else None
+        return None
+
+    def _forward(self, model: BlockModel, hidden: list[Tensor], progress: Progress) -> list[Tensor]:
+        """Writes the inputs of every block; the output of the last one. ``hidden`` goes into the first."""
+        count = len(model.blocks)
+        saved = next((index for index in range(count) if not self._inputs(index).is_file()), count)
+        if saved > 1:
+            hidden = self._read(self._inputs(saved - 1))
+        for index in range(max(saved - 1, 0), count):
+            progress(index, 2 * count, f"gradients: forward through {model.block_name(index)}")
+            if index >= saved:
+                self._write(self._inputs(index), hidden)
+            model.load_block(index)
+            hidden = [model.run_block(index, n, states).to(states.device) for n, states in enumerate(hidden)]
+            model.drop_block(index)
+        return hidden
 
     def read(
         self, index: int, layers: Iterable[str], kinds: Iterable[str], device: torch.device
@@ -184,7 +234,7 @@ class GradientStore:
         files = TensorFiles(self.directory, [self._file(index)])
         kinds, layers = list(kinds), list(layers)
         if missing := [layer for layer in layers for kind in kinds if f"{layer}.{kind}" not in files]:
-            raise _no_gradient("the model", missing)
+            raise no_gradient("the model", missing)
         return {layer: {kind: files.read(f"{layer}.{kind}", str(device)) for kind in kinds} for layer in layers}
 
     def _loss_gradients(
@@ -200,7 +250,7 @@ class GradientStore:
             for n, (inputs, states) in enumerate(zip(arguments, hidden, strict=True)):
                 leaf = states.to(model.device).detach().requires_grad_()
                 with torch.enable_grad():
-                    loss = _loss(run, leaf, inputs, samples, n)
+                    loss = loss_of(run, leaf, inputs, samples, n)
                     if not isinstance(loss, Tensor) or not loss.requires_grad:
                         raise SourceError(
                             f"the method needs gradients, and {type(model.model).__name__} gives none: its loss does not "
@@ -221,7 +271,7 @@ class GradientStore:
     ) -> dict[str, Tensor]:
         """One block; ``upstream`` is overwritten with the gradients of the block's inputs."""
         linears = {name: module for name, module in model.linears(index).items() if name in set(layers)}
-        total = _Accumulator(linears, kinds)
+        total = Accumulator(linears, kinds)
         inputs = TensorFiles(self.directory, [self._inputs(index)])
         for n, gradient in enumerate(upstream):
             leaf = inputs.read(f"{n:06d}").to(model.device).requires_grad_()
@@ -240,7 +290,8 @@ class GradientStore:
             for name, module in model.linears(index).items()
             if name in layers[index]
         )
-        size = len(blocks) * sum(states.nbytes for states in hidden) + 4 * weights * kinds
+        size = (len(blocks) + 2) * sum(states.nbytes for states in hidden) + 4 * weights * kinds
+        size -= sum(path.stat().st_size for path in self.directory.iterdir())  # what an interrupted pass left
         free = shutil.disk_usage(self.directory).free
         if free < size:
             raise OutputError(
@@ -254,8 +305,31 @@ class GradientStore:
     def _inputs(self, index: int) -> Path:
         return self.directory / f"inputs-{index:05d}.safetensors"
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        write_shard(path, [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()])
+    def _upstream(self, index: int) -> Path:
+        """Of the gradients of a block's inputs, or behind the last block of its outputs."""
+        return self.directory / f"upstream-{index:05d}.safetensors"
+
+    def _write(self, path: Path, states: Sequence[Tensor]) -> None:
+        """One tensor a sample."""
+        write_shard(path, _entries({f"{n:06d}": tensor for n, tensor in enumerate(states)}))
+
+    def _read(self, path: Path) -> list[Tensor]:
+        check_digest(path)
+        files = TensorFiles(self.directory, [path])
+        return [files.read(name) for name in sorted(files)]
+
+
+def _entries(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+
+
+def _read_begun(path: Path) -> dict[str, Any]:
+    """What an unfinished pass gathers; nothing where there is none."""
+    try:
+        begun = json.loads(path.read_text())
+        return {"identity": begun["identity"], "kinds": list(begun["kinds"]), "layers": begun["layers"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"identity": None, "kinds": [], "layers": []}
 
 
 def _read_record(record: Path) -> tuple[set[str], int, dict[str, Any]]:
@@ -270,127 +344,7 @@ def _read_record(record: Path) -> tuple[set[str], int, dict[str, Any]]:
 def _is_ours(path: Path) -> bool:
     """Whether a store wrote the file, or was killed while it did."""
     name = path.name.removeprefix(".").removesuffix(".tmp")
-    return name in (RECORD, LOCK) or re.fullmatch(r"(gradients|inputs)-\d{5}\.safetensors", name) is not None
-
-
-def _no_gradient(model: str, layers: Sequence[str]) -> SourceError:
-    return SourceError(
-        f"the method needs gradients, and {model} gives none for {layers[0]} ({len(layers)} layers): its output does not "
-        f"depend on them; add --ignore {layers[0]!r}, or choose a metric without gradients (see `halve methods`)"
+    return (
+        name in (RECORD, BEGUN, LOCK)
+        or re.fullmatch(r"(gradients|inputs|upstream)-\d{5}\.safetensors", name) is not None
     )
-
-
-@torch.no_grad()
-def regional_gradients(
-    model: BlockModel, index: int, linears: Mapping[str, LinearModule], hidden: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """sqrt(mean_n g_n²) with g_n = ∂‖block(x_n)‖₂/∂W for each linear of a loaded block, [N, K] float32.
-
-    The regional gradient of Wanda++ (Yang et al. 2025, arXiv 2503.04992): it stays within one block, so nothing but
-    the block has to be in memory. ``hidden`` holds the inputs of the block, one sample a tensor.
-
-    Raises:
-        SourceError: the output of the block does not depend on a layer.
-    """
-    # A copy, as some blocks keep what they computed (a recurrent state), which would hold the graph in the block.
-    block = copy.deepcopy(model.blocks[index])
-    copies = linears_of(block, model.block_name(index))
-    total = _Accumulator({name: copies[name] for name in linears}, ["gradient_l2"])
-    for n, states in enumerate(hidden):
-        with torch.enable_grad(), total.tracked():
-            output = model.run_copy(index, n, states, block, model.dtype)
-            assert output is not None, "no hook ends this pass"
-            total.add(output.float().norm(), None, None)
-    scale = max(len(hidden), 1) ** -0.5
-    found = total.result(type(model.model).__name__)
-    return {name: found[f"{name}.gradient_l2"] * scale for name in linears}
-
-
-class _Accumulator:
-    """Σ|g| and Σg² of the weights of some linears over samples, float32, oriented as [N, K]."""
-
-    def __init__(self, linears: Mapping[str, LinearModule], kinds: Iterable[str]) -> None:
-        self._linears = dict(linears)
-        self._sums = {
-            (name, kind): torch.zeros(module.weight.shape, dtype=torch.float32, device=module.weight.device)
-            for name, module in linears.items()
-            for kind in kinds
-        }
-        self._reached: set[str] = set()
-
-    def tracked(self) -> Any:
-        """The weights are leaves of the graph inside."""
-        return _Tracked([module.weight for module in self._linears.values()])
-
-    def add(self, output: Tensor, gradient: Tensor | None, leaf: Tensor | None) -> Tensor:
-        """Backward from ``output``, whose own gradient is ``gradient`` (None for a loss); adds one sample's gradients.
-
-        Returns:
-            The gradient of ``leaf``, or an empty tensor where there is none.
-        """
-        weights = [module.weight for module in self._linears.values()]
-        targets = weights if leaf is None else [*weights, leaf]
-        if not output.requires_grad:
-            return torch.empty(0)
-        gradients = torch.autograd.grad(
-            output, targets, None if gradient is None else gradient.to(output.dtype), allow_unused=True
-        )
-        for name, found in zip(self._linears, gradients, strict=False):
-            if found is None:
-                continue  # an expert that this sample did not reach
-            self._reached.add(name)
-            if (name, "gradient_l1") in self._sums:
-                self._sums[name, "gradient_l1"] += found.float().abs_()
-            if (name, "gradient_l2") in self._sums:
-                self._sums[name, "gradient_l2"] += found.float().square()
-        if leaf is None:
-            return torch.empty(0)
-        return torch.zeros_like(leaf) if gradients[-1] is None else gradients[-1]
-
-    def result(self, model: str, required: Collection[str] | None = None) -> dict[str, Tensor]:
-        """``NAME.gradient_l1`` and ``NAME.gradient_l2``, the latter as a root, of every layer that was reached.
-
-        Raises:
-            SourceError: a required layer was not (left out: none may be missing).
-        """
-        needed = self._linears if required is None else required
-        if missing := [name for name in self._linears if name not in self._reached and name in needed]:
-            raise _no_gradient(model, missing)
-        return {
-            f"{name}.{kind}": oriented(
-                total.sqrt_() if kind == "gradient_l2" else total, self._linears[name]
-            ).contiguous()
-            for (name, kind), total in self._sums.items()
-            if name in self._reached
-        }
-
-
-class _Tracked:
-    def __init__(self, weights: list[Tensor]) -> None:
-        self._weights = weights
-
-    def __enter__(self) -> None:
-        for weight in self._weights:
-            weight.requires_grad_(True)
-
-    def __exit__(self, *_: object) -> None:
-        for weight in self._weights:
-            weight.requires_grad_(False)
-
-
-def _loss(run: Any, hidden: Tensor, inputs: Mapping[str, Any], samples: CalibrationSet, n: int) -> Any:
-    """The model's own loss of one sample: of the next token over all of a window, or of the class of an image.
-
-    An image whose class is not known gets the class that the dense model sees in it.
-    """
-    try:
-        if samples.argument == "input_ids":
-            return run(hidden, {**inputs, "labels": inputs["input_ids"]}).loss
-        if samples.classes is not None:
-            label = samples.classes[n : n + 1]
-        else:
-            with torch.no_grad():
-                label = run(hidden.detach(), inputs).logits.argmax(dim=-1)
-        return run(hidden, {**inputs, "labels": label}).loss
-    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        raise SourceError(f"the method needs gradients, and the model gives no loss: {one_line(error)}") from None

@@ -126,12 +126,8 @@ class Journal:
 
     def abandon_if_new(self) -> None:
         """Removes the work directory of a run that failed before it did anything worth keeping; never a resumed one's."""
-        if not self._resumed and not self._manifest.get("blocks"):
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Removes the work directory: what failed would fail again in the same way."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if not self._resumed and not self._manifest.get("blocks") and not self._manifest.get("allocation"):
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     @property
     def next_block(self) -> int:

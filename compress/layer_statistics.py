@@ -23,6 +23,7 @@ GRADIENT_NEEDS = frozenset({"gradient_l1", "gradient_l2"})
 """Of the whole model's loss, from one backward pass over the dense model before anything is pruned."""
 REGIONAL_NEEDS = frozenset({"regional_gradient"})
 PLACE_NEEDS = frozenset({"after_norm"})
+GRAM_NEEDS = frozenset({"gram", "split_gram"})
 KNOWN_NEEDS = frozenset(ACCUMULATORS) | OUTPUT_NEEDS | GRADIENT_NEEDS | REGIONAL_NEEDS | PLACE_NEEDS
 
 
@@ -45,6 +46,8 @@ class LayerStatistics:
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     """[N, K] float32 each, under the names of ``GRADIENT_NEEDS`` and ``REGIONAL_NEEDS``."""
     place: Mapping[str, bool] = field(default_factory=dict)
+    name: str = ""
+    """The layer's full name in the model."""
 
     @property
     def count(self) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.bias import mean_correction
+from compress.bias import NO_BIAS, mean_correction
+from compress.damping import gram_notes
 from compress.errors import NumericalError
-from compress.layer_statistics import LayerStatistics
-from compress.methods import Pruning, parse_options
+from compress.layer_statistics import GRAM_NEEDS, LayerStatistics
+from compress.methods import Metric, Pruning, parse_options
 from compress.metrics.wanda import WANDA
 from compress.packed import canonical, require_finite
 from compress.patterns import NMPattern, Pattern
@@ -39,7 +41,7 @@ def prune_layer(
         target: weights [N, K] float32 that are pruned instead, if there are better ones than the layer's own.
 
     Raises:
-        NumericalError: the weight, the statistics or the result are not finite, or the Gram matrix is singular;
+        NumericalError: the weight, the statistics, the scores or the result are not finite, or the Gram matrix is singular;
             the message names the layer.
     """
     require_finite(weight, name)
@@ -52,7 +54,7 @@ def prune_layer(
     dense = weight.float() if target is None else target
     mask = scores = None
     if metric is not None:
-        scores = metric.score(dense, statistics, parse_options(metric, recipe.metric_options))
+        scores = _scores(name, dense, statistics, metric, recipe.metric_options)
         mask = pattern.mask(scores, recipe.chosen_group)
     options = parse_options(reconstruction, recipe.reconstruction_options)
     try:
@@ -62,10 +64,16 @@ def prune_layer(
     pruned = canonical(result.weight.to(weight.dtype))
     require_finite(pruned, f"{name} after {reconstruction.name}")
     _check_mask(name, pruned, result.mask, pattern)
-    bias, notes = result.bias, result.notes
-    if bias is None and metric is not None and metric.corrects_bias and statistics.bias is not None:
-        shift = mean_correction(dense, pruned.float(), statistics.moments.mean)
-        bias, notes = statistics.bias.float() + shift, {**notes, "bias": "corrected"}
+    bias, notes = result.bias, dict(result.notes)
+    if metric is not None and metric.corrects_bias and statistics.bias is None:
+        notes["bias"] = NO_BIAS
+    elif bias is None and metric is not None and metric.corrects_bias and statistics.bias is not None:
+        bias = statistics.bias.float() + mean_correction(dense, pruned.float(), statistics.moments.mean)
+        notes["bias"] = "corrected"
+    if metric is not None and "after_norm" in metric.needs:
+        notes["after_norm"] = statistics.after_norm
+    if reconstruction.needs & GRAM_NEEDS or target is not None:
+        notes = {**gram_notes(statistics), **notes}  # of those that damp it, with what they did about few tokens
     if bias is not None:
         require_finite(bias, f"the bias of {name} after {reconstruction.name}")
     record = {
@@ -82,14 +90,25 @@ def importance(name: str, weight: Tensor, statistics: LayerStatistics, recipe: R
     """The scores [N, K] float32 of a ``weight`` [N, K] by the recipe's metric, or Wanda's where it has none.
 
     Raises:
-        NumericalError: the weight or the statistics are not finite.
+        NumericalError: the weight, the statistics or the scores are not finite.
     """
     require_finite(weight, name)
     statistics.require_finite(name)
-    metric = recipe.chosen_metric
-    if metric is None:
-        return WANDA.score(weight.float(), statistics, WANDA.options())
-    return metric.score(weight.float(), statistics, parse_options(metric, recipe.metric_options))
+    metric = recipe.chosen_metric or WANDA  # (without a metric, there are no options of one)
+    return _scores(name, weight.float(), statistics, metric, recipe.metric_options)
+
+
+def _scores(name: str, weight: Tensor, statistics: LayerStatistics, metric: Metric, given: Mapping[str, Any]) -> Tensor:
+    """[N, K]. Ones that are not finite would prune by position, as all of them are ties, or by whatever a NaN compares to."""
+    scores = metric.score(weight, statistics, parse_options(metric, given))
+    finite = torch.isfinite(scores)
+    if not bool(finite.all()):
+        options = "".join(f" {key}={value}" for key, value in given.items())
+        raise NumericalError(
+            f"{name}: {int((~finite).sum())} of {scores.numel()} scores of {metric.name}{options} are NaN or infinite, so "
+            "they do not say which weights to keep; use smaller options, or another metric"
+        )
+    return scores
 
 
 def _shift(bias: Tensor | None, statistics: LayerStatistics) -> Tensor | None:

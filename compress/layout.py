@@ -26,7 +26,7 @@ from compress.architecture import (
 from compress.checkpoint import expected_tensors
 from compress.errors import CorruptCheckpointError
 from compress.files import TensorInfo
-from compress.packed import VALUE_DTYPES
+from compress.packed import MASK_SUFFIX, VALUE_DTYPES, VALUES_SUFFIX
 from compress.quiet import quiet_transformers
 
 
@@ -96,9 +96,15 @@ class Layout:
             )
         return self.linears.keys() - ignored
 
-    def require_tensors(self, stored: Mapping[str, TensorInfo], packed: Collection[str], value_dtype: str) -> None:
+    def require_tensors(
+        self,
+        stored: Mapping[str, TensorInfo],
+        packed: Collection[str],
+        value_dtype: str,
+        suffixes: tuple[str, str] = (VALUES_SUFFIX, MASK_SUFFIX),
+    ) -> None:
         """Checks that a checkpoint has every parameter of the model, in its shape: as two packed tensors for the
-        linears ``packed``, as itself for the others.
+        linears ``packed``, as itself for the others. ``value_dtype`` and ``suffixes`` are those of `expected_tensors`.
 
         transformers itself fills what is missing with random numbers and goes on.
 
@@ -111,8 +117,7 @@ class Layout:
             module, _, attribute = name.rpartition(".")
             if module in packed and attribute == "weight":
                 linear = self.linears[module]
-                pair = expected_tensors(module, linear.n, linear.k, value_dtype)
-                expected.update({part: ((dtype,), shape) for part, (dtype, shape) in pair.items()})
+                expected.update(expected_tensors(module, linear.n, linear.k, value_dtype, suffixes))
             else:
                 expected[name] = (floats, shape)
         for name, (dtypes, shape) in expected.items():
@@ -131,6 +136,10 @@ class Layout:
                     f"{key} is {info.dtype} {list(info.shape)}, and {' or '.join(map(str, dtypes))} {list(shape)} belongs "
                     f"there (in {info.file})"
                 )
+
+    def parameter_keys(self, stored: Keys) -> set[str]:
+        """The checkpoint's keys of the parameters that it stores as they are. Others are buffers, or packed tensors."""
+        return {key for name in self.parameters if (key := self.key(name, stored)) is not None}
 
     def key(self, name: str, stored: Keys) -> str | None:
         """The checkpoint's key of a tensor of the model, or None.

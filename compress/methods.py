@@ -25,9 +25,9 @@ MethodT = TypeVar("MethodT", "Metric", "Reconstruction")
 
 
 class Options(BaseModel):
-    """The options of a method: a subclass adds its fields; unknown ones are refused."""
+    """The options of a method: a subclass adds its fields; unknown ones are refused, and so are NaN and infinity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -38,6 +38,11 @@ class Options(BaseModel):
     def group(self) -> Group | None:
         """The comparison group that these options imply, or None for the method's own."""
         return None
+
+    @property
+    def named_layers(self) -> Mapping[str, str]:
+        """What the full names of some linear layers have in them, by the option that says so; if none has, it is refused."""
+        return {}
 
     def check(self, pattern: Pattern) -> None:
         """Raises RecipeError where these options cannot be used with the pattern."""

@@ -4,9 +4,9 @@ A normalization is a module whose output does not change when its input is scale
 with its input), projections, convolutions and embeddings all change; LayerNorm, every RMSNorm, with or without weights,
 do not. A module that hands its input on as it is (dropout when nothing is trained, Identity) makes nothing.
 
-Only norms inside of the block count: one block is watched at a time. Where a block ends with a norm (OPT with
-``do_layer_norm_before=False``), the first linears of the next block read a normalized tensor and are not said to, as
-those of the first block are not, which read the embeddings.
+One block is watched at a time. Where the block before it ends with a norm (OPT with ``do_layer_norm_before=False``), the
+block's own input is a normalized tensor: `ends_with_norm` tells. What comes before the first block is not looked at: its
+input counts as embeddings.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.architecture import is_linear
+from compress.blocks import BlockModel
 
 _SCALE = 4.0
 _TOLERANCE = 0.02
@@ -30,9 +31,13 @@ class NormOutputs:
 
     Args:
         block: the decoder block; its leaf modules that are not linears are watched.
+        normalized: whether the block's input is a normalization's output, too.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, normalized: bool = False) -> None:
+        self._block = block
+        self._normalized = normalized
+        self._given: set[tuple[int, int, int]] = set()
         self._candidates = [
             module for module in block.modules() if not any(module.children()) and not is_linear(module)
         ]
@@ -41,10 +46,15 @@ class NormOutputs:
 
     def watch(self) -> list[RemovableHandle]:
         """Hooks; the caller removes them."""
-        return [module.register_forward_hook(self._remember, with_kwargs=True) for module in self._candidates]
+        handles = [module.register_forward_hook(self._remember, with_kwargs=True) for module in self._candidates]
+        if self._normalized:
+            handles.append(self._block.register_forward_pre_hook(self._enter, with_kwargs=True))
+        return handles
 
     def made(self, x: Tensor) -> bool:
-        """Whether ``x`` is, as it is, the output of a normalization of this forward pass."""
+        """Whether ``x`` is, as it is, the output of a normalization of this forward pass, or of one right before it."""
+        if _key(x) in self._given:
+            return True
         found = self._made.get(_key(x))
         return found is not None and _is_norm(*found)
 
@@ -55,7 +65,13 @@ class NormOutputs:
     def forget(self) -> None:
         """The forward pass is over: nothing more is remembered."""
         self._made.clear()
+        self._given.clear()
         self._watching = False
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, _ = _input(args, kwargs)
+        if self._watching and x is not None:
+            self._given.add(_key(x))  # (the caller holds it while the block runs)
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self._watching or not isinstance(output, Tensor) or not output.is_floating_point():
@@ -77,6 +93,27 @@ def norms_of(block: nn.Module, run: Callable[[], object]) -> set[nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def ends_with_norm(model: BlockModel, index: int, hidden: Tensor) -> bool:
+    """Whether a block's output comes straight from a normalization.
+
+    The block is loaded for it and dropped again: this hangs on how it is made, not on what was pruned, nor on where a run
+    was resumed.
+
+    Args:
+        hidden: any hidden states of the first batch, [batch, length, hidden].
+    """
+    block = model.load_block(index)
+    outputs = NormOutputs(block)
+    handles = outputs.watch()
+    try:
+        return outputs.made(model.run_block(index, 0, hidden.clone()))  # blocks may write into their input
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.drop_block(index)
 
 
 def _key(x: Tensor) -> tuple[int, int, int]:

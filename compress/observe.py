@@ -31,10 +31,18 @@ class InputObserver:
         tokens: how many tokens will come in all.
         block: the module that holds the linears.
         windows: in how many windows, or images, the tokens come.
+        normalized: whether the block's input comes straight from a normalization (`compress.norms.ends_with_norm`); of
+            interest only where the place in the graph is needed.
     """
 
     def __init__(
-        self, linears: Mapping[str, LinearModule], needs: Iterable[str], tokens: int, block: nn.Module, windows: int = 1
+        self,
+        linears: Mapping[str, LinearModule],
+        needs: Iterable[str],
+        tokens: int,
+        block: nn.Module,
+        windows: int = 1,
+        normalized: bool = False,
     ) -> None:
         self.linears = linears
         self._block = block
@@ -46,9 +54,9 @@ class InputObserver:
         needs = frozenset(needs)
         self._needs = needs & ACCUMULATORS.keys()
         self._wants_outputs = bool(needs & OUTPUT_NEEDS)
-        self._norms = NormOutputs(block) if needs & PLACE_NEEDS else None
+        self._norms = NormOutputs(block, normalized) if needs & PLACE_NEEDS else None
         self._tokens = tokens
-        self._windows = windows
+        self.windows = windows
         self._leader: dict[str, str] = {}
         self._statistics: dict[str, InputStatistics] = {}
         self._calls_of_first_batch: int | None = None
@@ -154,7 +162,7 @@ class InputObserver:
                     features=shape_of(self.linears[name])[1],
                     device=x.device,
                     tokens=self._tokens,
-                    windows=self._windows,
+                    windows=self.windows,
                 )
             self._statistics[name].update(x)
         elif self._leader[name] != leader:

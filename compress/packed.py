@@ -30,6 +30,8 @@ DENSE_SUFFIX = ".weight"
 VALUE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _BIT_VALUES = [1 << bit for bit in range(8)]
+_WEIGHTS_AT_ONCE = 1 << 20
+"""Weights that are packed at a time: to select by a mask takes a 64-bit index for each, several times what they take themselves."""
 _TWO_OF_FOUR = [bin(byte & 15).count("1") == 2 and bin(byte >> 4).count("1") == 2 for byte in range(256)]
 
 
@@ -74,19 +76,29 @@ def pack(weight: Tensor, name: str = "weight") -> PackedWeight:
     if reason := why_not(weight.shape[1]):
         raise CorruptCheckpointError(f"{name}: {reason}")
     require_finite(weight, name)
-    nonzero = weight != 0
-    kept = PATTERN.mask(
-        nonzero.to(torch.uint8)
-    )  # ties go to the lower column, so missing ones are filled with the lowest zeros
-    if bool((lost := nonzero & ~kept).any()):
-        groups = int(lost.unflatten(-1, (-1, 4)).any(dim=-1).sum())
-        row, column = lost.nonzero()[0].tolist()
-        raise CorruptCheckpointError(
-            f"{name} is not 2:4: {groups} groups of four have more than two non-zero values "
-            f"(the first in row {row}, columns {column // 4 * 4} to {column // 4 * 4 + 3})"
-        )
-    values = canonical(weight)[kept].view(weight.shape[0], -1)
-    return PackedWeight(values, pack_bits(kept))
+    rows, columns = weight.shape
+    values = torch.empty(rows, columns // 2, dtype=weight.dtype, device=weight.device)
+    mask = torch.empty(rows, columns // 8, dtype=torch.uint8, device=weight.device)
+    step = max(1, _WEIGHTS_AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        nonzero = weight[part] != 0
+        # Ties go to the lower column, so missing ones are filled with the lowest zeros.
+        kept = PATTERN.mask(nonzero.to(torch.uint8))
+        if bool((nonzero & ~kept).any()):
+            raise CorruptCheckpointError(_not_two_of_four(weight, name))
+        values[part] = canonical(weight[part])[kept].view(len(kept), columns // 2)
+        mask[part] = pack_bits(kept)
+    return PackedWeight(values, mask)
+
+
+def _not_two_of_four(weight: Tensor, name: str) -> str:
+    crowded = (weight != 0).unflatten(-1, (-1, 4)).sum(dim=-1, dtype=torch.uint8) > 2
+    row, group = crowded.nonzero()[0].tolist()
+    return (
+        f"{name} is not 2:4: {int(crowded.sum())} groups of four have more than two non-zero values "
+        f"(the first in row {row}, columns {group * 4} to {group * 4 + 3})"
+    )
 
 
 def unpack(packed: PackedWeight) -> Tensor:

@@ -107,6 +107,21 @@ class UnstructuredPattern:
 Pattern = NMPattern | UnstructuredPattern
 
 
+def has_pattern(weight: Tensor, pattern: Pattern) -> bool:
+    """Whether the zeros of ``weight`` [N, K] are as the pattern asks, or more than that.
+
+    Of an unstructured one only their number is looked at: which weights competed does not show.
+    """
+    nonzero = weight != 0
+    if isinstance(pattern, NMPattern):
+        if pattern.why_not(weight.shape[1]) is not None:
+            return False
+        return int(nonzero.unflatten(-1, (-1, pattern.m)).sum(dim=-1, dtype=torch.int32).max()) <= pattern.keep_n
+    # Each comparison group rounds by half a weight at most, and there are no more groups than rows, or than columns.
+    rounding = max(weight.shape) / 2
+    return weight.numel() - int(nonzero.sum()) >= pattern.sparsity * weight.numel() - rounding
+
+
 def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
     """``"2:4"``, ``"4:8"``, any ``"N:M"`` with N kept of M, or ``"unstructured"`` with a sparsity.
 

@@ -11,9 +11,13 @@ the number of groups. An order [K] says for each new place which channel comes t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from compress.methods import Options
 
 ROUNDS = 3
 """Most passes over the slots."""
@@ -21,6 +25,25 @@ ENOUGH = 1e-3
 """A pass that gains less than this share of the retained score is the last one."""
 CHUNK = 2**20
 """Scores of one slot that are compared at a time: about as many as fit the cache of one core."""
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """How channels are reordered; any metric's scores tell which order is good."""
+
+    name: str
+    paper: str
+    cost: str
+    needs: frozenset[str] = frozenset()
+    options: type[Options] = Options
+
+
+FOLD = Permutation(
+    name="fold",
+    paper="Zhang et al. 2024, Plug-and-Play: An Efficient Post-training Pruning Method for LLMs (ICLR), section 3.2",
+    cost="for each input that an order can be folded into, (K/4)² N comparisons a pass over the slots, and four assignments "
+    "of K/4 channels; nothing at run time. N:M patterns only. The scores are the metric's, or wanda's",
+)
 
 
 def retained(scores: Tensor, keep_n: int, m: int) -> float:

@@ -10,42 +10,41 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress import artefact, calibration, memory, packed, vision
-from compress.activations import spilled
+from compress import artefact, memory, packed, vision
 from compress.allocate import AllocateOptions, Savings, allocate, reasons_of, what_pruning_saves
-from compress.architecture import reads_images, shape_of
 from compress.assembly import assemble
 from compress.attention import TORCH
 from compress.blocks import BlockModel
-from compress.calibration import CalibrationSet
 from compress.checkpoint import check_files
+from compress.decisions import decide
 from compress.device import choose_device
-from compress.distill import DistillOptions, distill
+from compress.distill import DistillOptions, distill, require_room
 from compress.errors import (
-    CalibrationError,
     HalveError,
     NumericalError,
     OutputError,
     RecipeError,
     SourceError,
-    did_you_mean,
 )
 from compress.files import TensorFiles
 from compress.gradients import GradientStore
 from compress.journal import Journal
-from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS
+from compress.layer_statistics import GRADIENT_NEEDS
 from compress.pruner import BlockPruner
 from compress.quiet import quiet_transformers
 from compress.recipe import Recipe
-from compress.repair import held_out_batches, repair_block
-from compress.sources import Source, fingerprint, load_tokenizer, resolve
+from compress.repair import repair_block
+from compress.samples import choose_samples
+from compress.sources import Source, fingerprint, resolve
+from compress.split import Split
+from compress.streams import Streams, advance, pass_on
 from compress.targets import TENSORS_OF_TARGETS
 from compress.version import versions
 
@@ -104,6 +103,11 @@ def compress_model(
     if recipe is not None and fields:
         raise RecipeError(f"give either a recipe or its fields, not both (got {', '.join(fields)})")
     recipe = recipe or Recipe.create(**fields)
+    if gradients is not None and not recipe.needs & GRADIENT_NEEDS:
+        raise RecipeError(
+            f"gradients={str(gradients)!r} was given, and nothing in the recipe reads the gradients of the model's loss; leave "
+            "it out (flag --gradients), or choose a metric that does (see `halve methods`)"
+        )
     run = _Run(
         str(model),
         Path(out),
@@ -163,8 +167,11 @@ class _Run:
             self.model = BlockModel(
                 self.source, self._dtype(), self.device, add_bias=self.recipe.add_bias, attention=self.attention
             )
-            self.samples = self._samples()
-            self.decisions = self._decide()
+            self.decisions = decide(self.model, self.recipe)
+            self.samples, self.recipe = choose_samples(self.model, self.recipe, self.decisions)
+            self.split = Split.of(len(self.samples), self.recipe, self._tokens_of_a_sample(), BATCH_TOKENS)
+            if (distillation := self.recipe.chosen_distillation) is not None:
+                require_room(self.model, self.samples.samples, len(self.samples) - self.split.fitted, distillation)
             self.store = self._gradient_store()
             self.journal.open(self._identity())
         except HalveError:
@@ -185,11 +192,13 @@ class _Run:
             except HalveError:
                 self.journal.abandon_if_new()
                 raise
-            self.pruner = self._pruner(self._observed)
+            self.pruner = self._pruner()
             try:
                 self._prune_blocks()
-            except (SourceError, NumericalError):
-                self.journal.abandon()
+            except (SourceError, NumericalError) as error:
+                self.journal.abandon_if_new()
+                if self.journal.directory.is_dir():
+                    error.args = (f"{error} (what was finished is kept in {self.journal.directory})",)
                 raise
         if self.recipe.chosen_distillation is not None and self.journal.distillation is None:
             self._distill(self.recipe.chosen_distillation)
@@ -213,58 +222,6 @@ class _Run:
             )
         return packed.VALUE_DTYPES[name]
 
-    def _samples(self) -> CalibrationSet:
-        recipe = self.recipe
-        if reads_images(self.source.config):
-            if recipe.distill:
-                raise RecipeError("distill learns from the logits of a language model, and this is an image classifier")
-            return vision.load_images(
-                recipe.calibration, self.source.directory, samples=recipe.windows, seed=recipe.seed
-            )
-        limit = self.source.config.get("max_position_embeddings") or self.source.config.get("n_positions")
-        if isinstance(limit, int) and recipe.length > limit:
-            raise CalibrationError(
-                f"the model reads at most {limit} tokens; --length {recipe.length} is more than that"
-            )
-        tokenizer = load_tokenizer(self.source.directory)
-        windows = calibration.load_windows(
-            recipe.calibration, tokenizer, samples=recipe.windows, length=recipe.length, seed=recipe.seed
-        )
-        vocabulary = self.source.config.get("vocab_size")
-        if isinstance(vocabulary, int) and int(windows.max()) >= vocabulary:
-            raise SourceError(
-                f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together"
-            )
-        return calibration.text_set(windows)
-
-    def _decide(self) -> dict[str, str | None]:
-        """For every linear of every block: None if it is pruned, or the reason why it stays dense."""
-        decisions: dict[str, str | None] = {}
-        used: set[str] = set()
-        for index in range(len(self.model.blocks)):
-            for name, module in self.model.linears(index).items():
-                columns = shape_of(module)[1]
-                matching = [pattern for pattern in self.recipe.ignore if fnmatchcase(name, pattern)]
-                used.update(matching)
-                reason = (
-                    f"ignored by the recipe ({matching[0]})"
-                    if matching
-                    else self.recipe.parsed_pattern.why_not(columns)
-                )
-                if reason is None and self.recipe.format == "packed":
-                    reason = packed.why_not(columns)
-                decisions[name] = reason
-        if unused := [pattern for pattern in self.recipe.ignore if pattern not in used]:
-            raise RecipeError(
-                f"ignore {unused[0]!r} matches no linear layer{did_you_mean(unused[0], _generic(decisions))}"
-            )
-        if all(decisions.values()):
-            name, reason = next(iter(decisions.items()))
-            raise SourceError(
-                f"no layer of {self.source.directory} can be pruned to {self.recipe.pattern}: {name}: {reason}"
-            )
-        return decisions
-
     def _identity(self) -> dict[str, Any]:
         gguf = Path(self.model_name).expanduser()
         return {
@@ -279,15 +236,18 @@ class _Run:
 
     def _require_space(self) -> None:
         size = sum(info.nbytes for info in self.source.tensors.info.values())
+        pruned = {self.model.key_of(f"{name}.weight") for name, reason in self.decisions.items() if reason is None}
+        blocks = sum(self.source.tensors.info[key].nbytes for key in pruned)
         if self.recipe.format == "packed":
-            pruned = {self.model.key_of(f"{name}.weight") for name, reason in self.decisions.items() if reason is None}
-            saved = sum(self.source.tensors.info[key].nbytes for key in pruned) * 7 / 16
-            size -= int(saved * (1 - self.recipe.allocate))
+            saved = int(blocks * 7 / 16 * (1 - self.recipe.allocate))
+            size, blocks = size - saved, blocks - saved
+        # Finished blocks lie beside the artefact that is made of them, and those before the distillation beside those after.
+        size += blocks * (2 if self.recipe.distill else 1)
         tokens = len(self.samples) * self._tokens_of_a_sample()
         # Saved for a resume, and a second time where they are too large for the memory.
-        sets = 2 * (2 if self._dense_wanted else 1) * tokens
+        sets = 2 * (2 if self.recipe.wants_dense else 1) * tokens
         if self.recipe.chosen_targets is not None:
-            sets += TENSORS_OF_TARGETS * self._observed * self._tokens_of_a_sample()
+            sets += TENSORS_OF_TARGETS * self.split.observed * self._tokens_of_a_sample()
         activations = sets * self._hidden_size() * self.model.dtype.itemsize
         free = shutil.disk_usage(self.journal.directory).free
         if free < size + activations:
@@ -307,26 +267,14 @@ class _Run:
     def _prune_blocks(self) -> None:
         count = len(self.model.blocks)
         self.progress(self.journal.next_block, count, "reading the calibration samples")
-        passing = self.samples.first(self._observed) if self.recipe.chosen_repair is None else self.samples
-        activations = {"hidden": self.model.record_calls(passing.batches(self._batch_size()))}
-        if self._dense_wanted:
-            activations["dense"] = [states.clone() for states in activations["hidden"]]
-        activations = {
-            kind: self._kept(kind, batches)
-            for kind, batches in (self.journal.load_activations() or activations).items()
-        }
+        streams = Streams(self.model, self.recipe, self.journal)
+        passing = self.samples.first(self.split.observed) if self.recipe.chosen_repair is None else self.samples
+        streams.begin(passing, self.split.size)
         memory.give_back()
         for index in range(self.journal.next_block, count):
-            self.journal.save_activations(index, activations)
-            widths = {kind: batches[0].dtype for kind, batches in activations.items()}
-            self._finish_block(index, activations["hidden"], activations.get("dense"))
-            for kind, batches in activations.items():
-                if batches[0].dtype != widths[kind]:
-                    activations[kind] = self._kept(kind, batches)
-
-    def _kept(self, kind: str, batches: list[Tensor]) -> list[Tensor]:
-        """The activations where they can be overwritten: in memory, or in a file where they are large."""
-        return spilled(batches, self.journal.directory / f"{kind}.activations")
+            streams.save(index)
+            with streams.widening():
+                self._finish_block(index, streams.hidden, streams.dense)
 
     def _gradient_store(self) -> GradientStore | None:
         """Where the gradients of the dense model's loss lie, or will lie, if the recipe needs them."""
@@ -335,7 +283,7 @@ class _Run:
         # What is pruned and how makes no difference to them, and the attention none but of rounding.
         others = ("model", "recipe", "attention")
         identity = {key: value for key, value in self._identity().items() if key not in others}
-        identity["calibration"] = self.samples.first(self._observed).digest
+        identity["calibration"] = self.samples.first(self.split.observed).digest
         if (gguf := Path(self.model_name).expanduser()).is_file():
             identity["source"] = fingerprint([gguf])  # what was made of it is new in each run
         identity["dtype"] = str(self._gradient_dtype())
@@ -353,32 +301,12 @@ class _Run:
         store.provide(
             GRADIENT_NEEDS if kept else self.recipe.needs & GRADIENT_NEEDS,
             lambda: BlockModel(self.source, self._gradient_dtype(), self.device, attention=self.attention),
-            self.samples.first(self._observed),
+            self.samples.first(self.split.observed),
             every if kept else [[name for name in block if name in wanted] for block in every],
             wanted,
             self.progress,
         )
         memory.give_back()
-
-    @property
-    def _observed(self) -> int:
-        """Calibration samples, the first ones, that the statistics see: nothing that a stage that trains holds out."""
-        if self.recipe.repair == "none" and not self.recipe.distill:
-            return len(self.samples)
-        size = self._batch_size()
-        batches = -(-len(self.samples) // size)
-        return min(-(-self.recipe.samples // size), batches - held_out_batches(batches)) * size  # whole batches
-
-    @property
-    def _dense_wanted(self) -> bool:
-        """Whether the activations of the dense model go through the blocks beside those of the pruned one."""
-        return self.recipe.chosen_repair is not None or self.recipe.chosen_targets is not None
-
-    def _batch_size(self) -> int:
-        """Calibration samples in one forward pass."""
-        if self.recipe.needs & REGIONAL_NEEDS:
-            return 1  # a gradient is taken of each sample's own loss
-        return max(1, BATCH_TOKENS // self._tokens_of_a_sample())
 
     def _finish_block(self, index: int, hidden: list[Tensor], dense: list[Tensor] | None) -> None:
         """One block from its inputs to its outputs.
@@ -391,15 +319,17 @@ class _Run:
         count = len(self.model.blocks)
         repair = self.recipe.chosen_repair
         block = self.model.load_block(index)
-        observed = hidden[: -(-self._observed // self._batch_size())]
-        done = self.pruner.prune(index, block, observed, dense, lambda batch: self._advance(index, dense or [], batch))
+        observed = hidden[: -(-self.split.observed // self.split.size)]
+        done = self.pruner.prune(
+            index, block, observed, dense, lambda batch: advance(self.model, index, dense or [], batch)
+        )
         errors = [record["relative_output_error"] for record in done.records if "relative_output_error" in record]
         said = f"{self.model.block_name(index)}, relative output error "
         said += f"{sum(errors) / len(errors):.4f}" if errors else "none pruned"
         record: dict[str, Any] = {"layers": done.records}
         if repair is not None:
             assert dense is not None, "they are kept for the repair"
-            record["repair"] = repair_block(
+            repaired = repair_block(
                 self.model,
                 index,
                 done.masks,
@@ -410,12 +340,13 @@ class _Run:
                 seed=self.recipe.seed,
                 tell=lambda text: self.progress(index, count, text),
             )
-            done.changed |= self.model.parameters(index).keys()
+            record["repair"] = repaired.record
+            done.changed |= repaired.changed
             if "held_out_error" in record["repair"]:
                 said += ", held out {held_out_error_before:.4f}, repaired {held_out_error:.4f}".format(
                     **record["repair"]
                 )
-        self._pass_on(index, hidden)
+        pass_on(self.model, index, hidden)
         tensors = self.pruner.save(index, done)
         self.model.drop_block(index)
         del block, done
@@ -424,8 +355,8 @@ class _Run:
         memory.give_back()
         self.progress(index + 1, count, said)
 
-    def _pruner(self, samples: int) -> BlockPruner:
-        return BlockPruner(self.model, self.recipe, self.decisions, samples, self.store, self.journal.directory)
+    def _pruner(self) -> BlockPruner:
+        return BlockPruner(self.model, self.recipe, self.decisions, self.store, self.journal.directory)
 
     def _what_pruning_saves(self) -> dict[str, float]:
         """By linear, where an allocation is still to be made."""
@@ -437,12 +368,14 @@ class _Run:
         """Why the linears stay dense that the allocation keeps, measured in the dense model unless that was done."""
         record = self.journal.allocation
         if record is None:
-            windows, size = self.samples.first(min(options.windows, self._observed)), self._batch_size()
-            batches = -(-len(windows) // size)
-            fitted = min(len(windows), (batches - held_out_batches(batches)) * size)
-            pruner = self._pruner(fitted)
+            windows, size = self.samples.first(min(options.windows, self.split.observed)), self.split.size
             record = allocate(
-                self.model, pruner, windows.batches(size), self._pass_on, saves, tell=self.progress
+                self.model,
+                self._pruner(),
+                windows.batches(size),
+                partial(pass_on, self.model),
+                saves,
+                tell=self.progress,
             ).record()
             memory.give_back()
             self.journal.save_allocation(record)
@@ -459,33 +392,10 @@ class _Run:
             self.samples.samples,
             options,
             tokens=self.recipe.distill,
+            held_out=len(self.samples) - self.split.fitted,
             format=self.recipe.format,
             seed=self.recipe.seed,
             tell=self.progress,
         )
         self.journal.save_distilled(blocks, record)
         memory.give_back()
-
-    def _pass_on(self, index: int, activations: list[Tensor]) -> None:
-        """Overwrites the inputs of a loaded block with its outputs."""
-        for batch in range(len(activations)):
-            self._advance(index, activations, batch)
-
-    def _advance(self, index: int, activations: list[Tensor], batch: int) -> None:
-        """The same for one batch."""
-        states = activations[batch]
-        output = self.model.run_block(index, batch, states)
-        if not packed.is_finite(output):
-            raise NumericalError(
-                f"{self.model.block_name(index)}: its output contains NaN or infinity (in {self.model.dtype}); "
-                "check the model in this dtype, or try --dtype float32"
-            )
-        if output.dtype == states.dtype:
-            states.copy_(output)
-        else:  # the residuals of some families are wider than their embeddings
-            activations[batch] = output.to(states.device)
-
-
-def _generic(names: dict[str, Any]) -> list[str]:
-    """Layer names with their block number as a star, each once."""
-    return sorted({".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names})

@@ -6,6 +6,7 @@ option. ``benchmarks/accuracy.py`` measures what each stage of them buys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,31 +31,65 @@ PRESETS = {
     ),
     "balanced": Preset(
         "what each layer can do, made to repair what those before it lost: minutes for a small model",
-        {**_LAYERS, "targets": "dense", "samples": 48},
+        {**_LAYERS, "targets": "dense", "samples": 48, "tokens_per_input": 8},
     ),
     "best": Preset(
         "each block trained to give the dense block's output again, a block in memory at a time",
         # (Dense targets gain nothing here: what they repair, the training repairs as well.)
-        {**_LAYERS, "samples": 128, "repair": "block", "repair_options": {"passes": 2}, "training_samples": 768},
+        {
+            **_LAYERS,
+            "samples": 128,
+            "tokens_per_input": 16,
+            "repair": "block",
+            "repair_options": {"passes": 2},
+            "training_samples": 768,
+        },
     ),
 }
 
 
 def preset_fields(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a preset with what was given beside it; options are merged one by one, unless they are those of
-    another method than the preset's.
+    """The fields of a preset with what was given beside it; see `merged`.
 
     Raises:
         RecipeError: there is no such preset.
     """
     if name not in PRESETS:
         raise RecipeError(f"there is no preset {name!r}{did_you_mean(name, PRESETS)}")
-    fields = dict(PRESETS[name].fields)
+    return merged(PRESETS[name].fields, given)
+
+
+def merged(
+    base: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields of a recipe with what was given beside it; ``defaults`` are of the fields that the base does not have.
+
+    What was given wins, and options are merged one by one. What the base says only for the sake of something that was given
+    otherwise goes with it, so that nobody reads of a field that he never wrote: options of a method that was replaced,
+    windows to train on where nothing trains any more, a reordering of channels where the pattern has no groups. Windows of
+    another length come in another number, so that the tokens stay as many.
+    """
+    fields = dict(base)
     for field, value in given.items():
         options = f"{field}_options"
-        if options in fields and value != fields.get(field):
-            del fields[options]  # they belong to the method that was replaced
+        if options in fields and value != fields.get(field, (defaults or {}).get(field)):
+            del fields[options]
         if isinstance(value, Mapping) and isinstance(fields.get(field), Mapping):
             value = {**fields[field], **value}
         fields[field] = value
+    kept = base.keys() - given.keys()
+    if "training_samples" in kept and fields.get("repair", "none") == "none" and not fields.get("distill"):
+        del fields["training_samples"]
+    if "permutation" in kept and fields.get("pattern") == "unstructured":
+        del fields["permutation"]
+    if "length" in base and isinstance(given.get("length"), int) and given["length"] > 0:
+        for name in {"samples", "training_samples"} & kept & fields.keys():
+            if isinstance(fields[name], int):
+                fields[name] = max(1, math.ceil(fields[name] * base["length"] / given["length"]))
+    if "training_samples" in kept & fields.keys() and _is_more(fields.get("samples"), fields["training_samples"]):
+        fields["training_samples"] = fields["samples"]
     return fields
+
+
+def _is_more(one: Any, other: Any) -> bool:
+    return isinstance(one, int) and isinstance(other, int) and one > other

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from compress import artefact, memory, packed
 from compress.architecture import LinearModule, join_names, make_of, oriented
+from compress.backward import regional_gradients
 from compress.blocks import BlockModel
 from compress.errors import NumericalError
 from compress.folding import FoldsOfAlike, fold_block
-from compress.gradients import GradientStore, regional_gradients
-from compress.layer_statistics import GRADIENT_NEEDS, REGIONAL_NEEDS, LayerStatistics
+from compress.gradients import GradientStore
+from compress.layer_statistics import GRADIENT_NEEDS, PLACE_NEEDS, REGIONAL_NEEDS, LayerStatistics
 from compress.layers import importance, prune_layer
+from compress.norms import ends_with_norm
 from compress.observe import InputObserver
 from compress.patterns import NMPattern
 from compress.recipe import Recipe
@@ -50,7 +52,6 @@ class BlockPruner:
 
     Args:
         decisions: for every linear the reason why it stays dense, or None.
-        samples: how many calibration samples there are.
         gradients: of the dense model's loss, where the recipe needs them.
         directory: for tensors of the dense model that are too large for the memory.
     """
@@ -60,18 +61,17 @@ class BlockPruner:
         model: BlockModel,
         recipe: Recipe,
         decisions: Mapping[str, str | None],
-        samples: int,
         gradients: GradientStore | None,
         directory: Path | None = None,
     ) -> None:
         self.model = model
         self.recipe = recipe
         self.decisions = decisions
-        self._samples = samples
         self._gradients = gradients
         self._directory = directory or Path()
         self._plans: dict[object, list[Stage]] = {}
         self._folds = FoldsOfAlike()
+        self._ends_with_norm: dict[object, bool] = {}
 
     def prune(
         self,
@@ -183,7 +183,9 @@ class BlockPruner:
     ) -> InputObserver:
         """The statistics of some linears of a loaded block, and with targets what these are missing."""
         tokens = sum(states.shape[:-1].numel() for states in hidden)
-        observer = InputObserver(linears, needs, tokens, block, sum(len(states) for states in hidden))
+        windows = sum(len(states) for states in hidden)
+        normalized = bool(needs & PLACE_NEEDS) and self._reads_norm(index, hidden[0])
+        observer = InputObserver(linears, needs, tokens, block, windows, normalized)
         if not linears:
             return observer
         if targets is None:
@@ -191,6 +193,16 @@ class BlockPruner:
         else:
             observer.run(self.model, index, hidden, targets.taps, targets.update)
         return observer
+
+    def _reads_norm(self, index: int, hidden: Tensor) -> bool:
+        """Whether the input of a block comes straight from a normalization; looked at once for all blocks that are made alike,
+        with the block before it in memory beside it."""
+        if index == 0:
+            return False
+        key = make_of(self.model.blocks[index - 1])
+        if key not in self._ends_with_norm:
+            self._ends_with_norm[key] = ends_with_norm(self.model, index - 1, hidden)
+        return self._ends_with_norm[key]
 
     def _permute_early(
         self,
@@ -289,11 +301,12 @@ class BlockPruner:
         return LayerStatistics(
             inputs,
             seed=named_seed(self.recipe.seed, name),
-            windows=self._samples,
+            windows=observer.windows,
             bias=module.bias,
             outputs=observer.outputs.get(name),
             gradients=gradients,
             place=observer.place.get(name, {}),
+            name=name,
         )
 
     def _prune_linear(

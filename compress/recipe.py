@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compress.errors import RecipeError, did_you_mean, one_line
+from compress.presets import merged
 
 # The methods import torch, which takes two seconds: they are imported where a recipe is checked, so that the
 # schema alone (which `--help` shows) costs nothing.
@@ -98,6 +100,13 @@ class Recipe(BaseModel):
         "for an image classifier a directory of images",
     )
     samples: int = Field(128, ge=1, description="calibration windows, or images")
+    tokens_per_input: float = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="calibration tokens for each input channel of the widest layer, at least: more windows than --samples where "
+        "the model is wide, as far as the text goes",
+    )
     training_samples: int | None = Field(
         None,
         ge=1,
@@ -145,8 +154,18 @@ class Recipe(BaseModel):
         metric = self.chosen_metric
         if metric is None and self.metric_options:
             raise RecipeError(f"metric_options were given, but no metric: {self.reconstruction} uses its own")
+        if self.group in ("block", "layer") and isinstance(pattern, NMPattern):
+            raise RecipeError(
+                f"group={self.group!r} is of unstructured patterns: the weights that compete in {self.pattern!r} are "
+                f"the groups of {pattern.m} in a row; leave --group out"
+            )
         for options in self._parsed_options():
             options.check(pattern)
+            if options.group is not None and self.group not in ("auto", options.group):
+                raise RecipeError(
+                    f"the options of the metric compare the weights of a whole {options.group}, and group is {self.group!r}; "
+                    "leave --group or the options out"
+                )
         if self.repair == "none" and self.repair_options:
             raise RecipeError("repair_options were given, but no repair; add repair='block' (flag --repair block)")
         if not self.distill and self.distill_options:
@@ -238,6 +257,11 @@ class Recipe(BaseModel):
         return options
 
     @property
+    def wants_dense(self) -> bool:
+        """Whether the activations of the dense model go through the blocks beside those of the pruned one."""
+        return self.repair != "none" or self.targets != "own"
+
+    @property
     def chosen_repair(self) -> RepairOptions | None:
         """How blocks are repaired, or None where they are not."""
         if self.repair == "none":
@@ -292,6 +316,11 @@ class Recipe(BaseModel):
         metric = self.chosen_metric
         return frozenset({"sum_of_squares"}) if metric is None else metric.needs | self._parsed_options()[0].needs
 
+    @property
+    def named_layers(self) -> dict[str, str]:
+        """Parts of names by which methods tell layers apart, by the option that gives them."""
+        return {name: part for options in self._parsed_options() for name, part in options.named_layers.items()}
+
     def _parsed_options(self) -> list[Options]:
         """The options of the method that makes the mask first, then of the reconstruction if that is another one."""
         from compress.methods import parse_options
@@ -336,7 +365,23 @@ class Recipe(BaseModel):
             data = data["recipe"]
         if not isinstance(data, dict):
             raise RecipeError(f"the recipe {path} must be a mapping of fields, such as 'metric: wanda'")
-        return cls.create(**{**{str(key): value for key, value in data.items()}, **overrides})
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return cls.create(**merged({str(key): value for key, value in data.items()}, overrides, defaults))
+
+    def fitted_to(self, widest: int) -> Recipe:
+        """The same with as many windows as ``tokens_per_input`` wants for a model.
+
+        Args:
+            widest: input channels of its widest layer that is pruned.
+        """
+        wanted = math.ceil(self.tokens_per_input * widest / self.length)
+        return self.with_samples(
+            max(self.samples, wanted), self.training_samples and max(self.training_samples, wanted)
+        )
+
+    def with_samples(self, samples: int, training_samples: int | None) -> Recipe:
+        """The same with other numbers of windows."""
+        return self.model_copy(update={"samples": samples, "training_samples": training_samples})
 
     def differences(self, other: Recipe) -> list[str]:
         """``"samples: 64 instead of 128"`` for each field in which this one differs from the other."""

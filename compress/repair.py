@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress import remask
-from compress.architecture import LinearModule, linears_of, oriented, shape_of
+from compress.architecture import LinearModule, join_names, linears_of, oriented, shape_of
 from compress.blocks import BlockModel
 from compress.errors import NumericalError, RecipeError
 from compress.methods import Options
@@ -117,8 +117,8 @@ def repair_block(
     *,
     seed: int,
     tell: Telling = lambda text: None,
-) -> dict[str, Any]:
-    """Trains a loaded, pruned block in place.
+) -> Repaired:
+    """Trains a loaded, pruned block in place. Where a gradient is not finite, training ends, and the best state so far stays.
 
     Args:
         masks: for every pruned linear by its full name, True where a weight is kept, shaped as the module's weight; overwritten
@@ -129,27 +129,27 @@ def repair_block(
         seed: of the order of the batches.
         tell: called with a line about the progress.
 
-    Returns:
-        What the report says of the block: errors held out and trained on, before and after, steps, and tokens.
-
     Raises:
-        NumericalError: a loss or gradient is not finite; the message names the block.
+        NumericalError: the block's error is not finite before it is trained; the message names the block.
     """
     name = model.block_name(index)
     if not masks:
-        return {"name": name, "status": "nothing to repair: no linear of it was pruned"}
+        return Repaired({"name": name, "status": "nothing to repair: no linear of it was pruned"}, set())
     held_out = held_out_batches(len(inputs))
     if not held_out:
-        return {"name": name, "status": "not repaired: a single batch of calibration windows leaves none to hold out"}
+        status = "not repaired: a single calibration window leaves none to hold out"
+        return Repaired({"name": name, "status": status, "warning": f"{status}; raise --samples"}, set())
     course = _Course(model, index, masks, inputs, targets, held_out)
     passes, notes = _passes(options.passes, course.tokens, course.widest)
     generator = torch.Generator().manual_seed(named_seed(seed, f"{name}:repair"))
     before = best = course.held_out_error()
-    taken, trained = 0, math.nan
+    if not math.isfinite(before):
+        raise NumericalError(f"{name}: its error against the dense block is not finite; try --dtype float32")
+    taken = 0
     rounds: list[dict[str, Any]] = []
     try:
         for done in _train(course, passes, options.rate, options.clip, best, generator):
-            best, trained, taken = done.best, done.trained, taken + done.steps
+            best, taken = done.best, taken + done.steps
             tell(f"{name}: pass {done.passes} of {passes}, held-out error {before:.4f} to {best:.4f}")
         for number in range(options.rounds):
             assert isinstance(pattern, NMPattern), "the options were checked"
@@ -162,16 +162,16 @@ def repair_block(
             if not record["kept"]:
                 break  # much the same would be tried again
             best = record["held_out_error"]
-    except NumericalError as error:
-        raise NumericalError(f"{name}: {error}") from None
+    except NumericalError as error:  # of a block that was sound before: hours of other blocks need not go for it
+        notes |= {"warning": f"training ended early, the best state so far is kept: {error}"}
     course.write_back()
     masks.update(course.masks)
-    return {
+    record = {
         "name": name,
         "status": "repaired",
         "held_out_error_before": before,
         "held_out_error": best,
-        "training_error": trained,
+        "training_error": course.error(course.fitted[:held_out]),
         "steps": taken,
         "passes": passes,
         "tokens": course.tokens,
@@ -179,6 +179,18 @@ def repair_block(
         **({"rounds": rounds} if rounds else {}),
         **notes,
     }
+    return Repaired(record, {join_names(name, parameter) for parameter in course.parameters})
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What happened to a block."""
+
+    record: dict[str, Any]
+    """What the report says: errors against the dense block before and after, held out and on as many windows that were trained
+    on (both of the state that was kept), steps, and tokens."""
+    changed: set[str]
+    """Full names of the parameters that may be other ones now."""
 
 
 @dataclass(frozen=True)
@@ -191,35 +203,36 @@ class _Pass:
     """Of this pass."""
     best: float
     """The lowest held-out error so far."""
-    trained: float
-    """Mean error of the windows while they were trained on."""
 
 
 def _train(
     course: _Course, passes: int, rate: float, clip: float, best: float, generator: torch.Generator
 ) -> Iterator[_Pass]:
-    """Trains a block pass after pass; when it ends, the block is in its best state.
+    """Trains a block pass after pass; when it ends, whatever ended it, the block is in its best state.
 
     Args:
         best: the held-out error of the state that it is in; a pass with a higher one is not kept.
+
+    Raises:
+        NumericalError: a gradient is not finite.
     """
     adam = MaskedAdam(course.parameters, rate=rate, steps=passes * len(course.fitted), clip=clip)
     kept, since = adam.snapshot(), 0
-    for number in range(passes):
-        errors = []
-        for position in torch.randperm(len(course.fitted), generator=generator).tolist():
-            loss = course.loss(course.fitted[position])
-            loss.backward()
-            adam.step()
-            errors.append(float(loss.detach()))
-        error = course.held_out_error()
-        since += 1
-        if error < best:
-            best, kept, since = error, adam.snapshot(), 0
-        yield _Pass(number + 1, len(errors), best, sum(errors) / len(errors))
-        if since == PATIENCE:
-            break
-    adam.restore(kept)
+    try:
+        for number in range(passes):
+            order = torch.randperm(len(course.fitted), generator=generator).tolist()
+            for position in order:
+                course.loss(course.fitted[position]).backward()
+                adam.step()
+            error = course.held_out_error()
+            since += 1
+            if error < best:
+                best, kept, since = error, adam.snapshot(kept), 0
+            yield _Pass(number + 1, len(order), best)
+            if since == PATIENCE:
+                break
+    finally:
+        adam.restore(kept)
     adam.require_masks()
 
 
@@ -244,12 +257,14 @@ def _round(
     record = {"groups": groups, "exchanged": exchanged}
     if not exchanged:
         return {**record, "held_out_error": best, "kept": False}, 0
-    error, steps = math.inf, 0
-    for done in _train(course, 1, REMASK_RATE * options.rate, options.clip, error, generator):
-        error, steps = done.best, done.steps
-    kept = error < best
-    if not kept:
-        course.set_state(before)
+    error, steps, kept = math.inf, 0, False
+    try:
+        for done in _train(course, 1, REMASK_RATE * options.rate, options.clip, error, generator):
+            error, steps = done.best, done.steps
+        kept = error < best
+    finally:
+        if not kept:
+            course.set_state(before)
     tell(min(error, best))
     return {**record, "held_out_error": error, "kept": kept}, steps
 
@@ -292,11 +307,15 @@ class _Course:
         with torch.enable_grad():
             return relative_error(self._output(batch), self._targets[batch].to(self._model.device)).mean()
 
-    @torch.no_grad()
     def held_out_error(self) -> float:
+        return self.error(self._held_out)
+
+    @torch.no_grad()
+    def error(self, batches: Iterable[int]) -> float:
+        """The mean over the tokens of some batches."""
         errors = [
             relative_error(self._output(batch), self._targets[batch].to(self._model.device)).flatten()
-            for batch in self._held_out
+            for batch in batches
         ]
         return float(torch.cat(errors).mean())
 

@@ -13,6 +13,7 @@ import torch
 from compress.artefact import companions
 from compress.errors import CorruptCheckpointError, SourceError, one_line
 from compress.files import TensorFiles
+from compress.own_code import NEVER, explain
 
 _HUB_PATTERNS = [
     "*.json",
@@ -116,8 +117,8 @@ def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": dtype}
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NEVER)
+        options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": dtype, **NEVER}
         if hasattr(quantization_config, "GgufConfig"):  # newer versions keep the weights quantized unless told not to
             options["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
@@ -167,9 +168,9 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **NEVER)
     except Exception as error:  # anything can come out of a damaged tokenizer file
-        raise SourceError(f"{directory} has no usable tokenizer: {one_line(error)}") from None
+        raise SourceError(f"{directory} has no usable tokenizer: {explain(error)}") from None
     if not tokenizer("the", add_special_tokens=False)["input_ids"]:  # what transformers makes where files are missing
         raise SourceError(
             f"{directory} has no usable tokenizer: it has no vocabulary; copy the model's tokenizer files"

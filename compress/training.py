@@ -85,9 +85,13 @@ class MaskedAdam:
                 if trainable.mask is not None:
                     trainable.parameter.mul_(trainable.mask)
 
-    def snapshot(self) -> list[Tensor]:
-        """A copy of all values."""
-        return [trainable.parameter.detach().clone() for trainable in self.parameters.values()]
+    def snapshot(self, into: list[Tensor] | None = None) -> list[Tensor]:
+        """A copy of all values; into an older one, if that is given, so that there are never two."""
+        if into is None:
+            return [trainable.parameter.detach().clone() for trainable in self.parameters.values()]
+        for kept, trainable in zip(into, self.parameters.values(), strict=True):
+            kept.copy_(trainable.parameter.detach())
+        return into
 
     def restore(self, snapshot: list[Tensor]) -> None:
         """Sets all values."""

@@ -1,7 +1,8 @@
 """Is a checkpoint really 2:4, whole, finite and what its report says? Read from the files alone.
 
 Nothing of the process that wrote a checkpoint is trusted: the shards' digests, every packed mask and value,
-every group of a dense checkpoint, and the bytes that ``report.json`` accounts for are looked at again.
+every parameter, every group of a dense checkpoint, and the bytes that ``report.json`` accounts for are looked at
+again. What pattern the layers of a dense checkpoint should have is in its recipe; without one, it is 2:4.
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from compress import packed
-from compress.artefact import REPORT_NAME, read_report
+from compress.artefact import RECIPE_NAME, REPORT_NAME, check_account, read_recipe, read_report
 from compress.checkpoint import parse_config
-from compress.errors import CorruptCheckpointError, SourceError
-from compress.files import TensorFiles, check_digest, file_digest
+from compress.errors import CorruptCheckpointError, RecipeError, SourceError
+from compress.files import TensorFiles, check_digest
 from compress.layout import Layout, LinearInfo
 from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, VALUES_SUFFIX, PackedWeight
+from compress.patterns import Pattern, has_pattern, parse_pattern
 from compress.sources import read_config
 
 
 @dataclass
 class Verdict:
-    """What `verify` found. ``layers`` has one record for each linear of the decoder blocks."""
+    """What `verify` found. ``layers`` has one record for each linear of the decoder blocks, and for packed ones elsewhere."""
 
     directory: Path
     kind: str
+    pattern: str = "2:4"
     layers: list[dict[str, Any]] = field(default_factory=list)
     bytes: dict[str, int] = field(default_factory=dict)
     sealed_files: int = 0
@@ -35,7 +38,13 @@ class Verdict:
 
     @property
     def sparse(self) -> list[dict[str, Any]]:
+        """The layers that have the pattern."""
         return [layer for layer in self.layers if layer["status"] != "dense"]
+
+    @property
+    def ok(self) -> bool:
+        """Whether any layer is sparse: a model that nobody pruned may be whole, but it is not what is asked for."""
+        return bool(self.sparse)
 
 
 def verify(directory: Path, progress: Callable[[int, int, str], None] = lambda done, total, text: None) -> Verdict:
@@ -43,7 +52,8 @@ def verify(directory: Path, progress: Callable[[int, int, str], None] = lambda d
 
     Raises:
         SourceError: it is no model directory.
-        CorruptCheckpointError: names the first file or layer that is damaged, missing or not 2:4.
+        CorruptCheckpointError: names the first file or layer that is damaged, missing, or not what the report says of it.
+        NumericalError: names the first parameter that is not finite.
     """
     config = read_config(directory)
     files = TensorFiles(directory)
@@ -62,22 +72,28 @@ def verify(directory: Path, progress: Callable[[int, int, str], None] = lambda d
             f"{verdict.files - verdict.sealed_files} of {verdict.files} files carry no digest: a change of a value would not be noticed"
         )
     report = read_report(directory)
-    reasons = {layer["name"]: layer.get("reason") for layer in (report or {}).get("layers", [])}
+    said = {layer["name"]: layer for layer in (report or {}).get("layers", [])}
+    pattern = _pattern(directory) if parsed is None else packed.PATTERN
+    verdict.pattern = str(pattern)
 
     layout = Layout.of(directory)
     packed_names = layout.packed(parsed.ignore) if parsed else set()
     layout.require_tensors(files.info, packed_names, parsed.value_dtype if parsed else "")
-    linears = layout.block_linears
+    linears = [linear for linear in layout.linears.values() if linear.in_block or linear.name in packed_names]
     for done, linear in enumerate(linears, 1):
+        record = said.get(linear.name, {})
         if linear.name in packed_names:
             layer = _verify_packed(files, layout, linear)
         else:
-            layer = _verify_dense(files, layout, linear, reasons.get(linear.name))
+            layer = _verify_dense(files, layout, linear, pattern, record.get("reason"))
+        if record.get("status") == "pruned" and layer["status"] == "dense" and parsed is None:
+            raise CorruptCheckpointError(f"{linear.name} is not {pattern}, and {REPORT_NAME} says that it was pruned")
         verdict.layers.append({"name": linear.name, "shape": [linear.n, linear.k], **layer})
         progress(done, len(linears), linear.name)
+    _require_finite(files, layout, {layout.key(linear.name + DENSE_SUFFIX, files) for linear in linears}, verdict)
 
-    if report is not None:
-        _check_account(directory, report, verdict)
+    if report is not None and (extra := check_account(directory, report)):
+        verdict.notes.append(f"{len(extra)} files are not in {REPORT_NAME}: {', '.join(extra[:3])}")
     verdict.bytes = {
         "sparse_layers": sum(layer["bytes"] for layer in verdict.sparse),
         "dense_layers": sum(layer["bytes"] for layer in verdict.layers if layer["status"] == "dense"),
@@ -103,28 +119,37 @@ def _verify_packed(files: TensorFiles, layout: Layout, linear: LinearInfo) -> di
     return {"status": "packed", "bytes": weight.nbytes}
 
 
-def _verify_dense(files: TensorFiles, layout: Layout, linear: LinearInfo, reason: str | None) -> dict[str, Any]:
+def _verify_dense(
+    files: TensorFiles, layout: Layout, linear: LinearInfo, pattern: Pattern, reason: str | None
+) -> dict[str, Any]:
     key = layout.key(linear.name + DENSE_SUFFIX, files)
     if key is None:
         raise CorruptCheckpointError(f"{linear.name}: the checkpoint has no tensor {linear.name}{DENSE_SUFFIX}")
     weight = files.read(key)
     packed.require_finite(weight, linear.name)
-    if packed.is_two_of_four(weight.T if linear.transposed else weight):
-        return {"status": "2:4", "bytes": weight.nbytes}
-    return {"status": "dense", "bytes": weight.nbytes, "reason": reason or "it is not 2:4"}
+    if has_pattern(weight.T if linear.transposed else weight, pattern):
+        return {"status": str(pattern), "bytes": weight.nbytes}
+    return {"status": "dense", "bytes": weight.nbytes, "reason": reason or f"it is not {pattern}"}
 
 
-def _check_account(directory: Path, report: dict[str, Any], verdict: Verdict) -> None:
-    """Compares the files with what ``report.json`` says of them."""
-    listed = report.get("files", {})
-    for name, entry in listed.items():
-        path = directory / name
-        if not path.is_file():
-            raise CorruptCheckpointError(f"{path} is missing; {REPORT_NAME} lists it")
-        if path.stat().st_size != entry["bytes"]:
-            raise CorruptCheckpointError(f"{path} has {path.stat().st_size} bytes; {REPORT_NAME} says {entry['bytes']}")
-        if file_digest(path) != entry["sha256"]:
-            raise CorruptCheckpointError(f"{path} was changed: its SHA-256 is not the one in {REPORT_NAME}")
-    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {REPORT_NAME}
-    if extra := sorted(present - listed.keys()):
-        verdict.notes.append(f"{len(extra)} files are not in {REPORT_NAME}: {', '.join(extra[:3])}")
+def _require_finite(files: TensorFiles, layout: Layout, seen: set[str | None], verdict: Verdict) -> None:
+    """Looks at the tensors that were not read yet. What is no parameter may hold infinity on purpose, as masks do."""
+    parameters = layout.parameter_keys(files)
+    for key, info in files.info.items():
+        if key in seen or info.dtype not in packed.VALUE_DTYPES.values():
+            continue
+        if key in parameters:
+            packed.require_finite(files.read(key), key)
+        elif not key.endswith(VALUES_SUFFIX) and not packed.is_finite(files.read(key)):
+            verdict.notes.append(f"{key}, which is no parameter of the model, has values that are NaN or infinite")
+
+
+def _pattern(directory: Path) -> Pattern:
+    """What the recipe beside a dense checkpoint asked for."""
+    recipe = (read_recipe(directory) or {}).get("recipe", {})
+    try:
+        return parse_pattern(str(recipe.get("pattern", packed.PATTERN)), recipe.get("sparsity"))
+    except (RecipeError, TypeError):
+        raise CorruptCheckpointError(
+            f"{directory / RECIPE_NAME} has a pattern that halve does not know: {recipe.get('pattern')!r}"
+        ) from None

@@ -18,6 +18,8 @@ from torch import Tensor
 from compress.architecture import load_config
 from compress.calibration import BUILTIN, CalibrationSet
 from compress.errors import CalibrationError, SourceError, one_line
+from compress.extras import how_to_install
+from compress.own_code import NEVER, explain
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 TOKENS_OF_AN_IMAGE = 256
@@ -120,7 +122,7 @@ def _image_processor(model: Path) -> Any:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        raise CalibrationError("reading images needs the package 'pillow': pip install 'halve[vision]'") from None
+        raise CalibrationError(f"reading images needs the package 'pillow': {how_to_install('vision')}") from None
     from transformers import AutoImageProcessor
 
     if not any((model / name).is_file() for name in _PROCESSOR_FILES):
@@ -129,9 +131,9 @@ def _image_processor(model: Path) -> Any:
             "give --calibration random to try without images"
         )
     try:
-        return AutoImageProcessor.from_pretrained(model)
+        return AutoImageProcessor.from_pretrained(model, **NEVER)
     except Exception as error:  # anything can come out of a damaged file
-        raise SourceError(f"{model} has no usable image processor: {one_line(error)}") from None
+        raise SourceError(f"{model} has no usable image processor: {explain(error)}") from None
 
 
 def _pixels(path: Path, processor: Any) -> Tensor:

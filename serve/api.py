@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import json
 import time
@@ -25,6 +26,7 @@ from compress.errors import did_you_mean
 from serve.api_answers import ChatStyle, CompletionStyle, Style
 from serve.api_errors import ApiError, RequireKey, bad_request, install_error_handlers
 from serve.api_generation import ClientGoneError, Generation, Job, unless_disconnected
+from serve.api_limits import LimitBody, check_choices
 from serve.api_metrics import Metrics
 from serve.api_models import ChatRequest, CompletionRequest, GenerationRequest
 from serve.engines.base import Engine, SamplingParams
@@ -69,23 +71,28 @@ class Endpoint:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self._check_model(body.model)
-        prompt = self._render(body)
+        prompt = await asyncio.to_thread(self._render, body)  # a long one would hold up everyone else
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        if limit is None:
+            limit = self._recommended_length(prompt)
         params = self._sampling(body, [prompt], limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         style = ChatStyle(self.model_name, self._pieces, body.n, logprobs=body.logprobs)
         return await self._answer(body, request, Job([prompt], params, body.n), style)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self._check_model(body.model)
-        prompts = [self._tokens("prompt", prompt, body.add_special_tokens) for prompt in body.prompt]
+        check_choices(len(body.prompt), body.n)
+        prompts = await asyncio.to_thread(
+            lambda: [self._tokens("prompt", prompt, body.add_special_tokens) for prompt in body.prompt]
+        )
         limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         params = self._sampling(
             body, prompts, limit, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None
         )
         echoes = None
         if body.echo:
-            pairs = zip(body.prompt, prompts, strict=True)
-            echoes = [(self._text(given), ids) for given, ids in pairs for _ in range(body.n)]
+            texts = await asyncio.to_thread(lambda: [self._text(given) for given in body.prompt])
+            echoes = [pair for pair in zip(texts, prompts, strict=True) for _ in range(body.n)]
         count = len(prompts) * body.n
         style = CompletionStyle(self.model_name, self._pieces, count, logprobs=body.logprobs is not None, echoes=echoes)
         return await self._answer(body, request, Job(prompts, params, body.n), style)
@@ -151,6 +158,14 @@ class Endpoint:
         # The template has written the special tokens itself.
         return self._tokens("messages", text, False)
 
+    def _recommended_length(self, prompt: list[int]) -> int | None:
+        """How long an answer may be where the request names no limit: as the checkpoint says, or to the end of the context."""
+        recommended = self.engine.default_sampling.get("max_new_tokens")
+        if recommended is None:
+            return None
+        left = self.engine.max_model_len - len(prompt)
+        return min(int(recommended), left) if left > 0 else None
+
     def _sampling(
         self,
         body: GenerationRequest,
@@ -160,8 +175,8 @@ class Endpoint:
         logprobs: int | None,
         prompt_logprobs: int | None = None,
     ) -> SamplingParams:
-        """The parameters of a request, once they are known to fit the model. Where it names no temperature,
-        top_p or top_k, the checkpoint's recommendation counts, as in vLLM."""
+        """The parameters of a request, once they are known to fit the model. What it does not name is as the
+        checkpoint recommends it, as in vLLM."""
         longest, context = max(len(prompt) for prompt in prompts), self.engine.max_model_len
         # A prompt that fills the context leaves nothing to generate, but it can be scored.
         needed = longest + (1 if limit is None else limit)
@@ -187,12 +202,14 @@ class Endpoint:
             temperature=given_or("temperature", 1.0),
             top_p=given_or("top_p", 1.0),
             top_k=max(0, int(given_or("top_k", 0))),
+            min_p=given_or("min_p", 0.0),
             seed=body.seed,
             stop=body.stop,
             stop_token_ids=frozenset(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
-            frequency_penalty=body.frequency_penalty,
-            presence_penalty=body.presence_penalty,
+            frequency_penalty=given_or("frequency_penalty", 0.0),
+            presence_penalty=given_or("presence_penalty", 0.0),
+            repetition_penalty=given_or("repetition_penalty", 1.0),
             logit_bias=bias,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -242,7 +259,8 @@ def create_app(engine: Engine, model_name: str, *, root: str = "", api_key: str 
     app = FastAPI(title="halve", version=version, redirect_slashes=False)
     endpoint = Endpoint(engine, model_name, root)
     install_error_handlers(app)
-    if api_key:
+    app.add_middleware(LimitBody)
+    if api_key is not None:
         app.add_middleware(RequireKey, key=api_key)
 
     @app.get("/v1/models")

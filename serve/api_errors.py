@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.engines.base import EngineDeadError
+from serve.engines.base import EngineBusyError, EngineDeadError
 
 
 class ApiError(Exception):
@@ -28,10 +27,8 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        if self.status == HTTPStatus.UNAUTHORIZED:
-            kind = "authentication_error"
-        else:
-            kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kinds: dict[int, str] = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -58,6 +55,12 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(EngineDeadError)
     async def _dead(request: Request, error: EngineDeadError) -> JSONResponse:
         return ApiError(503, str(error), code="engine_dead").response()
+
+    @app.exception_handler(EngineBusyError)
+    async def _busy(request: Request, error: EngineBusyError) -> JSONResponse:
+        response = ApiError(429, str(error), code="queue_full").response()
+        response.headers["retry-after"] = "1"
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

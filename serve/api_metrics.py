@@ -40,6 +40,14 @@ class EngineCollector(Collector):
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._model], value)
             yield gauge
+        layers = GaugeMetricFamily(
+            "halve:linear_layers",
+            "2:4 layers by the backend that multiplies them.",
+            labels=["model_name", "phase", "backend", "reason"],
+        )
+        for used in stats.backends:
+            layers.add_metric([self._model, used["phase"], used["backend"], used["reason"]], used["layers"])
+        yield layers
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),

@@ -1,5 +1,5 @@
 """The requests of the endpoint, as pydantic models: the OpenAI fields that the engine honours, and vLLM's
-`top_k`, `stop_token_ids`, `ignore_eos`, `add_special_tokens` and `chat_template_kwargs`.
+`top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `add_special_tokens` and `chat_template_kwargs`.
 
 What would change the answer and is not supported is refused, never ignored. A field that cannot change it
 (`user`, `store`, ...) is accepted, and so is an unsupported one at the value that turns it off.
@@ -14,6 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from compress.errors import did_you_mean
 from serve.api_errors import bad_request
 from serve.engines.base import MAX_LOGPROBS
+from serve.engines.ranges import Finite, MinP, Penalty, RepetitionPenalty, Temperature, TopK, TopP
+
+LONGEST_ID = 18  # digits; Python itself refuses to read a number of thousands of them
 
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id",
@@ -37,8 +40,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
     "min_tokens": (0,),
     "bad_words": ([],),
     "skip_special_tokens": (True,),
@@ -83,7 +84,6 @@ def _is_ids(value: Any) -> bool:
 
 Stops = Annotated[tuple[str, ...], BeforeValidator(_one_or_more_stops)]
 Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class StreamOptions(BaseModel):
@@ -99,16 +99,18 @@ class GenerationRequest(BaseModel):
 
     model: str | None = None
     max_tokens: int | None = None
-    temperature: Annotated[Finite, Field(ge=0)] | None = None
-    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stops = ()
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
-    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
-    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
     logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -136,7 +138,7 @@ class GenerationRequest(BaseModel):
 
     def bias(self) -> dict[int, float]:
         """logit_bias by token id. Raises `ApiError` for a key that is not a number."""
-        if not all(key.isdecimal() for key in self.logit_bias):
+        if not all(key.isdecimal() and len(key) <= LONGEST_ID for key in self.logit_bias):
             raise bad_request("logit_bias: the keys have to be token ids.", "logit_bias")
         return {int(key): value for key, value in self.logit_bias.items()}
 

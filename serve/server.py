@@ -17,11 +17,12 @@ import uvicorn
 
 from compress.errors import HalveError, UsageError
 from serve.api import create_app
+from serve.engines.access import KEY_VARIABLE, check_access
 from serve.engines.directory import require_checkpoint
 from serve.engines.process import Address, ServerProcess
 
 READY = "halve is ready: "
-KEY_VARIABLE = "HALVE_API_KEY"  # a key on the command line would be seen by everyone on the machine
+BACKLOG = 2048  # connections that wait to be accepted; uvicorn's own number
 GRACE_SECONDS = 10  # how long running requests may go on once the server is told to stop
 
 
@@ -50,6 +51,7 @@ def run(
     # What is quickly checked comes first: to load a model only to learn that the port is taken wastes
     # minutes, to import the engine, seconds.
     require_checkpoint(model_dir)
+    check_access(host, api_key)
     listener = _bind(host, port)
     from serve.engines.transformers import TransformersEngine
     from serve.measure.first_load import measure_unknown
@@ -104,6 +106,8 @@ def _bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        # Two sockets may be bound to one port until one listens. Who connects while the model is loaded has to wait.
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise UsageError(
@@ -135,6 +139,7 @@ class BackgroundServer(ServerProcess):
                 command += [f"--{name.replace('_', '-')}", str(value)]
         paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment.pop(KEY_VARIABLE, None)  # the user's, of another server: who starts this one would be locked out
         if key is not None:
             environment[KEY_VARIABLE] = str(key)
         super().__init__(command, environment, name="The server", timeout=timeout)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import compress.version
+from compress import console
 from compress.metrics import METRICS
 from compress.recipe import Recipe
 from compress.reconstruction import RECONSTRUCTIONS
+from compress.version import version
 from tests import tiny_models
-from tests.runs import ROOT, Halve, call, environment, flags
+from tests.runs import ROOT, Halve, call, compress, environment, flags
 
 
 def test_help_does_not_import_torch() -> None:
@@ -53,7 +54,7 @@ def test_help_names_every_command_and_field(halve: Halve, monkeypatch: pytest.Mo
 
 def test_version(halve: Halve) -> None:
     called = halve("--version")
-    assert (called.code, called.stdout) == (0, f"{compress.version.version()}\n")
+    assert (called.code, called.stdout) == (0, f"{version()}\n")
 
 
 def test_methods(halve: Halve) -> None:
@@ -62,14 +63,36 @@ def test_methods(halve: Halve) -> None:
     methods = {(method["kind"], method["name"]): method for method in called.document["methods"]}
     assert methods.keys() == {("metric", name) for name in METRICS} | {
         ("reconstruction", name) for name in RECONSTRUCTIONS
-    } | {("allocate", "allocate"), ("targets", "dense"), ("repair", "block"), ("distill", "distill")}
+    } | {
+        ("permutation", "fold"),
+        ("allocate", "allocate"),
+        ("targets", "dense"),
+        ("repair", "block"),
+        ("distill", "distill"),
+    }
     assert methods["metric", "wanda"]["needs"] == ["sum_of_squares"]
     assert methods["metric", "gblm"]["needs"] == ["gradient_l2", "sum_of_squares"]  # one of them by its options
     assert methods["reconstruction", "sparsegpt"]["options"]["block_size"]["default"] == 128
     for method in methods.values():
         assert {"kind", "name", "paper", "needs", "cost", "options"} <= method.keys()
         assert method["cost"]
+    assert methods["reconstruction", "admm"]["group"] == "layer"
+    assert "group" not in methods["reconstruction", "dsnot"], "the group is the metric's"
+    options = {name: method["options"] for (_, name), method in methods.items()}
+    assert options["r2-dsnot"]["relative"]["choices"] == ["prune", "grow"]
+    assert set(options["symwanda"]["input"]["choices"]) == {"none", "constant", "activations", "weights", "relative"}
+    assert (options["symwanda"]["p"]["minimum"], options["symwanda"]["p"]["default"]) == (1, None)
+    assert (options["stochria"]["fraction"]["above"], options["stochria"]["fraction"]["maximum"]) == (0, 1)
+    assert (options["apt"]["refit_tolerance"]["above"], options["apt"]["refit_tolerance"]["below"]) == (0, 1)
     human = halve("methods")
+    said = " ".join(human.stdout.split())
+    assert "relative=prune which criterion uses relative importance (one of prune, grow)" in said
+    assert "(one of none, constant, activations, weights, relative)" in said
+    assert "(above 0 up to 1)" in said
+    assert "group: layer, in unstructured patterns" in said
+    assert "variant=false" in said
+    assert all(f" {text} " in said for text in ("rounds=0", "rows=1", "gamma_grow=0.0", "rho=1.0"))
+    assert "no calibration" not in said
     assert human.code == 0
     assert all(name in human.stdout for _, name in methods)
 
@@ -90,6 +113,38 @@ def test_an_option_value_that_is_none(value: str, halve: Halve, tmp_path: Path) 
     called = halve("compress", "m", "--out", tmp_path / "out", "--metric", "ria", "--metric-options", f"alpha={value}")
     assert called.code == 2
     assert called.message == f"--metric-options: {value!r} is not a value for 'alpha'"
+
+
+def test_a_path_that_the_system_refuses(halve: Halve, tmp_path: Path) -> None:
+    """No traceback, and the path and the reason are named."""
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    dense = compress(source, tmp_path / "dense", format="dense").directory
+    long = tmp_path / ("n" * 300)
+    for arguments in (("verify", long), ("pack", long, "--out", tmp_path / "out"), ("pack", dense, "--out", long)):
+        called = halve(*arguments)
+        assert called.code == 2
+        assert "n" * 300 in called.message
+        assert "File name too long" in called.message
+    (tmp_path / "out.converting").write_text("a file of that name is in nobody's way")
+    assert halve("pack", dense, "--out", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("name", ["b[/red]", "b[bold]x", "b:cat:", "[link=x", "back\\"])
+def test_names_are_no_markup(name: str, halve: Halve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.out, "_width", 400)
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    dense = compress(source, tmp_path / "dense", format="dense").directory
+    for arguments in (
+        ("pack", dense, "--out", tmp_path / name),
+        ("verify", tmp_path / name),
+        ("unpack", tmp_path / name, "--out", tmp_path / "more" / name),
+        flags(source, tmp_path / "compressed" / name),
+    ):
+        called = halve(*arguments)
+        assert called.code == 0, called
+        assert name in called.stdout
+    called = halve("verify", tmp_path / f"absent{name}")
+    assert called.message == f"there is no model directory {tmp_path / f'absent{name}'}"
 
 
 def test_few_tokens_are_warned_of(halve: Halve, tmp_path: Path) -> None:

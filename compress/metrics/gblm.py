@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric, Options
-from compress.metrics.terms import sample_norm
+from compress.metrics.terms import MOST_WEIGHT, sample_norm
 
 
 class GradientOptions(Options):
@@ -32,7 +32,7 @@ class GBLMOptions(GradientOptions):
         "paper", description="free: each of the two terms is divided by its mean over the layer before they are added"
     )
     alpha: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="weight of the gradient; left out: 100 for paper, 1 for free"
+        None, ge=0, le=MOST_WEIGHT, description="weight of the gradient; left out: 100 for paper, 1 for free"
     )
 
 

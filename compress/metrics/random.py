@@ -21,6 +21,6 @@ RANDOM = Metric(
     name="random",
     score=random,
     paper="the baseline of pruning papers, such as Gale et al. 2019, The State of Sparsity (arXiv 1902.09574)",
-    cost="one random number a weight; no calibration",
+    cost="one random number a weight; the calibration is read for the errors in the report alone",
     group="layer",
 )

@@ -7,13 +7,11 @@ from torch import Tensor
 
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric, Options
-from compress.metrics.terms import activation_power, reciprocal, weight_norm
+from compress.metrics.terms import MOST_POWER, activation_power, reciprocal, weight_norm
 
 
 class RIAOptions(Options):
-    alpha: float = Field(
-        0.5, ge=0, allow_inf_nan=False, description="power of the input's norm; 0 leaves the input out"
-    )
+    alpha: float = Field(0.5, ge=0, le=MOST_POWER, description="power of the input's norm; 0 leaves the input out")
 
 
 def ria(weight: Tensor, statistics: LayerStatistics, options: RIAOptions) -> Tensor:

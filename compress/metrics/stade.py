@@ -1,6 +1,10 @@
 """STADE: a weight matters as much as what it carries beyond a constant, which the layer's bias can take over.
 
-If the bias is free, deleting w_ij costs min_b E[(w_ij x_j − b)²] = w_ij² Var(x_j), with b = w_ij E[x_j].
+If the bias is free, deleting w_ij costs min_b E[(w_ij x_j − b)²] = w_ij² Var(x_j), with b = w_ij E[x_j]. **Without a
+bias** it costs w_ij² (Var(x_j) + E[x_j]²), which is Wanda's score. A layer that has no bias (all of most Llama-like
+models) is scored by the variance all the same, as in the published code, and nothing then takes the mean over: the
+report says so of each, and the run warns. ``--add-bias`` gives layers one where the model's config.json has a switch for
+it; elsewhere wanda is the score that fits.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ def stade(weight: Tensor, statistics: LayerStatistics, options: Options | None =
 
     The paper's bias b_i ← b_i + Σ_pruned W_ij E[x_j] comes after the reconstruction, from the dense weights
     (``corrects_bias``). The published code zeroes the weights in place first, so that its correction is always
-    0; this follows the paper. A layer without a bias gets none.
+    0; this follows the paper. A layer without a bias gets none, and the score is beside its premise (see above).
     """
     return weight.abs() * statistics.moments.variance.sqrt().float()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.errors import RecipeError
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric, Options
-from compress.metrics.terms import Side, activation_power, input_norm, output_norm, reciprocal, weight_norm
+from compress.metrics.terms import MOST_POWER, Side, activation_power, input_norm, output_norm, reciprocal, weight_norm
 
 Term = Literal["none", "constant", "activations", "weights", "relative"]
 
@@ -20,12 +20,9 @@ class SymWandaOptions(Options):
     input: Term = Field("activations", description="term of a weight's column: activations is the norm of its input")
     output: Term = Field("activations", description="term of a weight's row: activations is the norm of its output")
     p: float | None = Field(
-        None,
-        ge=1,
-        allow_inf_nan=False,
-        description="norm of a row or column of weights; left out: 2 for weights, 1 for relative",
+        None, ge=1, description="norm of a row or column of weights; left out: 2 for weights, 1 for relative"
     )
-    alpha: float = Field(0.0, ge=0, allow_inf_nan=False, description="power of the input's norm as a further factor")
+    alpha: float = Field(0.0, ge=0, le=MOST_POWER, description="power of the input's norm as a further factor")
 
     @model_validator(mode="after")
     def _has_a_term(self) -> SymWandaOptions:

@@ -15,8 +15,15 @@ from compress.layer_statistics import LayerStatistics
 
 Side = Literal["input", "output"]
 
+MOST_POWER = 4
+"""Of a norm in a score: float32 has room for norms from 1e-9 to 1e9 then. Papers use 0.5, and try 0 to 1."""
+MOST_WEIGHT = 1e9
+"""Of a term in a score; there is nothing left of the other term far below it."""
+
 _LARGE = torch.finfo(torch.float32).max / 4
 """Room for the sum of two reciprocals."""
+_SAFE_POWER = 6
+"""To which any float32 number may be raised in float64 without leaving its range."""
 
 
 def input_norm(statistics: LayerStatistics) -> Tensor:
@@ -45,7 +52,11 @@ def activation_power(statistics: LayerStatistics, exponent: float) -> Tensor:
 def weight_norm(weight: Tensor, side: Side, p: float) -> Tensor:
     """The p-norm of each column, [1, K] ("input"), or of each row, [N, 1] ("output") of ``weight`` [N, K]; float64."""
     dim = 0 if side == "input" else 1
-    return torch.linalg.vector_norm(weight, p, dim=dim, keepdim=True, dtype=torch.float64)
+    if p <= _SAFE_POWER:
+        return torch.linalg.vector_norm(weight, p, dim=dim, keepdim=True, dtype=torch.float64)
+    largest = weight.abs().amax(dim=dim, keepdim=True).double()
+    scaled = weight / largest.clamp(min=torch.finfo(torch.float64).tiny)  # its largest is 1, which no power takes away
+    return largest * torch.linalg.vector_norm(scaled, p, dim=dim, keepdim=True)
 
 
 def reciprocal(norm: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric, Options
-from compress.metrics.terms import sample_norm
+from compress.metrics.terms import MOST_WEIGHT, sample_norm
 
 
 class WandaPlusPlusOptions(Options):
-    alpha: float = Field(100.0, ge=0, allow_inf_nan=False, description="weight of the gradient")
+    alpha: float = Field(100.0, ge=0, le=MOST_WEIGHT, description="weight of the gradient")
 
 
 def wanda_plus_plus(weight: Tensor, statistics: LayerStatistics, options: WandaPlusPlusOptions) -> Tensor:

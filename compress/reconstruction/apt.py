@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -66,6 +66,12 @@ class APTOptions(Options):
     )
 
     def check(self, pattern: Pattern) -> None:
+        unused = [name for name in ("refit_steps", "refit_tolerance") if name in self.model_fields_set]
+        if unused and not self.resolve(pattern).endswith("M"):
+            raise RecipeError(
+                f"{unused[0]} is of the joint refit, which apt makes after multiple compensation, and variant {self.variant} "
+                f"compensates for one weight at a time; leave {unused[0]} out, or use variant SM or auto"
+            )
         if self.variant in ("MS", "MM") and not can_enumerate(pattern):
             raise RecipeError(
                 f"variant {self.variant} of apt compares all subsets of a group, and pattern {str(pattern)!r} has "
@@ -95,10 +101,10 @@ def apt(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: 
     if variant == "SS":
         single = SparseGPTOptions(damping=options.damping, block_size=options.block_size)
         done = sparsegpt(weight, pruning, statistics, single)
-        return Reconstructed(done.weight, done.mask, notes={"variant": variant, **done.notes})
+        return Reconstructed(done.weight, done.mask, notes=_said(variant, pruning) | done.notes)
     damping, notes = chosen_damping(options.damping, statistics)
     factor, more = shared_factor(statistics, damping)
-    notes = {"variant": variant, **notes, **more}
+    notes = _said(variant, pruning) | notes | more
 
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # [K, N]
     columns[factor.dead] = 0
@@ -119,6 +125,13 @@ def apt(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: 
         result = refit.weight
         notes |= {"refit_steps": refit.steps, "refit_last_gain": refit.last_gain}
     return Reconstructed(result, mask, notes=notes)
+
+
+def _said(variant: Variant, pruning: Pruning) -> dict[str, Any]:
+    """For the report: how the mask was chosen and how pruned weights are made up for; a given mask is not apt's."""
+    removal = {"S": "single removal", "M": "multiple removal"}
+    mask = "given" if pruning.mask is not None else removal[variant[0]]
+    return {"mask": mask, "compensation": removal[variant[1]]}
 
 
 def _walk(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compress.bias import mean_correction
+from compress.bias import NO_BIAS, mean_correction
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Options, Pruning, Reconstructed, Reconstruction
 
@@ -22,7 +22,7 @@ def correct_bias(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, 
     assert pruning.mask is not None, "the pipeline gives a mask to every method without a metric of its own"
     pruned = weight.masked_fill(~pruning.mask, 0)
     if statistics.bias is None:
-        return Reconstructed(pruned, pruning.mask, notes={"bias": "the layer has none to correct"})
+        return Reconstructed(pruned, pruning.mask, notes={"bias": NO_BIAS})
     bias = statistics.bias.float() + mean_correction(weight, pruned, statistics.moments.mean)
     return Reconstructed(pruned, pruning.mask, bias, {"bias": "corrected"})
 

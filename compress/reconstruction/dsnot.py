@@ -17,8 +17,11 @@ Each cycle grows one weight of a row and prunes one other (section 3 of the pape
 A weight changes at most once: only what the given mask pruned is grown, only what it kept is pruned. Of equal
 candidates the lower column goes first. The weights themselves never change.
 
-Where this differs from the published code: it only alters attention layers unless told otherwise (its
-``--skip_layer`` is "mlp" by default), here every layer is altered. When its candidates run out, it "grows" kept
+Every layer is altered here unless ``skip`` names it. The published code skips the layers of the MLP unless told otherwise
+(its ``--skip_layer`` is "mlp" by default): that is ``skip=mlp`` for Llama and most others, ``skip=fc`` for OPT. By name, as
+there: what is attention and what is not, no graph tells for all families.
+
+Where else this differs from the published code: when its candidates run out, it "grows" kept
 weights and so loses count, here a row stops, and in N:M a grown weight whose group has no kept weight left to give is
 passed over (the cycle counts). Its variance is the mean of the variances of the samples, here it is that of all
 tokens. The sum over the tokens makes ε, and with it ``threshold``, proportional to the length of a sample.
@@ -28,12 +31,14 @@ Axes: ``N`` output features, ``K`` input features, ``C`` candidates of a row, at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from compress.errors import RecipeError
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Options, Pruning, Reconstructed, Reconstruction
 from compress.patterns import NMPattern, Pattern
@@ -56,6 +61,22 @@ class DSnoTOptions(Options):
         True,
         description="whether the expected error of a row may change its sign; unstructured only (without_same_sign)",
     )
+    skip: str = Field(
+        "",
+        description="linear layers whose name has this text in it keep the mask that they are given; the published setting "
+        "is mlp (skip_layer), or what the family calls it; left out: none",
+    )
+
+    @property
+    def named_layers(self) -> Mapping[str, str]:
+        return {"skip": self.skip} if self.skip else {}
+
+    def check(self, pattern: Pattern) -> None:
+        if isinstance(pattern, NMPattern) and "overshoot" in self.model_fields_set:
+            raise RecipeError(
+                f"overshoot is of unstructured patterns: in {pattern} the expected error of a row never changes its sign; "
+                "leave overshoot out"
+            )
 
 
 def dsnot(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: DSnoTOptions) -> Reconstructed:
@@ -93,6 +114,8 @@ def exchange(
     with the smallest ``staying`` [N, K] is pruned first, among those that the sign of ε allows."""
     assert pruning.mask is not None, "the pipeline gives a mask to every method without a metric of its own"
     mask = pruning.mask.clone()
+    if options.skip and options.skip in statistics.name:
+        return Reconstructed(weight.masked_fill(~mask, 0), mask, notes={"skipped": f"by skip={options.skip}"})
     total = sample_sum(statistics)
     swaps = changed = 0
     rows = max(AT_ONCE // weight.shape[1], 1)

@@ -26,15 +26,20 @@ from torch import Tensor
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Pruning, Reconstructed, Reconstruction
 from compress.metrics.ria import RIAOptions, ria
+from compress.metrics.terms import MOST_POWER, MOST_WEIGHT
 from compress.reconstruction.dsnot import DSnoTOptions, exchange, growth_scale
 
 
 class R2DSnoTOptions(DSnoTOptions):
     relative: Literal["prune", "grow"] = Field("prune", description="which criterion uses relative importance")
     alpha: float = Field(0.5, ge=0, le=1, description="exponent of the input's norm beside relative importance")
-    gamma_grow: float = Field(0.0, ge=0, description="weight of the regularizer in growing; the paper: 0, 1e-4, 1e-3")
-    gamma_prune: float = Field(0.0, ge=0, description="weight of the regularizer in pruning; the paper: 0, 1e-4, 1e-3")
-    p: float = Field(1.0, gt=0, description="the regularizer is |W|^p")
+    gamma_grow: float = Field(
+        0.0, ge=0, le=MOST_WEIGHT, description="weight of the regularizer in growing; the paper: 0, 1e-4, 1e-3"
+    )
+    gamma_prune: float = Field(
+        0.0, ge=0, le=MOST_WEIGHT, description="weight of the regularizer in pruning; the paper: 0, 1e-4, 1e-3"
+    )
+    p: float = Field(1.0, gt=0, le=MOST_POWER, description="the regularizer is |W|^p")
 
 
 def r2_dsnot(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options: R2DSnoTOptions) -> Reconstructed:

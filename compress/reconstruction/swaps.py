@@ -15,7 +15,8 @@ pairs were seen with that c.
 A finished row is a **local optimum**: no single swap inside an N:M group lowers its error. In an unstructured pattern
 a swap stays within a window of 128 columns, whatever the comparison group: the number of weights kept per row and
 per window stays, and it is the optimum among swaps inside of windows (a comparison group "row" would allow
-any pair of a row, K²/4 of them at each step).
+any pair of a row, K²/4 of them at each step; some of those may still lower the error). The report says "swap_optimum"
+with the columns that swaps stayed within, "swap_columns".
 
 Axes: ``N`` output features, ``K`` input features, ``G`` the columns of a group or window. Inside, matrices are
 transposed ([K, n]) so that a column is contiguous.
@@ -61,7 +62,7 @@ def swaps(weight: Tensor, pruning: Pruning, statistics: LayerStatistics, options
         sweeps += 1
         active = active[swapped > 0]
     mask = mask.T.contiguous()
-    notes = {"swaps": total, "sweeps": sweeps, "converged": not len(active)}
+    notes = {"swaps": total, "sweeps": sweeps, "swap_columns": group, "swap_optimum": not len(active)}
     return Reconstructed(weight.masked_fill(~mask, 0), mask, notes=notes)
 
 

@@ -9,8 +9,26 @@ import typer
 
 from compress.cli import Directory
 from compress.console import Json, emit, progress_bar
-from compress.errors import UsageError
-from serve.commands.shared import Against, Device, refuse_extra
+from compress.errors import HalveError
+from serve.commands.shared import ALWAYS, Against, Device, dense_model, refuse_extra, refuse_misplaced
+
+_ENDPOINT, _IN_PROCESS, _KERNELS = "measuring through an endpoint", "--in-process", "--kernels"
+_URL, _AGAINST_URL, _TRACE, _CHOSEN = "--url", "--against-url", "--trace", "--concurrency and --rate"
+_STARTED, _OWN_ENGINE = "servers that halve starts", "servers that halve starts with its own engine"
+_WHOLE = "measuring whole models"
+_BELONGS = {
+    "directory": ALWAYS, "as_json": ALWAYS, "kernels": ALWAYS,
+    "against": (_ENDPOINT, _IN_PROCESS), "rounds": (_ENDPOINT, _IN_PROCESS),
+    "prompt": (_ENDPOINT, _IN_PROCESS), "output": (_ENDPOINT, _IN_PROCESS),
+    "device": (_OWN_ENGINE, _IN_PROCESS, _KERNELS),
+    "budget": (_KERNELS,), "batch": (_IN_PROCESS,), "in_process": (_WHOLE,),
+    "url": (_ENDPOINT,), "against_url": (_ENDPOINT,), "goodput": (_ENDPOINT,), "seed": (_ENDPOINT,), "timeout": (_ENDPOINT,),
+    "out": (_ENDPOINT,), "concurrency": (_ENDPOINT,), "rate": (_ENDPOINT,), "trace": (_ENDPOINT,), "requests": (_CHOSEN,),
+    "engine": (_STARTED,), "model": (_URL,), "api_key": (_URL,),
+    "against_model": (_AGAINST_URL,), "against_api_key": (_AGAINST_URL,),
+    "trace_scale": (_TRACE,), "trace_requests": (_TRACE,),
+}  # fmt: skip
+"""What each option is for; an option that a call would ignore is refused."""
 
 
 def bench(
@@ -33,6 +51,10 @@ def bench(
     api_key: Annotated[
         str | None, typer.Option(envvar="HALVE_API_KEY", help="the key that --url asks for", show_default=False)
     ] = None,
+    against_api_key: Annotated[
+        str | None,
+        typer.Option(envvar="HALVE_AGAINST_API_KEY", help="the key that --against-url asks for", show_default=False),
+    ] = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="without an endpoint: model and loop only")] = False,
     prompt: Annotated[
         int | None, typer.Option(min=1, help="tokens in a prompt; 128, or what a trace says", show_default=False)
@@ -52,11 +74,14 @@ def bench(
         typer.Option(help="a CSV of arrivals: TIMESTAMP, ContextTokens, GeneratedTokens", show_default=False),
     ] = None,
     trace_scale: Annotated[float, typer.Option(help="how many times as fast to replay the trace")] = 1.0,
-    trace_requests: Annotated[int, typer.Option(min=1, help="only the first ones of the trace")] = 100,
+    trace_requests: Annotated[int, typer.Option(min=1, help="only the first ones of the trace's file")] = 100,
     requests: Annotated[
         int | None,
         typer.Option(
-            min=1, help="in a round of a load; left out: twice the concurrency, or 10 s of --rate", show_default=False
+            min=1,
+            help="in a round of a load, after those that bring it up to its concurrency; left out: twice the concurrency, or "
+            "10 s of --rate",
+            show_default=False,
         ),
     ] = None,
     goodput: Annotated[
@@ -85,29 +110,25 @@ def bench(
     Times to first token, per output token, between tokens and end to end. The exit code is 1 where more than 5 % of the
     requests of a load failed. With --engine vllm, what follows -- goes to vLLM.
     """
+    given = {_KERNELS} if kernels else {_WHOLE, _IN_PROCESS if in_process else _ENDPOINT}
+    if _ENDPOINT in given:
+        is_started = url is None or (against is not None and against_url is None)
+        told = {
+            _URL: url, _AGAINST_URL: against_url, _TRACE: trace, _CHOSEN: concurrency or rate or trace is None,
+            _STARTED: is_started, _OWN_ENGINE: is_started and engine == "transformers",
+        }  # fmt: skip
+        given |= {what for what, there in told.items() if there}
+    refuse_misplaced(context, _BELONGS, given)
+    if _STARTED not in given or engine != "vllm":
+        refuse_extra(context)
     # Each kind of measurement has its own function and document.
     if kernels:
         _bench_kernels(directory, device, budget, as_json)
         return
     if in_process:
-        served = {
-            "--url": url, "--against-url": against_url, "--model": model, "--against-model": against_model,
-            "--concurrency": concurrency, "--rate": rate, "--trace": trace, "--requests": requests, "--goodput": goodput,
-            "--out": out, "--engine vllm": engine == "vllm" or None,
-        }  # fmt: skip
-        if given := [name for name, value in served.items() if value]:
-            raise UsageError(f"{given[0]} is for measuring through an endpoint, and --in-process does without one")
-        refuse_extra(context)
-        _bench_in_process(directory, against, prompt or 128, output or 32, batch or 1, rounds, device, as_json)
+        with dense_model(against) as dense:
+            _bench_in_process(directory, dense, prompt or 128, output or 32, batch or 1, rounds, device, as_json)
         return
-    if batch is not None:
-        raise UsageError("--batch is for --in-process; through an endpoint, --concurrency is what is done at once")
-    if engine != "vllm" or url is not None:
-        refuse_extra(context)
-    if url is None and model is not None:
-        raise UsageError("--model names a model at --url, and there is none")
-    if against_url is None and against_model is not None:
-        raise UsageError("--against-model names a model at --against-url, and there is none")
     from serve.measure.endpoint import EndpointError
     from serve.measure.latency import failures, limits
     from serve.measure.loads import levels
@@ -118,13 +139,13 @@ def bench(
         concurrency=concurrency, rates=rate or [], trace=trace, trace_scale=trace_scale, trace_requests=trace_requests,
         requests=requests, prompt=prompt, output=output,
     )  # fmt: skip
-    with progress_bar("measuring") as progress:
+    with dense_model(against) as dense, progress_bar("measuring") as progress:
         document = run(
             directory,
             wanted,
-            against=against,
+            against=dense,
             endpoint=Endpoint(url, model, api_key),
-            against_endpoint=Endpoint(against_url, against_model, api_key),
+            against_endpoint=Endpoint(against_url, against_model, against_api_key),
             engine=engine,
             extra=context.args,
             rounds=rounds,
@@ -142,6 +163,8 @@ def bench(
         print_bench(document)
 
     emit(document, as_json, human)
+    if "error" in document:
+        raise HalveError(f"{document['error']}; what {document['rounds_done']} of {rounds} rounds brought is kept")
     if not document["complete"]:
         raise KeyboardInterrupt
     if failed := failures(document):

@@ -8,12 +8,24 @@ from typing import Annotated, Literal
 import typer
 
 from compress.cli import Directory
-from compress.console import Json, emit, progress_bar
+from compress.console import Json, emit, out, progress_bar
 from compress.errors import UsageError
-from serve.commands.shared import Against, Device
+from serve.commands.shared import ALWAYS, Against, Device, dense_model, refuse_misplaced
+
+_HERE, _SERVED, _URL, _TASKS = "measuring in this process", "measuring through an endpoint", "--url", "--tasks"
+_PERPLEXITY, _AGREEMENT = "--perplexity", "--against in this process, with --perplexity"
+_STARTED, _UNSERVED = "servers that halve starts", "what is not served at --url already"
+_BELONGS = {
+    "directory": ALWAYS, "against": ALWAYS, "perplexity": ALWAYS, "tasks": ALWAYS, "url": ALWAYS, "as_json": ALWAYS,
+    "text": (_PERPLEXITY,), "length": (_PERPLEXITY,), "windows": (_PERPLEXITY,), "agreement": (_AGREEMENT,),
+    "limit": (_TASKS,), "task_data": (_TASKS,), "concurrency": (_TASKS, _SERVED), "timeout": (_SERVED,),
+    "model": (_URL,), "api_key": (_URL,), "device": (_HERE, _STARTED), "through": (_UNSERVED,),
+}  # fmt: skip
+"""What each option is for; an option that a call would ignore is refused."""
 
 
 def evaluate(
+    context: typer.Context,
     directory: Directory,
     against: Against = None,
     text: Annotated[str, typer.Option(help="wikitext2, c4, a .txt or .jsonl[.gz] file, or a data set")] = "wikitext2",
@@ -58,19 +70,21 @@ def evaluate(
         raise UsageError(
             "--url measures one served model; measure each with --json, and `halve compare` puts them side by side"
         )
-    if url is None and model is not None:
-        raise UsageError("--model names a model at --url, and there is none")
     names = [] if tasks is None else split_names(tasks)
-    if not names and (task_data is not None or limit is not None):
-        raise UsageError("--limit and --task-data are for --tasks, and there are none")
+    served = url is not None or through == "endpoint"
+    agrees = against is not None and perplexity and not served
+    told = {
+        _URL: url, _TASKS: names, _PERPLEXITY: perplexity or not names, _AGREEMENT: agrees, _SERVED: served, _HERE: not served,
+        _STARTED: served and url is None, _UNSERVED: url is None or through == "endpoint",
+    }  # fmt: skip
+    refuse_misplaced(context, _BELONGS, {what for what, there in told.items() if there})
     from serve.measure.evaluation import Endpoint
     from serve.measure.evaluation import evaluate as run
 
-    served = url is not None or through == "endpoint"
-    with progress_bar("evaluating") as progress:
+    with dense_model(against) as dense, progress_bar("evaluating") as progress:
         document = run(
             directory,
-            against=against,
+            against=dense,
             text=text,
             length=length,
             windows=windows,
@@ -89,5 +103,7 @@ def evaluate(
         from serve.measure.tables import print_evaluation
 
         print_evaluation(document)
+        for what, why in document.get("not_measured", {}).items():
+            out.print(f"not measured: {what}: {why}", highlight=False, soft_wrap=True)
 
     emit(document, as_json, human)

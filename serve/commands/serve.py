@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import os
+from typing import Annotated, Any
 
 import typer
 
 from compress.cli import Directory
-from compress.errors import UsageError
+from compress.errors import UsageError, did_you_mean
 from serve.commands.shared import Device, refuse_extra
+from serve.engines.access import KEY_VARIABLE
+
+ENGINES = ("auto", "transformers", "vllm")
+NOT_BUILT = ("onnx", "tensorrt")
 
 
 def serve(
     context: typer.Context,
     directory: Directory,
     engine: Annotated[
-        Literal["auto", "transformers", "vllm"], typer.Option(help="what runs the model; auto: transformers")
+        str, typer.Option(help=f"what runs the model: {', '.join(ENGINES)}; auto is transformers")
     ] = "auto",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = 8000,
@@ -24,7 +29,7 @@ def serve(
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="HALVE_API_KEY", help="clients must send it as a bearer token", show_default=False),
+        typer.Option(envvar=KEY_VARIABLE, help="clients must send it as a bearer token", show_default=False),
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="longest prompt and answer together, in tokens", show_default=False)
@@ -49,6 +54,12 @@ def serve(
     ] = None,
 ) -> None:
     """An OpenAI-compatible endpoint. With --engine vllm, what follows -- goes to vLLM as it is."""
+    if api_key is None:  # an empty variable is for the parser as good as none, and for us a mistake
+        api_key = os.environ.get(KEY_VARIABLE)
+    if engine in NOT_BUILT:
+        raise UsageError(f"--engine {engine} is not built yet; --engine transformers or vllm serves this checkpoint")
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine!r} is not known{did_you_mean(engine, ENGINES)}")
     shared: dict[str, Any] = {
         "host": host,
         "port": port,

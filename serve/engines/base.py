@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from compress.errors import HalveError
 
@@ -17,10 +17,16 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 MAX_LOGPROBS = 20
+COLDEST = 2.0**-126
+"""The smallest normal float32: logits cannot be divided by less."""
 
 
 class EngineDeadError(HalveError):
     """The engine stopped working and cannot take requests; the process has to be started again."""
+
+
+class EngineBusyError(HalveError):
+    """So many sequences wait that the engine takes no more for now."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +35,20 @@ class SamplingParams:
 
     max_tokens: int
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy, and so is what is below `COLDEST`."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps all tokens."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one's probability are left out; 0 keeps all."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Logits of tokens of the prompt and the answer are divided by it where positive, else multiplied."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     """How many alternatives to report beside each generated token; None reports nothing."""
@@ -47,7 +57,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLDEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +113,8 @@ class EngineStats:
     """Parameters and buffers as they are held in memory."""
     kv_cache_bytes: int
     """The budget of keys and values: the most that they may take."""
+    backends: Sequence[Mapping[str, Any]] = ()
+    """Which backend multiplies how many layers, and why: ``phase``, ``backend``, ``reason``, ``layers``."""
 
 
 class Engine(Protocol):
@@ -121,7 +133,7 @@ class Engine(Protocol):
 
     @property
     def default_sampling(self) -> Mapping[str, float]:
-        """The temperature, top_p and top_k that the checkpoint recommends for requests that name none."""
+        """What the checkpoint recommends for requests that say nothing else, by the names of `ranges.Advice`."""
         ...
 
     @property
@@ -136,7 +148,7 @@ class Engine(Protocol):
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, sink: Sink) -> Ticket:
         """Queues a sequence. ``sink`` is called from the engine's thread and must not block.
 
-        Raises `EngineDeadError`. The caller has checked that prompt and ``max_tokens`` fit `max_model_len`.
+        Raises `EngineDeadError` or `EngineBusyError`. The caller has checked that prompt and ``max_tokens`` fit `max_model_len`.
         """
         ...
 

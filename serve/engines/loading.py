@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import psutil
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from compress.architecture import load_config
 from compress.device import choose_device
 from compress.errors import HalveError, SourceError, UsageError, did_you_mean
 from serve.engines.directory import require_checkpoint
@@ -42,10 +43,7 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
     path = require_checkpoint(directory)
     require_language_model(path, "serve")
     place, why_place = choose_device(device)
-    try:
-        config = AutoConfig.from_pretrained(path).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"the checkpoint {directory!r} cannot be loaded: {error}") from None
+    config = load_config(path).get_text_config()
     _check_layers(config, directory)
     kind, why_kind = choose_dtype(dtype, config.dtype if isinstance(config.dtype, torch.dtype) else None, place)
     tokenizer = load_tokenizer(path)

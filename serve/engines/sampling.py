@@ -7,57 +7,85 @@ whichever device the model is on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import TypeVar
 
 import torch
 
 from serve.engines.base import SamplingParams, TokenLogprob
+from serve.engines.sequence import Sequence
+
+log = logging.getLogger("halve.serve")
+Result = TypeVar("Result")
 
 # top_p first looks at this many of the likeliest tokens: sorting a whole vocabulary costs ten times as much,
 # and they nearly always hold the mass that is asked for.
 NUCLEUS_GUESS = 512
 
 
-def next_tokens(
-    logits: torch.Tensor,
-    params: Sequence[SamplingParams],
-    counts: Sequence[Mapping[int, int]],
-    generators: Sequence[torch.Generator],
-) -> list[tuple[int, TokenLogprob | None] | None]:
-    """Chooses the next token of each row of ``logits`` [rows, vocab] float32.
+def next_tokens(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[tuple[int, TokenLogprob | None] | str]:
+    """Chooses the next token of each sequence from its row of ``logits`` [rows, vocab] float32.
 
-    ``counts`` says how often each token was generated in that row. Returns (token, its logprob if asked for),
-    or None for a row that is not finite.
+    Returns (token, its logprob if asked for), or why that sequence fails: the others go on.
     """
-    adjusted = [adjust(row, wish, seen) for row, wish, seen in zip(logits, params, counts, strict=True)]
+    failed: dict[int, str] = {}
+
+    def attempt(row: int, step: Callable[[], Result]) -> Result | None:
+        try:
+            return step()
+        except Exception as error:  # one request's parameters are no reason to fail the whole batch
+            log.exception("A token cannot be chosen.")
+            failed[row] = f"The next token cannot be chosen: {type(error).__name__}: {error}"
+            return None
+
+    adjusted: list[torch.Tensor] = []
+    for row, sequence in enumerate(sequences):
+        changed = attempt(row, lambda row=row, sequence=sequence: adjust(logits[row], sequence))
+        adjusted.append(logits[row] if changed is None else changed)
     # A NaN anywhere in a row is its maximum, so this finds rows that are not finite on the way.
     best, greedy = zip(*(row.max(-1) for row in adjusted), strict=True)
-    sane = torch.stack(best).isfinite().tolist()
-    chosen = [
-        sample(row, wish, generator) if fine and not wish.greedy else token
-        for row, wish, generator, fine, token in zip(adjusted, params, generators, sane, greedy, strict=True)
-    ]
+    for row, fine in enumerate(torch.stack(best).isfinite().tolist()):
+        if not fine:
+            failed.setdefault(row, "The model computed NaN or infinity for this prompt.")
+    chosen = list(greedy)
+    for row, sequence in enumerate(sequences):
+        if row not in failed and not sequence.params.greedy:
+            drawn = attempt(row, lambda row=row, s=sequence: sample(adjusted[row], s.params, s.generator))
+            chosen[row] = greedy[row] if drawn is None else drawn
     tokens = torch.stack(chosen)
-    answers: list[tuple[int, TokenLogprob | None] | None] = []
-    for row, (token, wish, fine) in enumerate(zip(tokens.tolist(), params, sane, strict=True)):
+    answers: list[tuple[int, TokenLogprob | None] | str] = []
+    for row, (token, sequence) in enumerate(zip(tokens.tolist(), sequences, strict=True)):
         logprob = None
-        if wish.logprobs is not None:
-            logprob = top_logprobs(logits[row : row + 1], tokens[row : row + 1], wish.logprobs)[0]
-        answers.append((token, logprob) if fine else None)
+        if sequence.params.logprobs is not None and row not in failed:
+            logprob = top_logprobs(logits[row : row + 1], tokens[row : row + 1], sequence.params.logprobs)[0]
+        answers.append(failed.get(row, (token, logprob)))
     return answers
 
 
-def adjust(logits: torch.Tensor, params: SamplingParams, counts: Mapping[int, int]) -> torch.Tensor:
-    """Applies logit_bias and the penalties on tokens that were generated ``counts`` times.
+def adjust(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """Applies logit_bias and the penalties to ``logits`` [vocab] float32, which are not changed.
 
-    ``logits`` [vocab] float32 are not changed. Penalties as the OpenAI reference defines them:
-    logit - count * frequency_penalty - (count > 0) * presence_penalty.
+    In vLLM's order. The repetition penalty (CTRL, arXiv:1909.05858, with transformers' sign rule) divides the logits
+    of tokens that were seen where they are positive, else multiplies them. The others are as the OpenAI reference
+    defines them: logit - count * frequency_penalty - (count > 0) * presence_penalty, of generated tokens.
     """
-    changes: dict[int, float] = dict(params.logit_bias)
+    params = sequence.params
+    logits = _add(logits, params.logit_bias)
+    if params.repetition_penalty != 1 and sequence.seen:
+        index = torch.tensor(list(sequence.seen), device=logits.device)
+        old = logits[index]
+        new = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+        logits = logits.index_copy(0, index, new)
     if params.frequency_penalty or params.presence_penalty:
-        for token, count in counts.items():
-            penalty = count * params.frequency_penalty + params.presence_penalty
-            changes[token] = changes.get(token, 0.0) - penalty
+        pairs = sequence.counts.items()
+        logits = _add(logits, {t: -(n * params.frequency_penalty + params.presence_penalty) for t, n in pairs})
+    return logits
+
+
+def _add(logits: torch.Tensor, changes: Mapping[int, float]) -> torch.Tensor:
+    """``logits`` [vocab] with a number added to some of them, by token id."""
     if not changes:
         return logits
     index = torch.tensor(list(changes), device=logits.device)
@@ -65,11 +93,14 @@ def adjust(logits: torch.Tensor, params: SamplingParams, counts: Mapping[int, in
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> torch.Tensor:
-    """Draws one token id (a 0-d tensor) from ``logits`` [vocab] float32 by temperature, top_k and top_p."""
+    """Draws one token id (a 0-d tensor) from ``logits`` [vocab] float32 by temperature, min_p, top_k and top_p, in
+    vLLM's order: the mass that top_p counts is of what min_p and top_k left."""
     # Drawn in any case, and in double precision: one number a token keeps seeded runs in step.
     uniform = torch.rand((), generator=generator, dtype=torch.float64).to(logits.device)
     ids: torch.Tensor | None = None  # None while position and token id are the same
     logits = (logits - logits.max()) / params.temperature
+    if params.min_p > 0:  # the likeliest has exp(0) = 1, so exp is the share of its probability
+        logits = logits.masked_fill(logits.exp() < params.min_p, -torch.inf)
     if 0 < params.top_k < logits.numel():
         logits, ids = logits.topk(params.top_k)
     probabilities = logits.softmax(-1)
@@ -83,12 +114,13 @@ def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Genera
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest set of likeliest tokens whose mass reaches ``top_p``: (probabilities, positions)."""
+    """The smallest set of likeliest tokens whose mass reaches ``top_p``, at least one: (probabilities, positions)."""
     kept = min(NUCLEUS_GUESS, probabilities.numel())
     while True:
         values, order = probabilities.topk(kept)
         mass_before = values.cumsum(-1) - values
         keep = mass_before < top_p
+        keep[0] = True  # as float32, a tiny top_p is no more than the mass before the first
         if not bool(keep[-1]) or kept == probabilities.numel():
             return values[keep], order[keep]
         kept = probabilities.numel()

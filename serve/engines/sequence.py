@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Sequence as SequenceOf
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,7 @@ class Sequence:
         tokenizer: PreTrainedTokenizerBase,
         eos_ids: frozenset[int],
     ) -> None:
-        self.prompt_ids = list(prompt_ids)
+        self.prompt_ids = prompt_ids  # shared by all choices of one prompt, so nobody may change it
         self.params = params
         self.sink = sink
         self.cancelled = False
@@ -36,20 +37,36 @@ class Sequence:
 
         self.generated: list[int] = []
         self.counts: Counter[int] = Counter()
-        self.generator = torch.Generator()
-        if params.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(params.seed)
 
         self.prefill_cache: DynamicCache | None = None
         self.prefilled = 0
         self.prompt_logprobs: list[TokenLogprob] = []
 
         self._ends = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_ids
-        self._text = TextStream(tokenizer, self.prompt_ids)
+        self._tokenizer = tokenizer
         self._stop = StopScanner(params.stop)
         self._unreported: deque[tuple[int, TokenLogprob]] = deque()  # (where its text begins, logprob)
+
+    # The next three take time or memory to make, which a sequence that only waits in the queue does not need.
+
+    @cached_property
+    def _text(self) -> TextStream:
+        return TextStream(self._tokenizer, self.prompt_ids)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Its own random numbers."""
+        generator = torch.Generator()
+        if self.params.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.params.seed)
+        return generator
+
+    @cached_property
+    def seen(self) -> set[int]:
+        """The tokens of the prompt and the generated ones."""
+        return {*self.prompt_ids, *self.generated}
 
     @property
     def reserved_length(self) -> int:
@@ -64,6 +81,8 @@ class Sequence:
         """Takes the next token and says what becomes visible by it."""
         self.generated.append(token)
         self.counts[token] += 1
+        if self.params.repetition_penalty != 1:
+            self.seen.add(token)
         if token in self._ends:
             return self._end("stop", self._stop.flush(), everything=True)
         if logprob is not None:

@@ -28,15 +28,18 @@ from transformers import DynamicCache, GenerationConfig
 
 from compress.errors import UsageError
 from serve.engines import loading
-from serve.engines.base import EngineDeadError, EngineStats, SamplingParams, Sink, Ticket
+from serve.engines.base import EngineBusyError, EngineDeadError, EngineStats, SamplingParams, Sink, Ticket
 from serve.engines.kv_cache import BatchCache, keys_and_values
+from serve.engines.ranges import read_advice
 from serve.engines.sampling import next_tokens, top_logprobs
 from serve.engines.sequence import Sequence
+from serve.linear import backends
 from serve.loading import weight_bytes
 
 log = logging.getLogger("halve.serve")
 
 PREFILL_TOKENS = 512
+MAX_WAITING = 4096  # sequences in the queue; each holds its prompt, and who comes last would wait for all of them
 SCORED_ROWS = 128  # positions whose log-softmax over the vocabulary is in memory at once
 
 
@@ -86,12 +89,14 @@ class TransformersEngine:
         self.vocab_size = _rows(self.model.get_input_embeddings())
         generation = self.model.generation_config or GenerationConfig()
         self._eos_ids = _ids(generation.eos_token_id) | _ids(self.tokenizer.eos_token_id)
-        chosen = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
-        self.default_sampling: Mapping[str, float] = {k: v for k, v in chosen.items() if v is not None}
+        self.default_sampling: Mapping[str, float]
+        self.default_sampling, advice = read_advice(generation.to_dict(), self._model_dir)
+        notes += advice
 
         self.max_model_len, why = loading.choose_context(config, self.tokenizer, self._wished_len)
         self._budget = self._size_budget()
         self._weight_bytes = weight_bytes(self.model)
+        self._backends = backends(self.model, {"prefill": PREFILL_TOKENS, "decode": 1})
         notes.append(f"max_model_len {self.max_model_len}: {why}")
         notes.append(f"key/value cache up to {self._budget * self._bytes_per_token / 2**20:,.0f} MiB")
         for note in notes:
@@ -127,6 +132,8 @@ class TransformersEngine:
         with self._changed:
             if self.failure is not None or self._closing:
                 raise EngineDeadError(self.failure or "The server is shutting down.")
+            if len(self._arrived) + len(self._waiting) >= MAX_WAITING:
+                raise EngineBusyError(f"{MAX_WAITING} sequences wait already. Try again later.")
             self._arrived.append(sequence)
             self._changed.notify()
         return sequence
@@ -148,6 +155,7 @@ class TransformersEngine:
             generation_tokens=self._generation_tokens,
             weight_bytes=self._weight_bytes,
             kv_cache_bytes=self._budget * self._bytes_per_token,
+            backends=self._backends,
         )
 
     def close(self) -> None:
@@ -224,7 +232,7 @@ class TransformersEngine:
         assert sequence is not None
         assert sequence.prefill_cache is not None
         first, ids = sequence.prefilled, sequence.prompt_ids
-        chunk = ids[first : first + budget]
+        chunk = list(ids[first : first + budget])
         scored = sequence.params.prompt_logprobs is not None
         logits = self._forward([chunk], sequence.prefill_cache, first_position=first, all_logits=scored)[0]
         if scored:
@@ -244,10 +252,10 @@ class TransformersEngine:
         self._prefilling = None  # last, so that an engine that dies on the way still knows of it
         return len(chunk)
 
-    def _score(self, sequence: Sequence, logits: torch.Tensor, targets: list[int]) -> None:
+    def _score(self, sequence: Sequence, logits: torch.Tensor, targets: SequenceOf[int]) -> None:
         """Records the log-probabilities of ``targets``, the tokens that follow the rows of ``logits``."""
         for at in range(0, len(targets), SCORED_ROWS):
-            part = torch.tensor(targets[at : at + SCORED_ROWS], device=logits.device)
+            part = torch.tensor(list(targets[at : at + SCORED_ROWS]), device=logits.device)
             rows = logits[at : at + len(part)]
             sequence.prompt_logprobs += top_logprobs(rows, part, sequence.params.prompt_logprobs or 0)
 
@@ -297,13 +305,9 @@ class TransformersEngine:
 
     def _advance(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Chooses the next token of each sequence from ``logits`` [rows, vocab] and reports it."""
-        params = [sequence.params for sequence in sequences]
-        counts = [sequence.counts for sequence in sequences]
-        generators = [sequence.generator for sequence in sequences]
-        choices = next_tokens(logits, params, counts, generators)
-        for sequence, choice in zip(sequences, choices, strict=True):
-            if choice is None:
-                sequence.sink(sequence.fail("The model computed NaN or infinity for this prompt."))
+        for sequence, choice in zip(sequences, next_tokens(logits, sequences), strict=True):
+            if isinstance(choice, str):
+                sequence.sink(sequence.fail(choice))
             else:
                 self._generation_tokens += 1
                 sequence.sink(sequence.push(*choice))

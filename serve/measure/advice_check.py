@@ -156,13 +156,17 @@ def _level(bench: Mapping[str, Any], load: _Load, path: Path) -> str | None:
     batches: dict[str | None, str] = {None: str(described.get("batch"))}
     if isinstance(labels, list):
         batches = {str(label): str(label).removeprefix("concurrency=") for label in labels}
-    lengths = (described.get("prompt"), described.get("output"))
+    told = []
     for label, batch in batches.items():
-        if lengths == (load.prompt, load.output) and batch == str(load.batch):
+        # Each load of an endpoint says its own lengths; a bench in process has one for all.
+        shape = _mapping(_mapping(described.get("shapes")).get(label or "")) or described
+        found = {"prompt": shape.get("prompt"), "output": shape.get("output"), "batch": batch}
+        if found == {"prompt": load.prompt, "output": load.output, "batch": str(load.batch)}:
             return label
+        told.append(", ".join(f"{name} {value}" for name, value in found.items()))
     raise UsageError(
-        f"the advice is for prompt {load.prompt}, output {load.output}, batch {load.batch}, and {path} was measured with prompt "
-        f"{lengths[0]}, output {lengths[1]}, batch {' and '.join(batches.values())}; advise again with these, or measure again"
+        f"the advice is for prompt {load.prompt}, output {load.output}, batch {load.batch}, and {path} was measured with "
+        f"{' and '.join(told)}; advise again with these, or measure again"
     )
 
 

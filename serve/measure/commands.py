@@ -10,8 +10,7 @@ from typing import Any
 from compress.device import choose_device
 from compress.files import seal
 from compress.quiet import quiet_transformers
-from serve.kernels import choose
-from serve.linear import Sparse24Linear
+from serve.linear import Sparse24Linear, backends
 from serve.loading import linear_bytes, load_model, require_language_model, weight_bytes
 from serve.measure.environment import environment, peak_memory
 from serve.measure.speed import measure_speed, ratio
@@ -79,18 +78,5 @@ def bench(
             key: sizes["sparse"][key] / sizes["dense"][key] for key in sizes["sparse"] if sizes["dense"][key]
         }
     document["peak_process_bytes"] = peak_memory()
-    document["backends"] = _backends(sparse_layers, prompt * batch, batch)
+    document["backends"] = backends(last, {"prefill": prompt * batch, "decode": batch})
     return document
-
-
-def _backends(layers: dict[str, Sparse24Linear], prefill_rows: int, decode_rows: int) -> list[dict[str, Any]]:
-    """Which backend runs how many of the sparse layers, in prefill and in decode, and why."""
-    counted: dict[tuple[str, str, str], int] = {}
-    for layer in layers.values():
-        for phase, rows in (("prefill", prefill_rows), ("decode", decode_rows)):
-            choice = choose(layer.device, layer.dtype, rows, layer.out_features, layer.in_features)
-            key = (phase, choice.backend.name, choice.reason)
-            counted[key] = counted.get(key, 0) + 1
-    return [
-        {"phase": phase, "backend": name, "reason": reason, "layers": n} for (phase, name, reason), n in counted.items()
-    ]

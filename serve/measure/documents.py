@@ -126,6 +126,7 @@ class _Request(BaseModel):
     tokens: int
     events: list[Number]
     error: str | None = None
+    ramp_up: bool | None = None
 
 
 class _Round(BaseModel):
@@ -249,7 +250,8 @@ def _bench(path: Path, document: _Bench, digest: str) -> tuple[Side, Side | None
 
     # How many rounds there were is no part of what was measured, only of how well.
     load = {key: value for key, value in document.load.items() if key != "rounds"} | {"through": document.through}
-    about = {"machine": document.environment.get("machine"), "threads": document.environment.get("threads")}
+    # Of an endpoint at another address, the machine is not known.
+    about = {name: document.environment.get(name, "not said") for name in ("machine", "threads")}
     asked = document.load.get("rounds")
     about["rounds"] = asked if document.complete else f"{document.rounds_done} of {asked} (interrupted)"
     names = list(document.models)

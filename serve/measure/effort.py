@@ -35,8 +35,8 @@ DISK_BYTES_A_SECOND = 1e9
 """Read, or written with a digest; taken for granted."""
 ADMM_STEPS = 20
 REFIT_STEPS = 10
-ADAM_BYTES = 16
-"""A trained weight in float32: itself, its gradient and two moments."""
+ADAM_BYTES = 21
+"""A trained weight in float32: itself, its gradient, two moments, the best state so far, and its mask."""
 GRAMS = frozenset({"gram", "split_gram"})
 SQUARES = 6
 """Float32 matrices of a Gram matrix's size at once, while a layer is solved."""
@@ -95,6 +95,7 @@ def estimate(shape: ModelShape, recipe: Recipe, rates: Rates) -> dict[str, Any]:
         A document: ``seconds`` in all, ``stages``, bytes in the device's memory (``device_bytes``), of activations in memory or
         on disk (``activation_bytes``), and of the artefact (``disk_bytes``).
     """
+    recipe = recipe.fitted_to(max((layers.shape.k for layers in shape.prunable), default=1))
     memory = _memory(shape, recipe)
     moved = shape.weights + 2 * memory["disk_bytes"]  # blocks are written, and then the artefact of them
     files = Stage("files", 0.0, 0.0, moved / DISK_BYTES_A_SECOND)

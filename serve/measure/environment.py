@@ -15,7 +15,7 @@ from compress.version import versions
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Date, versions, machine and threads."""
+    """Date, versions, machine and threads; of what runs in this process, or in one that is started from it."""
     device = torch.device(device)
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -24,6 +24,13 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+    }
+
+
+def elsewhere() -> dict[str, Any]:
+    """Of a measurement of what runs on a machine that is not known: what asked it, and when."""
+    return {name: value for name, value in environment().items() if name not in ("machine", "cores", "threads")} | {
+        "client": processor()
     }
 
 

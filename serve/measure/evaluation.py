@@ -26,7 +26,7 @@ from compress.sources import read_config
 from serve.loading import load_model, load_tokenizer, require_language_model
 from serve.measure import tasks as harness_tasks
 from serve.measure.agreement import Agreement
-from serve.measure.environment import environment
+from serve.measure.environment import elsewhere, environment
 from serve.measure.perplexity import Perplexity, require_finite, require_room, window_logits, window_loss
 from serve.measure.scoring import EngineRunner, Runner
 from serve.measure.statistics import interval, ratio_interval, value_of
@@ -124,9 +124,11 @@ def evaluate(
             name: {"value": value_of(samples, "mean"), "interval": interval(samples, "mean"), "samples": samples}
             for name, samples in (("top1", found.top1), ("kl", found.kl))
         }
+    elif agreement and perplexity and len(paths) == 2:
+        document["not_measured"] = {"agreement": "it takes both models in one process, which an endpoint is not"}
     if ready is not None:
         document["task_protocol"] = {"limit": limit, "data": ready.data or "hub"}
-    document["environment"] = environment(place)
+    document["environment"] = environment(place) if endpoint is None or endpoint.url is None else elsewhere()
     return document
 
 

@@ -17,7 +17,8 @@ log = logging.getLogger("halve.serve")
 
 
 def measure_unknown(directory: Path, *, device: str, seconds: float | None, fused: bool) -> None:
-    """Fills the kernel table with what is missing for a packed checkpoint; nothing is done for any other.
+    """Fills the kernel table with what is missing for a packed checkpoint; nothing is measured for any other, which
+    is said where ``seconds`` were asked for.
 
     A measurement that fails is no reason not to serve: it is logged in one line.
 
@@ -30,6 +31,11 @@ def measure_unknown(directory: Path, *, device: str, seconds: float | None, fuse
     """
     quantization = read_config(directory).get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "halve":
+        if seconds:
+            log.warning(
+                "nothing is measured before serving (--tune): %s is not packed (`halve pack` packs a checkpoint with zeros)",
+                directory,
+            )
         return
     place, _ = choose_device(device)
     budget = (GPU_SECONDS if place.type == "cuda" else 0.0) if seconds is None else seconds

@@ -31,6 +31,8 @@ def limits(given: Sequence[str]) -> dict[str, float]:
         known = [time for time in TIMES if time != "itl"]
         if name not in known:
             raise UsageError(f"--goodput {text!r}: no limit is set on {name!r}{did_you_mean(name, known)}")
+        if name in found:
+            raise UsageError(f"--goodput sets two limits on {name}; give the one that counts")
         try:
             found[name] = float(value) / 1e3
         except ValueError:
@@ -40,18 +42,23 @@ def limits(given: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def round_of(outcomes: Outcomes, goodput: Mapping[str, float]) -> dict[str, Any]:
-    """One round: its samples, its statistics (``figures``), its rates, its errors, and each request as it went."""
+def round_of(outcomes: Outcomes, goodput: Mapping[str, float], ramp_up: int = 0) -> dict[str, Any]:
+    """One round: its samples, its statistics (``figures``), its rates, its errors, and each request as it went.
+
+    The first ``ramp_up`` requests (`loads.Level`) have no part in the latencies, nor in the share of requests that are good.
+    """
     requests = [_raw(outcome) for outcome in outcomes.requests]
+    for request in requests[:ramp_up]:
+        request["ramp_up"] = True
     answered = [request for request in requests if "error" not in request]
     samples = samples_of(requests)
     figures: dict[str, Any] = {name: described(samples[name]) for name in TIMES if _any_answered(samples[name])}
     figures["requests_per_second"] = len(answered) / outcomes.seconds
     figures["output_tokens_per_second"] = sum(request["tokens"] for request in answered) / outcomes.seconds
     if goodput:
-        times = [times_of(request) for request in answered]
+        times = [times_of(request) for request in answered if not request.get("ramp_up")]
         good = sum(all(max(one[name], default=0.0) <= most for name, most in goodput.items()) for one in times)
-        figures["goodput_per_second"] = good / outcomes.seconds
+        figures["goodput_per_second"] = figures["requests_per_second"] * (good / len(times) if times else 0.0)
     return {
         "seconds": outcomes.seconds,
         "generator_cpu_seconds": outcomes.cpu_seconds,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +35,31 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Level:
-    """One load. ``shapes`` gives the requests of a round by a generator of random numbers that is the round's own."""
+    """One load.
+
+    Attributes:
+        concurrency: requests under way at any time; None of an open load.
+        shapes: gives the requests of a round by a generator of random numbers that is the round's own.
+        longest: the request with the most tokens, prompt and output together.
+        about: what has to be equal where two measurements are compared: how many requests, and their lengths ("prompt" and
+            "output"; of a trace the largest of each).
+        ramp_up: the requests at the beginning of a round that only bring the load up to its concurrency. They start together
+            on an idle server, so they wait for one another as none of the later ones does, and have no part in the latencies.
+        source: the file that it was read from.
+    """
 
     label: str
     concurrency: int | None
     shapes: Callable[[np.random.Generator], Sequence[Shape]]
     longest: Shape
     about: dict[str, Any]
+    ramp_up: int = 0
+    source: Path | None = None
+
+    @property
+    def most_at_once(self) -> int:
+        """Requests that may be under way together: in an open load all of a round, if the server is slow."""
+        return self.concurrency or self.about["requests"]
 
 
 def levels(
@@ -54,6 +74,7 @@ def levels(
     output: int | None = None,
 ) -> list[Level]:
     """The loads that a command asks for, one request at a time if it asks for none. ``concurrency``: ``"1,4,16"``.
+    ``requests`` is for all but the trace.
 
     Raises UsageError.
     """
@@ -79,12 +100,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def closed(concurrency: int, *, requests: int | None, prompt: int, output: int) -> Level:
-    """``concurrency`` requests under way at any time; by default twice as many in a round, and four at least."""
+    """``concurrency`` requests under way at any time; by default twice as many in a round, and four at least. Before them
+    goes a wave that brings the load up (`Level.ramp_up`)."""
     count = max(4, 2 * concurrency) if requests is None else requests
     shape = Shape(prompt, output)
-    return Level(
-        f"concurrency={concurrency}", concurrency, lambda rng: [shape] * count, shape, {"requests": count}
-    )  # fmt: skip
+    about = {"requests": count, "ramp_up": concurrency, "prompt": prompt, "output": output}
+    every = [shape] * (concurrency + count)
+    return Level(f"concurrency={concurrency}", concurrency, lambda rng: every, shape, about, ramp_up=concurrency)
 
 
 def poisson(rate: float, *, requests: int | None, prompt: int, output: int) -> Level:
@@ -96,7 +118,8 @@ def poisson(rate: float, *, requests: int | None, prompt: int, output: int) -> L
     def shapes(rng: np.random.Generator) -> list[Shape]:
         return [Shape(prompt, output, float(due)) for due in np.cumsum(rng.exponential(1 / rate, count))]
 
-    return Level(f"rate={rate:g}", None, shapes, Shape(prompt, output), {"requests": count})
+    about = {"requests": count, "prompt": prompt, "output": output}
+    return Level(f"rate={rate:g}", None, shapes, Shape(prompt, output), about)
 
 
 def replay(file: Path, *, scale: float, requests: int | None, prompt: int | None, output: int | None) -> Level:
@@ -104,7 +127,7 @@ def replay(file: Path, *, scale: float, requests: int | None, prompt: int | None
 
     Args:
         scale: how many times as fast.
-        requests: only the first ones.
+        requests: only the first ones of the file.
         prompt, output: longer prompts and answers are cut to so many tokens; None leaves them.
 
     Raises:
@@ -112,18 +135,31 @@ def replay(file: Path, *, scale: float, requests: int | None, prompt: int | None
     """
     if not 0 < scale < float("inf"):
         raise UsageError(f"--trace-scale {scale:g} is not a factor")
-    rows = _read_trace(file)[:requests]
+    rows = _read_trace(file, requests)
     shapes = [
         Shape(min(p, prompt or p), min(o, output or o), (when - rows[0][0]) / scale) for when, p, o in rows
     ]  # fmt: skip
-    longest = Shape(max(shape.prompt for shape in shapes), max(shape.output for shape in shapes))
-    cut = sum((shape.prompt, shape.output) != row[1:] for shape, row in zip(shapes, rows, strict=True))
-    about = {"trace": file.name, "scale": scale, "requests": len(shapes), "cut": cut}
-    return Level("trace", None, lambda rng: shapes, longest, about)
+    about = {
+        "sha256": _digest(shapes),
+        "scale": scale,
+        "requests": len(shapes),
+        "prompt": max(shape.prompt for shape in shapes),
+        "output": max(shape.output for shape in shapes),
+        "cut": sum((shape.prompt, shape.output) != row[1:] for shape, row in zip(shapes, rows, strict=True)),
+    }
+    longest = max(shapes, key=lambda shape: shape.prompt + shape.output)
+    return Level("trace", None, lambda rng: shapes, longest, about, source=file)
 
 
-def _read_trace(file: Path) -> list[tuple[float, int, int]]:
-    """(seconds, prompt tokens, output tokens), by time. Raises UsageError."""
+def _digest(shapes: Sequence[Shape]) -> str:
+    """What a trace is known by: a file's name says nothing of what is in it. Times to the microsecond, which clocks have."""
+    lines = [f"{round((shape.due or 0.0) * 1e6)} {shape.prompt} {shape.output}\n" for shape in shapes]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _read_trace(file: Path, most: int | None) -> list[tuple[float, int, int]]:
+    """(seconds, prompt tokens, output tokens) of the first ``most`` rows, by time; what follows is not read, since traces
+    have up to millions. Raises UsageError."""
     found: list[tuple[float, int, int]] = []
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
@@ -131,7 +167,7 @@ def _read_trace(file: Path) -> list[tuple[float, int, int]]:
             missing = [name for name in TRACE_COLUMNS if name not in (reader.fieldnames or [])]
             if missing:
                 raise UsageError(f"--trace {file} has no column {missing[0]}; it needs {', '.join(TRACE_COLUMNS)}")
-            for row in reader:
+            for row in islice(reader, most):
                 try:
                     when, prompt, output = (row[name] for name in TRACE_COLUMNS)
                     found.append((_seconds(when), int(prompt), int(output)))
@@ -149,14 +185,12 @@ def _read_trace(file: Path) -> list[tuple[float, int, int]]:
 
 
 def _seconds(text: str) -> float:
-    """Of a time of day with its date, or of a number of seconds."""
+    """Of a date with its time of day, at UTC where it names no offset, or of a number of seconds."""
     try:
         seconds = float(text)
     except ValueError:
-        # Azure's fractions have seven digits, of which Python reads six.
-        whole, _, fraction = text.partition(".")
-        moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC)
-        seconds = moment.timestamp() + float(f"0.{fraction or 0}")
+        moment = datetime.datetime.fromisoformat(text.strip())
+        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
     if not np.isfinite(seconds):
         raise ValueError(text)
     return seconds

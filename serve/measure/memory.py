@@ -90,10 +90,17 @@ def told_by(base_url: str, log: str = "") -> dict[str, int]:
     for name, form in _IN_LOG.items():
         if matches := form.findall(log):
             found[name] = round(float(matches[-1]) * 2**30)
-    with contextlib.suppress(OSError, ValueError):
-        with open_url(base_url.removesuffix("/v1") + "/metrics", timeout=5) as answer:
-            metrics = answer.read().decode("utf-8", "replace")
-        for name, metric in _IN_METRICS.items():
-            if match := re.search(rf"^{metric}(?:{{[^}}]*}})? ([0-9.e+]+)$", metrics, re.MULTILINE):
-                found[name] = round(float(match[1]))
+    metrics = metrics_of(base_url)
+    for name, metric in _IN_METRICS.items():
+        if match := re.search(rf"^{metric}(?:{{[^}}]*}})? ([0-9.e+]+)$", metrics, re.MULTILINE):
+            found[name] = round(float(match[1]))
     return found
+
+
+def metrics_of(base_url: str) -> str:
+    """What a server says at /metrics; nothing where it has none."""
+    try:
+        with open_url(base_url.removesuffix("/v1") + "/metrics", timeout=5) as answer:
+            return answer.read().decode("utf-8", "replace")
+    except (OSError, ValueError):
+        return ""

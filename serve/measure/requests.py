@@ -1,7 +1,8 @@
 """What a request that was sent says of latency, and how those that failed count.
 
 A request as it stands in a document has ``intended`` (what its latency counts from), ``events`` (when each event with tokens
-came), ``tokens`` (how many there were), and ``error`` if it failed; times are in seconds from the beginning of its round.
+came), ``tokens`` (how many there were), ``error`` if it failed, and ``ramp_up`` if it only brought the load up; times are in
+seconds from the beginning of its round.
 
 A request that failed is right-censored: its latency is not known, only that it is longer than any that was waited for. So it
 counts in percentiles as larger than all of the others, and a percentile that lies among those that failed is not defined, nor
@@ -35,10 +36,12 @@ def times_of(request: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def samples_of(requests: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The latencies of a round by name: of those that were answered, and then infinities for those that failed.
+    """The latencies of a round by name: of those that were answered, and then infinities for those that failed; without those
+    that only brought the load up.
 
     A failed request stands for as many gaps between tokens as one that was answered has on average.
     """
+    requests = [request for request in requests if not request.get("ramp_up")]
     times = [times_of(request) for request in requests if request.get("error") is None]
     failed = len(requests) - len(times)
     found = {name: [value for one in times for value in one[name]] for name in TIMES}

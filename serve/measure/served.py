@@ -9,51 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from compress.errors import SourceError, UsageError
-from compress.files import replacing, seal
+from compress.errors import HalveError, OutputError, SourceError, UsageError
+from compress.files import replacing, try_place
 from compress.sources import read_config
-from serve.engines.process import ServerProcess
 from serve.loading import load_tokenizer, require_language_model
-from serve.measure.endpoint import EndpointError, EndpointRunner
-from serve.measure.environment import environment
+from serve.measure.endpoint import EndpointError
 from serve.measure.generator import Generator
-from serve.measure.latency import failing, round_of, summary
+from serve.measure.latency import failing, round_of
 from serve.measure.loads import Level, asks
-from serve.measure.memory import PeakMemory, told_by
 from serve.measure.outcomes import Load
+from serve.measure.sides import Endpoint, Engine, Servers, Side, environment_of, open_side
 from serve.measure.speed import ratio
 
 Progress = Callable[[int, int, str], None]
-Engine = Literal["transformers", "vllm"]
-_ANY_LENGTH = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where one side is served: at ``url``, or, without one, by a server that is started for it."""
-
-    url: str | None = None
-    model: str | None = None
-    api_key: str | None = None
-
-
-@dataclass
-class _Side:
-    directory: Path | None
-    base_url: str
-    model: str
-    api_key: str | None
-    longest: int
-    server: ServerProcess | None = None
-    memory: PeakMemory | None = None
-    rounds: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 def bench(
@@ -84,47 +58,49 @@ def bench(
         out: a file that holds the document as far as it is, whole rounds only, at any time.
 
     Returns:
-        The document. ``complete`` is False if it was interrupted: then it has the rounds that were whole by then.
+        The document. ``complete`` is False if it was interrupted: then it has the rounds that were whole by then. So it is where
+        something failed after the first round, and then ``error`` says what.
 
     Raises:
         UsageError: an endpoint is not there, refuses, or has no such model; the loads do not fit the model.
-        EndpointError: an endpoint fails all requests of a load.
+        OutputError: ``out`` cannot be written.
+        EndpointError: an endpoint fails all requests of a load before a round is whole.
     """
     paths = {"dense": against, "sparse": directory} if against or against_endpoint.url else {"model": directory}
     for path in filter(None, paths.values()):
         require_language_model(path, "bench")
-    if out is not None and not out.resolve().parent.is_dir():
-        raise UsageError(f"--out {out}: there is no directory {out.resolve().parent}")
+    if out is not None:
+        try_place(out)
+    places = {name: against_endpoint if name == "dense" else endpoint for name in paths}
+    started = [name for name, place in places.items() if place.url is None]
     longest = max(level.longest.prompt + level.longest.output for level in levels)
+    at_once = max(level.most_at_once for level in levels)
+    servers = Servers(engine, device, longest, at_once, len(started), extra)
     tokens = ordinary_tokens([path for path in paths.values() if path is not None])
-    at_once = max([level.concurrency or 0 for level in levels])
-    places = {"dense": against_endpoint}
     run = _Bench(levels, rounds, seed, goodput or {}, timeout, tokens, out, progress)
     run.head = {
         "kind": "bench",
         "through": "endpoint",
-        "load": _load(levels, engine if endpoint.url is None else None, rounds, seed, goodput or {}),
-        "environment": environment(),
+        "load": _load(levels, servers if started else None, rounds, seed, goodput or {}),
+        "environment": environment_of(list(places.values()), servers),
     }
+    if traces := [level.source.name for level in levels if level.source is not None]:
+        run.head["trace"] = traces[0]
     with ExitStack() as stack:
         try:
             for number, (name, path) in enumerate(paths.items()):
                 progress(number, len(paths), f"waiting for the endpoint of {path or against_endpoint.url}")
-                place = places.get(name, endpoint)
-                server = None
-                if place.url is None:
-                    assert path is not None
-                    start = _start_vllm if engine == "vllm" else _start_transformers
-                    server = stack.enter_context(start(path, longest, at_once, len(paths), device, extra))
-                run.sides[name] = _reach(path, place, server, timeout)
-                if server is not None:
-                    run.sides[name].memory = stack.enter_context(PeakMemory(server.processes))
+                run.sides[name] = open_side(path, places[name], servers, timeout, stack)
             run.require_room(longest)
             run.measure(stack.enter_context(Generator()))
         except KeyboardInterrupt:
             if not run.rounds_done:
                 raise
             return run.document(complete=False)
+        except (HalveError, OSError) as error:
+            if not run.rounds_done:
+                raise
+            return run.failed(error)
         return run.document(complete=True)
 
 
@@ -145,7 +121,7 @@ class _Bench:
         self._levels, self._rounds, self._seed, self._goodput = levels, rounds, seed, goodput
         self._timeout, self._tokens, self._out, self._progress = timeout, tokens, out, progress
         self.head: dict[str, Any] = {}
-        self.sides: dict[str, _Side] = {}
+        self.sides: dict[str, Side] = {}
         self.rounds_done = 0
 
     def require_room(self, longest: int) -> None:
@@ -177,7 +153,7 @@ class _Bench:
                     write(self._out, self.document(complete=number == self._rounds))
         self._progress(steps, steps, "")
 
-    def _once(self, generator: Generator, side: _Side, level: Level, number: int, place: int) -> dict[str, Any]:
+    def _once(self, generator: Generator, side: Side, level: Level, number: int, place: int) -> dict[str, Any]:
         """One load on one side. The random numbers depend on the round and the load, not on the side."""
         rng = np.random.default_rng([self._seed, number, place])
         shapes = list(level.shapes(rng))
@@ -197,11 +173,19 @@ class _Bench:
                 f"{side.base_url} failed all {len(errors)} requests of {level.label}"
                 f"{f' in round {number}' if number else ''}; the first: {errors[0]}"
             )
-        return round_of(outcomes, self._goodput)
+        return round_of(outcomes, self._goodput, level.ramp_up if number else 0)
+
+    def failed(self, error: Exception) -> dict[str, Any]:
+        """What was measured before something failed; in the file, too, if that can still be written."""
+        document = {**self.document(complete=False), "error": str(error)}
+        if self._out is not None:
+            with suppress(OutputError, OSError):
+                write(self._out, document)
+        return document
 
     def document(self, *, complete: bool) -> dict[str, Any]:
         document: dict[str, Any] = {**self.head, "complete": complete, "rounds_done": self.rounds_done}
-        document["models"] = {name: _model(side) for name, side in self.sides.items()}
+        document["models"] = {name: side.document() for name, side in self.sides.items()}
         if len(self.sides) == 2 and self.rounds_done:
             dense, sparse = (self.sides[name] for name in ("dense", "sparse"))
             document["speedup"] = {
@@ -210,38 +194,6 @@ class _Bench:
             sizes = [document["models"][name]["bytes"] for name in ("dense", "sparse")]
             document["bytes_ratio"] = {key: sizes[1][key] / sizes[0][key] for key in sizes[1] if sizes[0].get(key)}
         return document
-
-
-def _start_transformers(
-    path: Path, longest: int, at_once: int, sides: int, device: str, extra: Sequence[str]
-) -> ServerProcess:
-    from serve.server import BackgroundServer
-
-    return BackgroundServer(str(path), max_num_seqs=max(16, at_once), device=device, timeout=600.0)
-
-
-def _start_vllm(path: Path, longest: int, at_once: int, sides: int, device: str, extra: Sequence[str]) -> ServerProcess:
-    from serve.engines.vllm import VllmServer, installed
-
-    arguments = list(extra)
-    shares = any(argument.startswith("--gpu-memory-utilization") for argument in arguments)
-    if sides == 2 and not shares and (installed() or ("",))[0] == "vllm":
-        arguments += ["--gpu-memory-utilization", "0.45"]  # each takes nine tenths by itself
-    return VllmServer(str(path), max_model_len=longest, max_num_seqs=max(16, at_once), extra=arguments, timeout=1200.0)
-
-
-def _reach(path: Path | None, place: Endpoint, server: ServerProcess | None, timeout: float) -> _Side:
-    """Asks an endpoint for its model. Raises UsageError where nobody answers, or the model is not there."""
-    url = place.url if server is None else server.base_url
-    assert url is not None
-    with EndpointRunner(
-        url,
-        model=place.model if server is None else server.model,
-        api_key=place.api_key,
-        max_length=_ANY_LENGTH,
-        timeout=min(timeout, 60.0),
-    ) as reached:
-        return _Side(path, reached.url, reached.model, place.api_key, reached.max_length + 1, server)
 
 
 def ordinary_tokens(paths: Sequence[Path]) -> np.ndarray:
@@ -263,38 +215,18 @@ def ordinary_tokens(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _load(
-    levels: Sequence[Level], engine: str | None, rounds: int, seed: int, goodput: Mapping[str, float]
+    levels: Sequence[Level], servers: Servers | None, rounds: int, seed: int, goodput: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What has to be equal in two documents that are compared."""
-    lengths = {name: max(getattr(level.longest, name) for level in levels) for name in ("prompt", "output")}
+    """What has to be equal in two documents that are compared. ``servers``: those that were started for it."""
     return {
-        "engine": engine,
-        **lengths,
+        "engine": servers and servers.engine,
+        **({"max_num_seqs": servers.max_num_seqs} if servers else {}),
         "rounds": rounds,
         "seed": seed,
         "levels": [level.label for level in levels],
         "shapes": {level.label: level.about for level in levels},
         **({"goodput_seconds": dict(goodput)} if goodput else {}),
     }
-
-
-def _model(side: _Side) -> dict[str, Any]:
-    told: dict[str, Any] = {"url": side.base_url} if side.server is None else {}
-    if side.directory is not None:
-        told["directory"] = str(side.directory)
-        config = read_config(side.directory)
-        told["dtype"] = config.get("dtype") or config.get("torch_dtype")
-        told["weights_sha256"] = seal(side.directory)
-    sizes = told_by(side.base_url, side.server.log if side.server is not None else "")
-    if side.directory is not None:
-        sizes = {"disk": sum(f.stat().st_size for f in side.directory.rglob("*") if f.is_file()), **sizes}
-    told["bytes"] = sizes
-    if side.memory is not None:
-        told["peak_process_bytes"] = side.memory.resident
-        if side.memory.gpu is not None:
-            told["peak_gpu_bytes"] = side.memory.gpu
-    told["loads"] = {label: summary(rounds) for label, rounds in side.rounds.items()}
-    return told
 
 
 def _speedup(dense: Sequence[Mapping[str, Any]], sparse: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from compress.architecture import auto_class, find_blocks, load_config, reads_im
 from compress.checkpoint import parse_config
 from compress.errors import SourceError, one_line
 from compress.layout import Layout, LinearInfo
+from compress.own_code import NEVER
 from compress.packed import VALUE_DTYPES
 from compress.quiet import quiet_transformers
 from serve.measure.kernel_table import Shape
@@ -297,7 +298,7 @@ def build(model: ModelShape, blocks: int, device: torch.device) -> PreTrainedMod
     config = shortened(model.config, blocks)
     try:
         with quiet_transformers(), no_init_weights():
-            built = cast(PreTrainedModel, auto_class(config).from_config(config, dtype=model.dtype))
+            built = cast(PreTrainedModel, auto_class(config).from_config(config, dtype=model.dtype, **NEVER))
     except Exception as error:  # configurations check what they hold in ways of their own
         raise SourceError(f"transformers cannot build {model.name} with {blocks} blocks: {one_line(error)}") from None
     built.tie_weights()

@@ -43,7 +43,9 @@ def print_evaluation(document: dict[str, Any]) -> None:
 def print_comparison(document: dict[str, Any]) -> None:
     for side in ("a", "b"):
         about = ", ".join(f"{key} {value}" for key, value in document[side].items() if key != "name")
-        out.print(f"{side.upper()}: {document[side]['name']}{f', {about}' if about else ''}", highlight=False)
+        out.print(
+            f"{side.upper()}: {document[side]['name']}{f', {about}' if about else ''}", highlight=False, markup=False
+        )
     rows = [
         [
             name,
@@ -75,27 +77,29 @@ def print_bench(document: dict[str, Any]) -> None:
     """Through endpoints: a table for each load, and one for memory."""
     load, models = document["load"], document["models"]
     if not document["complete"]:
-        out.print(
-            f"[bold yellow]interrupted[/] after {document['rounds_done']} of {load['rounds']} rounds", highlight=False
-        )
+        why = "failed" if "error" in document else "interrupted"
+        out.print(f"[bold yellow]{why}[/] after {document['rounds_done']} of {load['rounds']} rounds", highlight=False)
     compared = "speedup" in document
     for label in load["levels"]:
         beside = [model["loads"][label] for model in models.values()]
         speedup = document.get("speedup", {}).get(label, {})
         about = load["shapes"][label]
         longest = "up to " if label == "trace" else ""
+        before = f" after {about['ramp_up']} that start together" if about.get("ramp_up", 0) > 1 else ""
         title = (
-            f"{label}: {about['requests']} requests a round, prompt {longest}{load['prompt']}, output {longest}{load['output']}, "
-            f"{document['rounds_done']} rounds"
+            f"{label}: {about['requests']} requests a round{before}, prompt {longest}{about['prompt']}, "
+            f"output {longest}{about['output']}, {document['rounds_done']} rounds"
         )
-        rows = [
+        rows: list[list[Any]] = [
             [text, *(cell(one, name) for one in beside), *_spread(speedup.get(name.removesuffix("_seconds")))]
             for names, cell in ((_TIMES, _times), (_RATES, _rates))
             for name, text in names.items()
             if any(name in one for one in beside)
         ]
         if any(one["errors"] for one in beside):
-            rows.append(["[red]requests that failed[/]", *(f"{one['errors']} of {one['requests']}" for one in beside)])
+            rows.append(
+                [Text("requests that failed", "red"), *(f"{one['errors']} of {one['requests']}" for one in beside)]
+            )
         if any(one.get("resent") for one in beside):
             rows.append(["sent again", *(str(one.get("resent", 0)) for one in beside)])
         out.print(table(title, "p50 / p90 / p99", *models, *(["times as fast"] if compared else []), rows=rows))
@@ -112,6 +116,18 @@ def print_bench(document: dict[str, Any]) -> None:
     ]
     if rows:
         out.print(table("memory", "", *models, *(["of dense"] if compared else []), rows=rows))
+
+    for name, model in models.items():
+        _print_backends(model.get("backends", []), f"{name}, " if compared else "")
+
+
+def _print_backends(backends: Sequence[dict[str, Any]], whose: str = "") -> None:
+    """What multiplied how many layers, and why."""
+    for used in backends:
+        out.print(
+            f"{whose}{used['phase']}: {used['layers']} layers by {used['backend']}: {used['reason']}",
+            highlight=False, markup=False,
+        )  # fmt: skip
 
 
 _TIMES = {
@@ -174,8 +190,7 @@ def print_bench_in_process(document: dict[str, Any]) -> None:
     load = document["load"]
     title = f"prompt {load['prompt']}, output {load['output']}, batch {load['batch']}, {load['rounds']} rounds"
     out.print(table(title, "", *models, *(["ratio"] if speedup else []), rows=rows))
-    for used in document["backends"]:
-        out.print(f"{used['phase']}: {used['layers']} layers by {used['backend']}: {used['reason']}", highlight=False)
+    _print_backends(document["backends"])
 
 
 def _range(interval: Sequence[float] | None, form: str) -> str:

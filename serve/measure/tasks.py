@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from compress.errors import HalveError, UsageError, one_line
+from compress.extras import how_to_install
 from compress.quiet import quiet_transformers
 from serve.measure.statistics import interval, value_of
 
@@ -37,7 +38,7 @@ class TaskError(UsageError):
 def require_harness() -> None:
     """Raises TaskError where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise TaskError("--tasks needs the package 'lm-eval': pip install 'halve[eval]'")
+        raise TaskError(f"--tasks needs the package 'lm-eval': {how_to_install('eval')}")
 
 
 def split_names(tasks: str) -> list[str]:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from serve.kernels import plain
-from serve.linear import Sparse24Conv1D, Sparse24Linear
+from serve.linear import WHY_DENSE, Sparse24Conv1D, Sparse24Linear
 from serve.measure import table_cache
 from serve.measure.kernel_table import WINS, Entry, Shape, dtype_name
 
@@ -91,7 +91,9 @@ def serve_dense_where_faster(model: nn.Module) -> dict[str, str]:
         shape = Shape(module.out_features, module.in_features, isinstance(module, Sparse24Conv1D))
         if (reason := slow[device].get((shape, dtype_name(module.dtype)))) is not None:
             parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, _expanded(module))
+            dense = _expanded(module)
+            setattr(dense, WHY_DENSE, reason)
+            setattr(model.get_submodule(parent), own, dense)
             replaced[name] = reason
     if replaced:
         name, reason = next(iter(replaced.items()))

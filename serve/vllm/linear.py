@@ -3,7 +3,8 @@
 Until the checkpoint is read, a layer has the checkpoint's tensors as parameters, filled with what no checkpoint holds;
 vLLM's own loaders cut and join them, because rows concatenate and columns slice in the packed format. Then the weight is
 validated and prepared for the backend, as ``weight_packed`` (vLLM's LoRA code looks for that name), or expanded where no
-backend is faster than dense, or `halve tune` measured that none is for the shape.
+backend is faster than dense, or `halve tune` measured that none is for the shape. Whichever it is, it stays: vLLM copies
+weights that are read anew into the tensors of the first ones, and compiled graphs hold them.
 """
 
 from __future__ import annotations
@@ -21,13 +22,34 @@ from vllm.model_executor.utils import set_weight_attrs
 from compress import packed
 from compress.errors import CorruptCheckpointError, UsageError
 from compress.packed import PackedWeight
-from serve.kernels import choose, ops, plain
+from serve.kernels import Backend, choose, ops, plain
 from serve.measure import tuned
 from serve.vllm.shards import Loads, Shard, part_numbers, shards_of
 from serve.vllm.stored import Stored
 
 _TWO_LOWEST = 0x33
 """The mask of weights that vLLM makes up (``--load-format dummy``): the two lowest columns of each group."""
+
+
+_FUSED = (
+    "halve: some 2:4 layers are served dense, because vLLM fuses them with layers that are not 2:4: prune q, k and v of a block "
+    "alike, and gate and up, or leave all of them dense"
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a layer is multiplied, decided when it is first read.
+
+    Attributes:
+        backend: what its weight is prepared for; None: it is dense.
+        how: by what, or why it is dense.
+        warning: see `Outcome`.
+    """
+
+    backend: Backend | None
+    how: str
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,7 @@ class SparseLinearMethod(LinearMethodBase):
         self.modules = modules
         self.is_packed = is_packed
         self._processed = processed
+        self._form: Form | None = None
         self._dense: UnquantizedLinearMethod | None = None
 
     def create_weights(
@@ -115,32 +138,28 @@ class SparseLinearMethod(LinearMethodBase):
         """From the tensors of the checkpoint to the form that is multiplied.
 
         Raises:
-            CorruptCheckpointError: a tensor is missing or damaged; names it.
+            CorruptCheckpointError: a tensor is missing or damaged, or weights that are read anew are no longer 2:4; names it.
         """
-        weight, why_dense = self._weight(layer)
-        if weight is None:
-            self._leave_dense(layer, why_dense)
+        weight = self._weight(layer)
+        if self._form is None:
+            self._form = weight if isinstance(weight, Form) else _form_of(weight)
+        form, dense_bytes = self._form, self.n * self.k * self.dtype.itemsize
+        if form.backend is None:
+            if isinstance(weight, PackedWeight):
+                layer.weight = nn.Parameter(plain.expand(weight), requires_grad=False)
+            self._dense = self._dense or UnquantizedLinearMethod()
+            self._dense.process_weights_after_loading(layer)
+            self._processed(self.prefix, Outcome(False, form.how, dense_bytes, dense_bytes, form.warning))
             return
-        device, dtype = weight.values.device, weight.values.dtype
-        if reason := tuned.why_dense(device, dtype, *weight.shape):
-            layer.weight = nn.Parameter(plain.expand(weight), requires_grad=False)
-            self._leave_dense(layer, reason, "halve: some 2:4 layers are served dense, as `halve tune` measured")
-            return
-        choice = choose(device, dtype, 1, *weight.shape)
-        if choice.backend.prepare is None:
-            layer.weight = nn.Parameter(plain.expand(weight), requires_grad=False)
-            self._leave_dense(
-                layer,
-                "no kernel here is faster than dense, so the weights were expanded",
-                f"halve: 2:4 weights are expanded to dense ones, once, which saves no memory and no time here: {choice.reason}",
+        if isinstance(weight, Form):
+            raise CorruptCheckpointError(
+                f"{self.prefix} was 2:4 when it was first read, and the weights that are read anew are not ({weight.how}); vLLM "
+                "cannot make it dense while it runs: prune the new weights, too, or start it with them"
             )
-            return
-        stream = choice.backend.prepare(weight, self.prefix)
+        assert form.backend.prepare is not None
+        stream = form.backend.prepare(weight, self.prefix)
         layer.weight_packed = nn.Parameter(stream, requires_grad=False)
-        dense_bytes = self.n * self.k * self.dtype.itemsize
-        self._processed(
-            self.prefix, Outcome(True, f"{choice.backend.name}: {choice.reason}", stream.nbytes, dense_bytes)
-        )
+        self._processed(self.prefix, Outcome(True, form.how, stream.nbytes, dense_bytes))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]."""
@@ -148,8 +167,8 @@ class SparseLinearMethod(LinearMethodBase):
             return self._dense.apply(layer, x, bias)
         return ops.sparse24_linear(x, layer.weight_packed, bias, self.n)
 
-    def _weight(self, layer: nn.Module) -> tuple[PackedWeight | None, str]:
-        """The packed weight, taken off the layer; or None and why there is none, with the dense one on the layer."""
+    def _weight(self, layer: nn.Module) -> PackedWeight | Form:
+        """The packed weight, taken off the layer; or why there is none, with the dense one on the layer."""
         parts = range(self.loads.parts)
         packed_parts = [part for part in parts if self.is_packed[min(part, len(self.is_packed) - 1)]]
         self.loads.require(
@@ -160,15 +179,14 @@ class SparseLinearMethod(LinearMethodBase):
             }
         )
         if all(self.is_packed):
-            return self._take_packed(layer), ""
+            return self._take_packed(layer)
         if any(self.is_packed):
             both = self._take_packed(layer)
             for shard, is_packed in zip(self.shards, self.is_packed, strict=True):
                 if is_packed:
                     part = PackedWeight(both.values[shard.rows], both.mask[shard.rows])
                     _tensor(layer, "weight")[shard.rows] = plain.expand(part)
-            kept = ", ".join(module.rpartition(".")[2] for module, is_packed in zip(self.modules, self.is_packed, strict=True) if not is_packed)  # fmt: skip
-            return None, f"vLLM fuses them with {kept}, which is not 2:4"
+            return _fused_with([m for m, is_packed in zip(self.modules, self.is_packed, strict=True) if not is_packed])
         weight = _tensor(layer, "weight")
         for shard in self.shards:
             if bool(weight[shard.rows].isnan().all()):
@@ -176,12 +194,13 @@ class SparseLinearMethod(LinearMethodBase):
                     f"the checkpoint has no tensor {shard.module}.weight; it is damaged, get it again"
                 )
         if reason := packed.why_not(self.k):
-            return None, reason
+            return Form(None, reason)
         if not packed.is_two_of_four(weight):
-            return None, "not 2:4"
+            others = [shard.module for shard in self.shards if not packed.is_two_of_four(weight[shard.rows])]
+            return _fused_with(others) if len(others) < len(self.shards) else Form(None, "not 2:4")
         result = packed.pack(weight, f"{self.prefix}.weight")
         del layer.weight
-        return result, ""
+        return result
 
     def _take_packed(self, layer: nn.Module) -> PackedWeight:
         """Values and mask off the layer, each part validated under the name that it has in the checkpoint."""
@@ -194,11 +213,26 @@ class SparseLinearMethod(LinearMethodBase):
                 _validate(PackedWeight(values[shard.rows], mask[shard.rows]), shard, names)
         return PackedWeight(packed.canonical(values), mask)
 
-    def _leave_dense(self, layer: nn.Module, reason: str, warning: str | None = None) -> None:
-        nbytes = _tensor(layer, "weight").nbytes
-        self._dense = UnquantizedLinearMethod()
-        self._dense.process_weights_after_loading(layer)
-        self._processed(self.prefix, Outcome(False, reason, nbytes, nbytes, warning))
+
+def _form_of(weight: PackedWeight) -> Form:
+    """What multiplies a 2:4 weight best here."""
+    device, dtype = weight.values.device, weight.values.dtype
+    if reason := tuned.why_dense(device, dtype, *weight.shape):
+        return Form(None, reason, "halve: some 2:4 layers are served dense, as `halve tune` measured")
+    choice = choose(device, dtype, 1, *weight.shape)
+    if choice.backend.prepare is None:
+        return Form(
+            None,
+            "no kernel here is faster than dense, so the weights were expanded",
+            f"halve: 2:4 weights are expanded to dense ones, once, which saves no memory and no time here: {choice.reason}",
+        )
+    return Form(choice.backend, f"{choice.backend.name}: {choice.reason}")
+
+
+def _fused_with(others: Sequence[str]) -> Form:
+    """Some of the modules of a fused layer are 2:4, and these are not."""
+    names = ", ".join(module.rpartition(".")[2] for module in others)
+    return Form(None, f"vLLM fuses them with {names}, which is not 2:4", _FUSED)
 
 
 def _tensor(layer: nn.Module, name: str) -> Tensor:

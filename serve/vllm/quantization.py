@@ -6,6 +6,7 @@ or by ``--quantization halve`` for a dense checkpoint with zeros.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -19,13 +20,15 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from compress.errors import SourceError
 from serve import support
-from serve.vllm import stored
+from serve.vllm import compile_cache, stored
 from serve.vllm.linear import Outcome, SparseLinearMethod
+from serve.vllm.names import Names
 from serve.vllm.shards import modules_of
 from serve.vllm.sound import CHECKED_VARIABLE, require_sound
 from serve.vllm.stored import DENSE, Stored
 
 _logger = init_logger("vllm.halve")
+compile_cache.install()
 
 
 @register_quantization_config("halve")
@@ -35,10 +38,12 @@ class HalveQuantization(QuantizationConfig):
     def __init__(self, stored: Stored = DENSE) -> None:
         super().__init__()
         self.stored = stored
+        self._names = Names()
+        self._model_types: set[str] = set()
         self._cached: tuple[str, str | None] | None = None
         self._left: list[str] = []
         self._waiting: set[str] = set()
-        self._outcomes: list[Outcome] = []
+        self._outcomes: dict[str, Outcome] = {}
 
     def __repr__(self) -> str:
         return f"HalveQuantization({self.stored.kind})"
@@ -74,6 +79,8 @@ class HalveQuantization(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Checks the files of a local checkpoint; those of a hub are not there yet, and checked when they were read."""
+        for config in (hf_config, getattr(hf_config, "text_config", None)):
+            self._model_types.add(str(getattr(config, "model_type", "")))
         directory = Path(model_name)
         if os.environ.get(CHECKED_VARIABLE) == str(directory.resolve()):
             return
@@ -87,7 +94,8 @@ class HalveQuantization(QuantizationConfig):
             _logger.warning("the tensors of %s were not compared with the model: %s", directory, problem)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        self.stored = self.stored.renamed(hf_to_vllm_mapper.apply_list(list(self.stored.ignore)))
+        """The checkpoint is told of as it is, so names are compared through the mapper, and `stored` keeps its own."""
+        self._names.rename(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """None for what is no linear layer: embeddings, ``lm_head``, attention, experts."""
@@ -96,7 +104,9 @@ class HalveQuantization(QuantizationConfig):
                 self._left.append(prefix.rpartition(".")[2] or type(layer).__name__)
             return None
         modules = modules_of(prefix, self.packed_modules_mapping)
-        packed = [self.stored.is_packed(module) for module in modules]
+        packed = [self.stored.is_packed(module, self._names) for module in modules]
+        found = [module for module, is_packed in zip(modules, packed, strict=True) if is_packed]
+        stored.require_order(self.stored, self._model_types, found)
         if self.stored.kind != "dense" and not any(packed):
             self._left.append(prefix.rpartition(".")[2])
             return UnquantizedLinearMethod()
@@ -108,15 +118,23 @@ class HalveQuantization(QuantizationConfig):
         if prefix not in self._waiting:
             return  # read anew
         self._waiting.discard(prefix)
-        self._outcomes.append(outcome)
+        self._outcomes[prefix] = outcome
         if self._waiting:
             return
         if self._cached is not None:
             self._check_downloaded(*self._cached)
-        for line in summary(self._outcomes, self._left):
+        outcomes = list(self._outcomes.values())
+        for line in summary(outcomes, self._left):
             _logger.info(line)
-        for warning in dict.fromkeys(outcome.warning for outcome in self._outcomes if outcome.warning):
+        for warning in dict.fromkeys(outcome.warning for outcome in outcomes if outcome.warning):
             _logger.warning(warning)
+
+    def graph_digest(self) -> str:
+        """Of what compiled graphs depend on: which layers are 2:4, and how long their weights are; "" before any was read."""
+        if not self._outcomes:
+            return ""
+        forms = sorted((prefix, outcome.sparse, outcome.bytes) for prefix, outcome in self._outcomes.items())
+        return hashlib.sha256(repr(forms).encode()).hexdigest()
 
     def _check_downloaded(self, model: str, revision: str | None) -> None:
         from huggingface_hub import snapshot_download

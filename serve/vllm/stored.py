@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,13 @@ import torch
 from compress.checkpoint import parse_config
 from compress.errors import CorruptCheckpointError, SourceError
 from compress.packed import VALUE_DTYPES
+from serve.vllm.names import Names
+
+_AS_STORED = Names()
+_REORDERED_TYPES = ("llama4", "llama4_text")
+_REORDERED_MODULES = ("q_proj", "k_proj")
+"""Of these models vLLM reorders the rows of these modules as it reads them, if a tensor is called ``weight`` or ``weight_packed``:
+masks stay as they are, and compressed-tensors' values do, too."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,12 @@ class Stored:
         """The name of the tensor of bits [N, K/8]."""
         return "bitmask" if self.kind == "bitmask" else "weight_mask"
 
-    def is_packed(self, module: str) -> bool:
-        """Whether the linear module of that name in the checkpoint is stored as values and mask."""
+    def is_packed(self, module: str, names: Names = _AS_STORED) -> bool:
+        """Whether a linear module is stored as values and mask. ``names``: how its name comes from that in the checkpoint."""
         if self.kind == "dense":
             return False
-        if self.kind == "packed":
-            return module not in self.ignore
-        return _matches(module, self.targets) and not _matches(module, self.ignore)
-
-    def renamed(self, names: list[str]) -> Stored:
-        """The same with the ignored modules under other names."""
-        return replace(self, ignore=tuple(names))
+        is_ignored = any(_is_meant(module, pattern, names) for pattern in self.ignore)
+        return not is_ignored and any(_is_meant(module, pattern, names) for pattern in self.targets)
 
 
 DENSE = Stored("dense")
@@ -67,11 +68,25 @@ def of_halve(config: Mapping[str, Any]) -> Stored:
     return Stored("packed", ignore=tuple(parsed.ignore), value_dtype=VALUE_DTYPES[parsed.value_dtype])
 
 
+def of_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the ``config.json`` of a checkpoint says about its quantization, where vLLM looks for it."""
+    text = config.get("text_config")
+    found = config.get("quantization_config") or (
+        text.get("quantization_config") if isinstance(text, Mapping) else None
+    )
+    found = found or config.get("compression_config")
+    return found if isinstance(found, Mapping) else None
+
+
 def is_stranded(config: Mapping[str, Any]) -> bool:
-    """Whether it is a ``quantization_config`` of compressed-tensors with 2:4 sparsity, which vLLM refuses since 0.19."""
+    """Whether it is a ``quantization_config`` of compressed-tensors with 2:4 sparsity, which vLLM refuses since 0.19.
+
+    Older ones do not name the method, but no other has a ``sparsity_config``.
+    """
+    method = str(config.get("quant_method") or "compressed-tensors").lower().replace("_", "-")
     sparsity = config.get("sparsity_config")
     return (
-        config.get("quant_method") == "compressed-tensors"
+        method == "compressed-tensors"
         and isinstance(sparsity, Mapping)
         and str(sparsity.get("sparsity_structure")).lower() == "2:4"
         and bool(sparsity.get("targets", ["Linear"]))
@@ -85,7 +100,7 @@ def of_compressed_tensors(config: Mapping[str, Any]) -> Stored:
         SourceError: the weights are quantized as well, or in a format that halve does not read.
         CorruptCheckpointError: a field has a wrong type.
     """
-    if config.get("config_groups") or config.get("quantization_status") in ("compressed", "frozen"):
+    if config.get("config_groups"):  # (``quantization_status`` is set where nothing is quantized, too)
         raise SourceError(
             "the checkpoint is 2:4 and quantized (compressed-tensors with config_groups), and halve reads 2:4 checkpoints "
             "of bfloat16, float16 and float32 values; prune the unquantized model with `halve compress`"
@@ -108,9 +123,38 @@ def of_compressed_tensors(config: Mapping[str, Any]) -> Stored:
     )
 
 
-def _matches(module: str, patterns: tuple[str, ...]) -> bool:
-    """compressed-tensors' rule: a name, the class ``Linear`` of all these modules, or ``re:`` and what a name begins with."""
-    return any(
-        re.match(pattern[3:], module) is not None if pattern.startswith("re:") else pattern in (module, "Linear")
-        for pattern in patterns
-    )
+def require_order(stored: Stored, model_types: Collection[str], modules: Iterable[str]) -> None:
+    """Refuses packed modules of which vLLM would reorder the rows of one tensor and not of the other.
+
+    Args:
+        model_types: of the model and of its language model.
+        modules: names of packed modules.
+
+    Raises:
+        SourceError: names the first.
+    """
+    if not any(model_type in _REORDERED_TYPES for model_type in model_types):
+        return
+    for module in modules:
+        if module.rpartition(".")[2] in _REORDERED_MODULES:
+            unpack = (
+                "decompress it with a compressed-tensors before 0.15"
+                if stored.kind == "bitmask"
+                else "write it with zeros (`halve unpack DIR --out DENSE`)"
+            )
+            raise SourceError(
+                f"{module} is packed, and vLLM reorders the rows of q and k of Llama 4 as it reads them, but not the rows of their "
+                f"masks: {unpack} and serve that, of which vLLM packs the weights afterwards (--quantization halve)"
+            )
+
+
+def model_types(config: Mapping[str, Any]) -> set[str]:
+    """The types of the model and of its language model, by its ``config.json``."""
+    text = config.get("text_config")
+    found = {config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None}
+    return {one for one in found if isinstance(one, str)}
+
+
+def _is_meant(module: str, pattern: str, names: Names) -> bool:
+    """compressed-tensors' rule: the class ``Linear`` of all these modules, a name, or ``re:`` and what a name begins with."""
+    return pattern == "Linear" or names.is_called(module, pattern)

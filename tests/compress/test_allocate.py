@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress import allocate as allocation
+from compress import calibration as texts
 from compress import pipeline
 from compress.allocate import Candidate, choose, reasons_of
 from compress.architecture import find_blocks, linears_of
@@ -84,10 +85,8 @@ def test_the_errors_are_those_of_the_dense_model_with_one_unit_pruned(
 ) -> None:
     """Each weight that a trial had is put into transformers' own model, and the block's outputs are compared in float64."""
     drawn: list[torch.Tensor] = []
-    load_windows = pipeline.calibration.load_windows
-    monkeypatch.setattr(
-        pipeline.calibration, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1]
-    )
+    load_windows = texts.load_windows
+    monkeypatch.setattr(texts, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1])
     pruned: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
     trials = BlockPruner.trials
 

@@ -109,6 +109,29 @@ def test_a_given_mask(variant: str) -> None:
     assert torch.equal(expected.mask, mask)
 
 
+@pytest.mark.parametrize(
+    ("variant", "mask", "compensation"),
+    [
+        ("auto", "multiple", "multiple"),
+        ("SM", "single", "multiple"),
+        ("MS", "multiple", "single"),
+        ("SS", "single", "single"),
+    ],
+)
+def test_the_report_says_what_made_the_mask(variant: str, mask: str, compensation: str) -> None:
+    """A mask that a metric gave is not one of multiple removal."""
+    weight, x = layer(4, 40, 300)
+    own = run(weight, x, NMPattern(2, 4), variant=variant).notes
+    assert (own["mask"], own["compensation"]) == (f"{mask} removal", f"{compensation} removal")
+    given = run(weight, x, NMPattern(2, 4), given=own_mask(weight), variant=variant).notes
+    assert (given["mask"], given["compensation"]) == ("given", f"{compensation} removal")
+    assert not any("M" in str(value) for value in given.values())
+
+
+def own_mask(weight: Tensor) -> Tensor:
+    return NMPattern(2, 4).mask(weight.abs())
+
+
 def test_single_single_is_sparsegpt() -> None:
     weight, x = layer(9, 136, 500)
     for pattern in (NMPattern(2, 4), UnstructuredPattern(0.5)):
@@ -250,7 +273,8 @@ def test_a_single_row_is_refitted_like_any_other() -> None:
 def test_long_groups_of_few_subsets(pattern: NMPattern) -> None:
     weight, x = layer(3, 128, 600)
     result = run(weight, x, pattern)
-    assert result.notes["variant"] == "SM"
+    assert result.notes["mask"] == "single removal"
+    assert result.notes["compensation"] == "multiple removal"
     assert bool((result.mask.view(3, -1, pattern.m).sum(dim=2) == pattern.keep_n).all())
 
 

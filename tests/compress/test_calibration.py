@@ -271,7 +271,7 @@ def test_local_data_sets_without_what_is_needed(tmp_path: Path) -> None:
 
 def test_datasets_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CalibrationError, match=r"needs the package 'datasets': pip install 'halve\[hub\]'"):
+    with pytest.raises(CalibrationError, match=r"needs the package 'datasets': pip install -e '\.\[hub\]'"):
         list(read_documents("allenai/c4"))
 
 

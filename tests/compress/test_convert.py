@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from compress import artefact
+from compress import packed as packing
 from compress.convert import pack_checkpoint, unpack_checkpoint
-from compress.errors import CheckError, OutputError, SourceError
+from compress.errors import CheckError, CorruptCheckpointError, NumericalError, OutputError, SourceError
 from compress.verify import verify
 from tests import tiny_models
 from tests.runs import Halve, compress, identical, load, logits, stored, tree
@@ -67,6 +69,124 @@ def test_both_ways(family: str, settings: dict, ignore: tuple[str, ...], tmp_pat
         "packed-again",
         "source",
     ]
+
+
+RECORDS = ("recipe.yaml", "report.json", "README.md")
+
+
+def test_the_records_are_those_of_the_other_artefact(tmp_path: Path) -> None:
+    """What `halve compress` says of a format, conversion into it says, too: recipe, report and card, to the byte."""
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    made = {
+        format: compress(source, tmp_path / format, format=format, ignore=("*.o_proj",)).directory
+        for format in ("packed", "dense")
+    }
+    unpack_checkpoint(made["packed"], tmp_path / "dense-again")
+    pack_checkpoint(made["dense"], tmp_path / "packed-again")
+    for format, directory in made.items():
+        again = tree(tmp_path / f"{format}-again")
+        for name in RECORDS:
+            assert again[name] == tree(directory)[name], (format, name)
+
+
+def test_what_a_person_wrote_on_the_card_stays(tmp_path: Path) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    packed = compress(source, tmp_path / "packed").directory
+    card = packed / "README.md"
+    generated = card.read_text()
+    measured = "<!-- halve report: begin -->\n## Measured\n\n1.9 times as fast\n<!-- halve report: end -->"
+    card.write_text(f"{generated}\n{measured}\n\n## Thanks\n\nTo my cat.\n")
+    report = json.loads((packed / "report.json").read_text())
+    (packed / "report.json").write_text(artefact.account(packed, report))
+    unpack_checkpoint(packed, tmp_path / "dense")
+    text = (tmp_path / "dense" / "README.md").read_text()
+    assert "To my cat." in text
+    assert "1.9 times" not in text  # it was measured of the packed one
+    assert "as a dense checkpoint with zeros" in text
+    assert verify(tmp_path / "dense").notes == []
+
+
+def test_records_of_others_are_copied(tmp_path: Path) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    dense = compress(source, tmp_path / "dense", format="dense").directory
+    (dense / "report.json").unlink()
+    (dense / "recipe.yaml").write_text("stages: {sparsity: 0.5}\n")
+    (dense / "README.md").write_text("# Mine\n")
+    pack_checkpoint(dense, tmp_path / "packed")
+    for name in ("recipe.yaml", "README.md"):
+        assert (tmp_path / "packed" / name).read_bytes() == (dense / name).read_bytes()
+    assert not (tmp_path / "packed" / "report.json").exists()
+
+
+def test_two_into_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One comes while the other writes: the later one to end is refused, and what is there is whole."""
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    dense = compress(source, tmp_path / "dense", format="dense").directory
+    out, copy = tmp_path / "out", artefact.copy_companions
+
+    def meanwhile(source: Path, directory: Path) -> None:
+        monkeypatch.undo()
+        pack_checkpoint(dense, out)
+        copy(source, directory)
+
+    monkeypatch.setattr(artefact, "copy_companions", meanwhile)
+    with pytest.raises(OutputError, match="in the meantime"):
+        pack_checkpoint(dense, out)
+    assert len(verify(out).sparse) == 7
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calibration.txt", "dense", "out", "source"]
+
+
+def test_a_packed_layer_outside_of_the_blocks(tmp_path: Path) -> None:
+    """Not of halve's making, but the format allows it: an output layer that is packed, too."""
+    source = tiny_models.build("llama", tmp_path / "source", layers=1, tie_word_embeddings=False)
+    packed_dir = compress(source, tmp_path / "packed").directory
+    (packed_dir / "report.json").unlink()
+    config = json.loads((packed_dir / "config.json").read_text())
+    config["quantization_config"]["ignore"] = []
+    (packed_dir / "config.json").write_text(json.dumps(config))
+    tensors = stored(packed_dir)
+    head = tensors.pop("lm_head.weight")
+    groups = head.unflatten(-1, (-1, 4)).clone()
+    groups[..., 1:3] = 0
+    sparse = groups.flatten(-2)
+    both = packing.pack(sparse)
+    tensors |= {"lm_head.weight_packed": both.values, "lm_head.weight_mask": both.mask}
+    save_file(tensors, packed_dir / "model.safetensors", metadata={"format": "pt"})
+    assert "lm_head" in {layer["name"] for layer in verify(packed_dir).sparse}
+    assert unpack_checkpoint(packed_dir, tmp_path / "dense") == {"unpacked": 8}
+    again = stored(tmp_path / "dense")
+    assert identical(again["lm_head.weight"], sparse)
+    assert not [name for name in again if "_packed" in name or "_mask" in name]
+    tensors["lm_head.weight_mask"] = torch.zeros_like(both.mask)
+    save_file(tensors, packed_dir / "model.safetensors", metadata={"format": "pt"})
+    for read in (verify, lambda path: unpack_checkpoint(path, tmp_path / "more")):
+        with pytest.raises(CorruptCheckpointError, match="lm_head: the mask does not have two bits"):
+            read(packed_dir)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_values_that_are_not_finite_get_no_digest(name: str, format: str, tmp_path: Path) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    directory = compress(source, tmp_path / "made", format=format).directory
+    (directory / "report.json").unlink()
+    tensors = stored(directory)
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    convert = unpack_checkpoint if format == "packed" else pack_checkpoint
+    for read in (verify, lambda path: convert(path, tmp_path / "out")):
+        with pytest.raises(NumericalError, match=f"{name}: 1 values are NaN"):
+            read(directory)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calibration.txt", "made", "source"]
+
+
+def test_a_changed_source_is_not_accounted_for_anew(tmp_path: Path) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    packed = compress(source, tmp_path / "packed").directory
+    tokenizer = packed / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    with pytest.raises(CorruptCheckpointError, match=r"tokenizer_config\.json.*remove report\.json"):
+        unpack_checkpoint(packed, tmp_path / "dense")
 
 
 def test_negative_zero_and_missing_values(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from compress import calibration as texts
 from compress import distill, pipeline, pruner
 from compress.divergence import KLDivergence
 from compress.errors import HalveError, RecipeError
@@ -22,6 +23,8 @@ from tests.runs import build_with_text as build
 from tests.runs import load as load_model
 
 SAMPLES, STEPS, BATCH = 24, 12, 2
+FITTED = SAMPLES - held_out_batches(SAMPLES)
+"""Windows that are not held out, where one is a batch."""
 SETTINGS: dict[str, Any] = {
     "samples": SAMPLES,
     "distill": STEPS * BATCH * LENGTH,
@@ -29,13 +32,17 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One window a batch, so that there are some to hold out."""
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", LENGTH)
+
+
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     drawn: list[torch.Tensor] = []
-    load_windows = pipeline.calibration.load_windows
-    monkeypatch.setattr(
-        pipeline.calibration, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1]
-    )
+    load_windows = texts.load_windows
+    monkeypatch.setattr(texts, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1])
     return drawn
 
 
@@ -57,7 +64,7 @@ def test_the_divergence_falls_and_is_what_the_models_say(
 ) -> None:
     source = build(family, tmp_path)
     out = compress(source, tmp_path / "out", format=format, **SETTINGS).directory
-    plain = compress(source, tmp_path / "plain", format=format, samples=SAMPLES).directory
+    plain = compress(source, tmp_path / "plain", format=format, samples=FITTED).directory
     record = report(out)["distillation"]
     assert record["held_out_divergence"] < record["held_out_divergence_before"]
     held_out = windows[0][-held_out_batches(SAMPLES) :]
@@ -69,7 +76,7 @@ def test_the_divergence_falls_and_is_what_the_models_say(
 def test_masks_embeddings_and_head_stay(tmp_path: Path) -> None:
     source = build("phi3", tmp_path)  # not tied
     out = stored(compress(source, tmp_path / "out", **SETTINGS).directory)
-    plain = stored(compress(source, tmp_path / "plain", samples=SAMPLES).directory)
+    plain = stored(compress(source, tmp_path / "plain", samples=FITTED).directory)
     assert out.keys() == plain.keys()
     moved = {name for name in out if not torch.equal(out[name], plain[name])}
     assert not {name for name in moved if name.endswith(".weight_mask")}
@@ -131,7 +138,7 @@ def test_a_state_that_is_worse_is_not_kept(tmp_path: Path) -> None:
     out = compress(source, tmp_path / "out", **wild).directory
     record = report(out)["distillation"]
     assert record["held_out_divergence"] == record["held_out_divergence_before"]
-    plain = stored(compress(source, tmp_path / "plain", samples=SAMPLES).directory)
+    plain = stored(compress(source, tmp_path / "plain", samples=FITTED).directory)
     assert all(torch.equal(tensor, plain[name]) for name, tensor in stored(out).items())
 
 
@@ -268,9 +275,59 @@ def test_too_little_memory_is_said_before(tmp_path: Path, monkeypatch: pytest.Mo
     class Little:
         available = 1000
 
+    def never(*args: Any) -> Any:
+        raise AssertionError("pruning began")
+
     monkeypatch.setattr(psutil, "virtual_memory", Little)
+    monkeypatch.setattr(pruner, "prune_layer", never)
     with pytest.raises(HalveError, match=r"whole model in float32.*free"):
         compress(build("llama", tmp_path), tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_single_window_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruner, "prune_layer", None)
+    with pytest.raises(HalveError, match="at least two calibration windows"):
+        compress(build("llama", tmp_path), tmp_path / "out", **SETTINGS | {"samples": 1})
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a check: the state that was best then is what is saved, and the run comes to its end."""
+    step, taken = MaskedAdam.step, []
+
+    def failing(self: MaskedAdam) -> None:
+        taken.append(1)
+        if len(taken) == steps // 2 + 1:
+            next(iter(self.parameters.values())).parameter.grad.fill_(float("nan"))  # type: ignore[union-attr]
+        step(self)
+
+    source = build("llama", tmp_path)
+    whole = compress(source, tmp_path / "whole", **SETTINGS).report["distillation"]
+    steps = whole["steps"]
+    monkeypatch.setattr(MaskedAdam, "step", failing)
+    done = compress(source, tmp_path / "out", **SETTINGS)
+    record = done.report["distillation"]
+    assert "not finite" in record["warning"]
+    assert record["warning"] in done.report["warnings"]
+    assert whole["held_out_divergence"] <= record["held_out_divergence"] < record["held_out_divergence_before"]
+
+
+def test_what_the_blocks_held_out_is_held_out_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole batches of several windows."""
+    learn, seen = distill._Course.learn, set()
+
+    def watched(self: Any, windows: list[int]) -> float:
+        seen.update(windows)
+        return learn(self, windows)
+
+    monkeypatch.setattr(distill._Course, "learn", watched)
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", 3 * LENGTH)
+    given = SETTINGS | {"samples": 31, "repair": "block", "repair_options": {"passes": 1}, "distill": 4000}
+    done = compress(build("llama", tmp_path), tmp_path / "out", **given)
+    fitted = done.report["repairs"][0]["tokens"] // LENGTH
+    assert fitted == 27  # ten batches of three, and one of one: two of them are held out
+    assert seen == set(range(fitted))
 
 
 def test_an_image_classifier_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.errors import RecipeError
 from compress.layer_statistics import LayerStatistics
-from compress.methods import Pruning, Reconstructed
+from compress.methods import Pruning, Reconstructed, Reconstruction, parse_options
 from compress.metrics.wanda import wanda
 from compress.patterns import Group, NMPattern, Pattern, UnstructuredPattern, parse_pattern
 from compress.reconstruction import DSNOT, R2_DSNOT
 from compress.reconstruction.dsnot import DSnoTOptions, dsnot
 from compress.reconstruction.r2_dsnot import R2DSnoTOptions, r2_dsnot
+from tests import tiny_models
 from tests.compress.layers import gathered, layer
+from tests.runs import compress
 
 CASES = [("2:4", "row"), ("4:8", "row"), ("1:4", "row"), ("0.5", "row"), ("0.7", "layer"), ("0.5", "block")]
 
@@ -312,3 +317,51 @@ def test_registered_with_what_they_need() -> None:
     assert R2_DSNOT.needs == {"moments", "sum_of_squares"}
     assert not DSNOT.own_metric
     assert not R2_DSNOT.own_metric
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (DSNOT, {"threshold": float("inf")}),
+        (R2_DSNOT, {"gamma_prune": float("inf")}),
+        (R2_DSNOT, {"gamma_grow": float("nan")}),
+        (R2_DSNOT, {"p": float("inf")}),
+    ],
+)
+def test_numbers_that_leave_nothing_to_compare_are_refused(method: Reconstruction, options: dict[str, float]) -> None:
+    with pytest.raises(RecipeError, match=f"option '{next(iter(options))}' of {method.name}"):
+        parse_options(method, options)
+
+
+@pytest.mark.parametrize("method", [DSNOT, R2_DSNOT])
+def test_layers_that_are_skipped_keep_their_mask(method: Reconstruction) -> None:
+    weight, x = layer(16, 72, 300)
+    statistics, pruning = start(weight, x, 4, NMPattern(2, 4), "row")
+    options = parse_options(method, {"skip": "mlp"})
+    for name, skipped in (
+        ("model.layers.0.mlp.up_proj", True),
+        ("model.layers.0.self_attn.q_proj", False),
+        ("", False),
+    ):
+        statistics.name = name
+        result = method.run(weight, pruning, statistics, options)
+        assert torch.equal(result.mask, pruning.mask) is skipped  # type: ignore[arg-type]
+        assert torch.equal(result.weight, weight * result.mask)
+        assert ("skipped" in result.notes) is skipped
+        usual = method.run(weight, pruning, statistics, parse_options(method, {}))
+        assert torch.equal(usual.mask, result.mask) is not skipped
+
+
+def test_skipped_layers_of_a_run(tmp_path: Path) -> None:
+    """As the published code does it by default: attention is altered, the MLP is not."""
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    settings: dict[str, Any] = {"metric": "wanda", "reconstruction": "dsnot"}
+    done = compress(source, tmp_path / "out", **settings, reconstruction_options={"skip": "mlp", "threshold": 0})
+    for record in done.report["layers"]:
+        assert ("skipped" in record) is (".mlp." in record["name"])
+        assert ("swaps" in record) is (".self_attn." in record["name"])
+    with pytest.raises(
+        RecipeError, match=r"option skip=fc: no linear layer has that in its name; they are model\.layers"
+    ):
+        compress(source, tmp_path / "other", **settings, reconstruction_options={"skip": "fc"})
+    assert not (tmp_path / "other.partial").exists()

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from compress import gradients, pruner, sources
 from compress.architecture import find_blocks, is_linear, oriented
+from compress.backward import regional_gradients
 from compress.blocks import BlockModel
 from compress.calibration import CalibrationSet, text_set
-from compress.errors import CorruptCheckpointError, OutputError, SourceError
-from compress.gradients import GradientStore, regional_gradients
+from compress.errors import CorruptCheckpointError, OutputError, RecipeError, SourceError
+from compress.gradients import GradientStore
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Metric
 from compress.metrics import METRICS
@@ -169,6 +170,26 @@ def test_regional(family: str, tmp_path: Path) -> None:
         assert not model.linears(1)[name].weight.requires_grad
 
 
+def test_regional_of_float16_is_that_of_float32(tmp_path: Path) -> None:
+    """A massive token, as language models have one, makes the output's norm large and every other token's share of the
+    gradient small."""
+    halves = block_model("llama", tmp_path, torch.float16)
+    wide = BlockModel(Source(tmp_path / "llama"), torch.float32, CPU)
+    found = []
+    for model in (halves, wide):
+        hidden = model.record_calls(samples_of("llama").batches(1))
+        for states in hidden:
+            states[:, 0] = 3000.0
+        model.load_block(1)
+        for module in model.linears(1).values():  # the same weights, and as small as those of large models
+            module.weight.data = (module.weight.data.half() / 8).to(model.dtype)
+        found.append(regional_gradients(model, 1, model.linears(1), hidden))
+        assert all(parameter.dtype == model.dtype for parameter in model.blocks[1].parameters())
+    for name, expected in found[1].items():
+        error = float((found[0][name] - expected).norm() / expected.norm())
+        assert error < 0.01, f"{name}: {error}"
+
+
 def test_one_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a block runs, the others are on the meta device, and so is all that lies around them."""
     model, samples = block_model("llama", tmp_path), samples_of("llama")
@@ -259,6 +280,81 @@ def test_what_a_killed_run_left_is_no_obstacle(tmp_path: Path) -> None:
     store.gather(model, samples, layers_of(model), KINDS)
     names = sorted(path.name for path in directory.iterdir())
     assert names == ["gradients-00000.safetensors", "gradients-00001.safetensors", gradients.RECORD]
+
+
+BLOCKS = 4
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(text: str) -> Any:
+    def kill(done: int, total: int, said: str) -> None:
+        if text in said:
+            raise Killed
+
+    return kill
+
+
+@pytest.mark.parametrize(
+    ("kills", "left"),
+    [
+        (["forward through model.layers.3"], ["f2", "f3", "b3", "b2", "b1", "b0"]),
+        (["forward through model.layers.3", "forward through model.layers.2"], ["f2", "f3", "b3", "b2", "b1", "b0"]),
+        (["forward through model.layers.1", "backward through model.layers.2"], ["b2", "b1", "b0"]),
+        (["backward through model.layers.3"], ["b3", "b2", "b1", "b0"]),
+        (["backward through model.layers.2", "backward through model.layers.0"], ["b0"]),
+    ],
+)
+def test_a_pass_that_is_killed_goes_on_where_it_was(kills: list[str], left: list[str], tmp_path: Path) -> None:
+    """To the bit, with nothing kept in memory; also when it is killed for a second time."""
+    expected = GradientStore(tmp_path / "expected", {})
+    samples = samples_of("llama")
+    model = block_model("llama", tmp_path, num_hidden_layers=BLOCKS)
+    expected.gather(model, samples, layers_of(model), KINDS)
+    directory = tmp_path / "gradients"
+
+    def gather(progress: Any) -> None:
+        anew = BlockModel(Source(tmp_path / "llama"), torch.float32, CPU)
+        GradientStore(directory, {}).gather(anew, samples, layers_of(anew), KINDS, progress)
+
+    for text in kills:
+        with pytest.raises(Killed):
+            gather(killed_at(text))
+    steps: list[str] = []
+    gather(lambda done, total, text: steps.append(text))
+    assert [f"{text.split()[1][0]}{text[-1]}" for text in steps] == left
+    assert tree(directory) == tree(expected.directory)
+
+
+def test_what_another_pass_left_is_not_taken(tmp_path: Path) -> None:
+    """Of another calibration, of other layers, or of fewer kinds; and a pass for more kinds serves."""
+    model, samples = block_model("llama", tmp_path, num_hidden_layers=2), samples_of("llama")
+    layers = layers_of(model)
+    expected = GradientStore(tmp_path / "expected", {"calibration": "b"})
+    expected.gather(model, samples, layers, KINDS)
+    begun: list[tuple[Any, Any, Any]] = [
+        ({"calibration": "a"}, layers, KINDS),
+        ({"calibration": "b"}, [names[:1] for names in layers], KINDS),
+        ({"calibration": "b"}, layers, ["gradient_l1"]),
+    ]
+    for number, (identity, some, kinds) in enumerate(begun):
+        directory = tmp_path / str(number)
+        with pytest.raises(Killed):
+            GradientStore(directory, identity).gather(
+                model, samples_of("llama", 2), some, kinds, killed_at("backward through model.layers.0")
+            )
+        GradientStore(directory, {"calibration": "b"}).gather(model, samples, layers, KINDS)
+        assert tree(directory) == tree(expected.directory)
+    directory = tmp_path / "more"
+    with pytest.raises(Killed):
+        GradientStore(directory, {}).gather(model, samples, layers, KINDS, killed_at("backward through model.layers.0"))
+    steps: list[str] = []
+    store = GradientStore(directory, {})
+    store.gather(model, samples, layers, ["gradient_l2"], lambda done, total, text: steps.append(text))
+    assert steps == ["gradients: backward through model.layers.0"]
+    assert store.has(KINDS)
 
 
 def test_a_directory_that_is_a_file(tmp_path: Path) -> None:
@@ -384,6 +480,14 @@ def test_kept_gradients_are_for_any_layers_and_a_refusal_leaves_nothing(
     assert tree(three) == tree(expected)
 
 
+def test_a_directory_of_gradients_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"gradients='.*kept' was given, and nothing in the recipe reads the gradients"
+    ):
+        compress(tmp_path / "source", tmp_path / "out", gradients=tmp_path / "kept", metric="wanda++")
+    assert beside(tmp_path / "out") == ["calibration.txt"]
+
+
 def test_kept_gradients_of_a_gguf(gblm: list[LayerStatistics], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is made of the file is new in each run; the file is what counts."""
     source = tiny_models.build("llama", tmp_path / "source", layers=1)
@@ -429,13 +533,19 @@ def test_dtype_of_the_passes(
     assert all(statistics.gradient_l1.dtype == torch.float32 for statistics in gblm)
 
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("at", ["forward through model.layers.1", "backward through model.layers.0", "layers.0, rel"])
-def test_resume(at: str, gblm: list[LayerStatistics], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is killed while it gathers gradients gathers them again; one that is killed later does not."""
+@pytest.mark.parametrize(
+    ("at", "again"),
+    [
+        ("forward through model.layers.0", ["forward 0", "forward 1", "backward 1", "backward 0"]),
+        ("forward through model.layers.1", ["forward 0", "forward 1", "backward 1", "backward 0"]),
+        ("backward through model.layers.1", ["backward 1", "backward 0"]),
+        ("backward through model.layers.0", ["backward 0"]),
+        ("layers.0, rel", []),
+    ],
+)
+def test_resume(at: str, again: list[str], gblm: list[LayerStatistics], tmp_path: Path) -> None:
+    """A run that is killed while it gathers gradients goes on with the block that it was killed in; one that is killed
+    later gathers nothing."""
     source = tiny_models.build("llama", tmp_path / "source", layers=2)
     expected = compress(source, tmp_path / "expected", **SETTINGS).directory
 
@@ -452,7 +562,8 @@ def test_resume(at: str, gblm: list[LayerStatistics], tmp_path: Path, monkeypatc
     (partial / ".gradients-00001.safetensors.tmp").write_bytes(b"half")  # as a kill leaves it
     steps: list[str] = []
     compress(source, out, resume=True, progress=lambda done, total, text: steps.append(text), **SETTINGS)
-    assert any(text.startswith("gradients: ") for text in steps) is not gathered
+    passes = [text.removeprefix("gradients: ") for text in steps if text.startswith("gradients: ")]
+    assert [text.replace("through model.layers.", "") for text in passes] == again
     assert tree(out) == tree(expected)
     assert beside(out) == ["calibration.txt", "expected", "out", "source"]
 

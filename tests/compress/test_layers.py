@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from compress.errors import NumericalError
 from compress.layer_statistics import LayerStatistics
-from compress.layers import prune_layer, relative_output_error
-from compress.methods import Options, Pruning, Reconstructed, Reconstruction
+from compress.layers import importance, prune_layer, relative_output_error
+from compress.methods import Metric, Options, Pruning, Reconstructed, Reconstruction
+from compress.metrics import METRICS
 from compress.recipe import Recipe
 from compress.reconstruction import RECONSTRUCTIONS
 from compress.statistics import InputStatistics
@@ -196,3 +198,54 @@ def test_a_gram_matrix_that_cannot_be_factored_names_the_layer() -> None:
     vars(statistics.inputs)["gram"] = -statistics.gram
     with pytest.raises(NumericalError, match=r"q_proj: the Gram matrix cannot be factored"):
         prune_layer(NAME, weight, statistics, Recipe.create())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_scores_that_are_not_finite_name_the_layer_and_the_metric(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be ties, and the mask one of positions."""
+
+    def score(weight: Tensor, statistics: LayerStatistics, options: Options) -> Tensor:
+        scores = weight.abs()
+        scores[0, :8] = bad
+        return scores
+
+    monkeypatch.setitem(METRICS, "ours", Metric("ours", score, paper="", cost=""))
+    weight, x = layer()
+    recipe = Recipe.create(metric="ours", reconstruction="none", permutation="fold")
+    for prune in (prune_layer, importance):
+        with pytest.raises(NumericalError, match=r"q_proj: 8 of 768 scores of ours are NaN or infinite"):
+            prune(NAME, weight, gathered(x), recipe)
+
+
+def test_a_metric_whose_options_overflow_says_so() -> None:
+    weight, x = layer()
+    recipe = Recipe.create(metric="ria", metric_options={"alpha": 4}, reconstruction="none")
+    assert prune_layer(NAME, weight, gathered(x), recipe).record["sparsity"] == 0.5
+    with pytest.raises(
+        NumericalError, match=r"q_proj: .* scores of ria alpha=4 are NaN or infinite.*use smaller options"
+    ):
+        prune_layer(NAME, weight, gathered(x * 1e10), recipe)
+
+
+@pytest.mark.parametrize(
+    ("reconstruction", "options"), [("swaps", {}), ("sparsegpt", {}), ("admm", {"refit_steps": 0}), ("admm", {})]
+)
+def test_a_gram_matrix_of_few_tokens_is_warned_of(reconstruction: str, options: dict[str, Any]) -> None:
+    """Whether or not the method damps it."""
+    weight, x = layer(t=100)
+    recipe = Recipe.create(metric="wanda", reconstruction=reconstruction, reconstruction_options=options)
+
+    def record(x: Tensor) -> dict[str, Any]:
+        inputs = InputStatistics({*recipe.needs, "sample"}, x.shape[1], tokens=len(x), windows=4)
+        inputs.update(x)
+        return prune_layer(NAME, weight, LayerStatistics(inputs, windows=4), recipe).record
+
+    few = record(x)
+    assert few["tokens_per_input"] == pytest.approx(100 / 64, abs=1e-3)
+    assert few["warning"].startswith("1.6 calibration tokens per input channel are few")
+    assert "raise --samples or --length" in few["warning"]
+    enough = record(layer(t=4 * 64)[1])
+    assert enough["tokens_per_input"] == 4
+    assert "warning" not in enough
+    recipe = Recipe.create(metric="wanda", reconstruction="none")
+    assert "tokens_per_input" not in record(x), "there is no Gram matrix"

@@ -307,6 +307,31 @@ def test_weights_as_inputs_and_outputs_is_the_symmetric_objective_of_the_weights
             assert float(scores[i, j]) == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.parametrize("p", [6, 7, 30.5, 400, 1e6])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])
+def test_symwanda_of_any_norm(p: float, scale: float) -> None:
+    """A high power of small weights is no number of float64; the norm comes close to the largest weight all the same."""
+    made = case(6, 16)
+    weight = (made.weight * scale).double().abs()
+    tiny = Case(made.weight * scale, made.x, made.gradients, made.regional)
+
+    def norm(values: Tensor) -> float:
+        """By logarithms."""
+        logs = p * values[values > 0].log()
+        return float((torch.logsumexp(logs, dim=0) / p).exp())
+
+    expected = [
+        [float(w) * (1 / norm(column) + 1 / norm(row)) for w, column in zip(row, weight.T, strict=True)]
+        for row in weight
+    ]
+    scores = score("symwanda", tiny, {"input": "relative", "output": "relative", "p": p})
+    torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
+    tiny.weight[2], tiny.weight[:, 3] = 0, 0
+    zeros = score("symwanda", tiny, {"input": "relative", "output": "relative", "p": p})
+    assert torch.isfinite(zeros).all()
+    assert not zeros[2].any()
+
+
 def test_symwanda_needs_what_its_sides_need() -> None:
     def needs(**options: Any) -> frozenset[str]:
         return METRICS["symwanda"].needs | parse_options(METRICS["symwanda"], options).needs
@@ -327,6 +352,7 @@ def test_symwanda_needs_what_its_sides_need() -> None:
         ({"p": 0.5}, "option 'p' of symwanda"),
         ({"p": float("inf")}, "option 'p' of symwanda"),
         ({"alpha": -1}, "option 'alpha' of symwanda"),
+        ({"alpha": 50}, "option 'alpha' of symwanda"),
         ({"input": "weight"}, "option 'input' of symwanda"),
     ],
 )

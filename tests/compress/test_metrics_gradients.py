@@ -176,7 +176,11 @@ def test_a_recipe_asks_for_the_gradient_that_is_read(metric: str, options: dict[
     [
         ("gblm", {"norm": "l3"}, "option 'norm' of gblm"),
         ("gblm", {"alpha": -1}, "option 'alpha' of gblm"),
+        ("gblm", {"alpha": 1e30}, "option 'alpha' of gblm"),
         ("gblm", {"scale": "layer"}, "option 'scale' of gblm"),
+        ("ria", {"alpha": 50}, "option 'alpha' of ria: Input should be less than or equal to 4"),
+        ("stochria", {"alpha": 50}, "option 'alpha' of stochria"),
+        ("wanda++", {"alpha": float("inf")}, r"option 'alpha' of wanda\+\+"),
         ("pruner-zero", {"alpha": 1}, "pruner-zero has no option 'alpha'"),
         ("wanda++", {"alpha": float("nan")}, r"option 'alpha' of wanda\+\+"),
     ],

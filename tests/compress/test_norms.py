@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.blocks import BlockModel
-from compress.norms import NormOutputs
+from compress.norms import NormOutputs, ends_with_norm
 from compress.observe import InputObserver
 from compress.sources import Source
 from tests import tiny_models
+from tests.runs import compress, tree
 
 LLAMA = ({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}, {"o_proj", "down_proj"})
 # As the families' forward code has it: (after a norm, not).
@@ -47,7 +48,8 @@ def observed(source: Path, dtype: torch.dtype) -> list[dict[str, bool]]:
         hidden = model.record_calls([inputs, inputs])
         for index in range(len(model.blocks)):
             block = model.load_block(index)
-            observer = InputObserver(model.linears(index), {"after_norm"}, 80, block)
+            after_norm = index > 0 and ends_with_norm(model, index - 1, hidden[0])
+            observer = InputObserver(model.linears(index), {"after_norm"}, 80, block, normalized=after_norm)
             observer.run(model, index, hidden)
             prefix = f"{model.block_name(index)}."
             places.append({n.removeprefix(prefix): p["after_norm"] for n, p in observer.place.items()})
@@ -73,10 +75,40 @@ def test_family(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert_places(observed(source, dtype), *EXPECTED[family])
 
 
-def test_only_norms_inside_of_the_block_count(tmp_path: Path) -> None:
-    """OPT-350m normalizes at the end of each sublayer: q, k and v read the last norm of the block before."""
+QKV = {"q_proj", "k_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_at_the_end_of_the_block_before(dtype: torch.dtype, tmp_path: Path) -> None:
+    """OPT-350m normalizes at the end of each sublayer: q, k and v read the last norm of the block before, but for those of
+    the first block, which read the embeddings."""
     source = tiny_models.build("opt", tmp_path / "source", do_layer_norm_before=False)
-    assert_places(observed(source, torch.bfloat16), {"fc1"}, {"q_proj", "k_proj", "v_proj", "out_proj", "fc2"})
+    first, *others = observed(source, dtype)
+    assert {name.split(".")[-1] for name, after in first.items() if after} == {"fc1"}
+    for place in others:
+        assert {name.split(".")[-1] for name, after in place.items() if after} == QKV | {"fc1"}
+
+
+def test_stade_w_of_norms_at_the_end_in_a_run(tmp_path: Path) -> None:
+    """Those that read a norm are pruned as by Wanda, the others as by STADE; also where a run is resumed behind a block."""
+    source = tiny_models.build("opt", tmp_path / "source", do_layer_norm_before=False, dtype=torch.float32)
+    settings: dict[str, Any] = {"reconstruction": "none", "format": "dense", "add_bias": False}
+    whole = compress(source, tmp_path / "whole", metric="stade-w", **settings)
+    after = {record["name"] for record in whole.report["layers"] if record["after_norm"]}
+    assert len(after) == 3 + 2 * len(QKV)  # fc1 of three blocks, q, k and v of two
+    assert {name for name in after if ".layers.0." in name} == {"model.decoder.layers.0.fc1"}
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done: int, total: int, text: str) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compress(source, tmp_path / "out", metric="stade-w", checkpoint_seconds=0, progress=kill, **settings)
+    resumed = compress(source, tmp_path / "out", metric="stade-w", resume=True, **settings)
+    assert tree(resumed.directory) == tree(whole.directory)
 
 
 def test_gpt_neox_without_a_parallel_residual(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress import packed as module
 from compress.errors import CorruptCheckpointError, NumericalError
 from compress.packed import (
     PackedWeight,
@@ -97,6 +101,37 @@ def test_layout_against_a_loop(weight: Tensor) -> None:
     assert packed.mask.tolist() == masks
     assert packed.shape == (n, k)
     validate(packed, "w")
+
+
+@pytest.mark.parametrize("at_once", [1, 48, 100])
+def test_rows_are_packed_a_few_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, and the place of what is not 2:4 counts from the first row."""
+    weight = two_of_four(11, 24)
+    whole = pack(weight)
+    monkeypatch.setattr(module, "_WEIGHTS_AT_ONCE", at_once)
+    parts = pack(weight)
+    assert same_bits(parts.values, whole.values)
+    assert torch.equal(parts.mask, whole.mask)
+    weight[9, 20:24] = weight[10, 0:4] = 1
+    with pytest.raises(CorruptCheckpointError, match=r"2 groups .*first in row 9, columns 20 to 23\)"):
+        pack(weight, "lm.up")
+
+
+CLEAR_PEAK = Path("/proc/self/clear_refs")
+
+
+@pytest.mark.skipif(not os.access(CLEAR_PEAK, os.W_OK), reason="the peak of the memory is Linux' to tell")
+def test_packing_needs_little_memory_on_the_way() -> None:
+    """Layers are packed as they are loaded, when memory is full of the others."""
+    weight = torch.ones(2048, 4096, dtype=torch.bfloat16)
+    weight.view(-1, 4)[:, 2:] = 0
+    pack(weight[:8])
+    CLEAR_PEAK.write_text("5")
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    packed = pack(weight)
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    assert peak - before - packed.nbytes < 4 * weight.numel()
 
 
 def test_layout_of_one_row_by_hand() -> None:

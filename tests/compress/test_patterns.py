@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import RecipeError
-from compress.patterns import BLOCK_COLUMNS, NMPattern, UnstructuredPattern, parse_pattern
+from compress.patterns import BLOCK_COLUMNS, Group, NMPattern, Pattern, UnstructuredPattern, has_pattern, parse_pattern
 
 # Few distinct values, so that ties are the rule; −0.0 and 0.0 are a tie as well.
 tied = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 1.0, 3.5])
@@ -171,3 +171,22 @@ def test_parse_reads_what_str_writes(m: int, data: st.DataObject) -> None:
 def test_parse_errors(text: str, sparsity: float | None, message: str) -> None:
     with pytest.raises(RecipeError, match=message.replace("(", r"\(")):
         parse_pattern(text, sparsity)
+
+
+@pytest.mark.parametrize("group", ["row", "block", "layer"])
+@pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(4, 8), NMPattern(1, 3), UnstructuredPattern(0.55)])
+def test_what_a_mask_leaves_has_the_pattern(pattern: Pattern, group: Group) -> None:
+    """Whatever competed with what; and a weight that was never pruned, or has too few zeros, has it not."""
+    torch.manual_seed(0)
+    weight = torch.randn(21, 312)
+    assert not has_pattern(weight, pattern)
+    pruned = weight * pattern.mask(weight.abs(), group)
+    assert has_pattern(pruned, pattern)
+    assert has_pattern(torch.zeros_like(weight), pattern)
+    filled = pruned.clone()
+    filled[:, :24] = 1
+    assert not has_pattern(filled, pattern)
+
+
+def test_a_width_that_groups_do_not_divide_has_no_pattern() -> None:
+    assert not has_pattern(torch.zeros(2, 6), NMPattern(2, 4))

@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+from compress import calibration as texts
 from compress import pipeline, pruner, wide
 from compress.architecture import find_blocks
 from compress.convert import pack_checkpoint, unpack_checkpoint
@@ -402,9 +403,7 @@ def test_against_a_reference_that_holds_the_whole_model(
     monkeypatch.setattr(
         pruner, "prune_layer", recording(pruner.prune_layer, lambda args, _: seen.update({args[0]: args[2].inputs}))
     )
-    monkeypatch.setattr(
-        pipeline.calibration, "load_windows", recording(pipeline.calibration.load_windows, lambda _, w: drawn.append(w))
-    )
+    monkeypatch.setattr(texts, "load_windows", recording(texts.load_windows, lambda _, w: drawn.append(w)))
     # The damping is the paper's, which so few tokens would not be given otherwise.
     by_sparsegpt: dict[str, Any] = {"reconstruction_options": {"damping": 0.01}}
     settings = {"metric": "wanda", "reconstruction": "none"} if method == "wanda" else by_sparsegpt
@@ -467,13 +466,13 @@ def test_activations_are_those_of_the_pruned_model(
     source = tiny_models.build(family, tmp_path / "source", **overrides)
     propagated: dict[int, list[torch.Tensor]] = {}
     drawn: list[torch.Tensor] = []
-    load_windows = pipeline.calibration.load_windows
+    load_windows = texts.load_windows
 
     def record_windows(*args: Any, **kwargs: Any) -> torch.Tensor:
         drawn.append(load_windows(*args, **kwargs))
         return drawn[0]
 
-    monkeypatch.setattr(pipeline.calibration, "load_windows", record_windows)
+    monkeypatch.setattr(texts, "load_windows", record_windows)
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", batch * LENGTH)
     monkeypatch.setattr(
         Journal, "save_activations", lambda self, i, kinds: propagated.update({i: [h.clone() for h in kinds["hidden"]]})

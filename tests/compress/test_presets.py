@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from compress.errors import RecipeError
+from compress.errors import CalibrationError, RecipeError
+from compress.pipeline import compress_model
 from compress.presets import PRESETS, preset_fields
 from compress.recipe import Recipe
 from tests import tiny_models
-from tests.runs import LENGTH, Halve, calibration
+from tests.runs import LENGTH, Halve, calibration, tree
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -51,3 +53,67 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "not both" in both.message
     assert halve("methods", "--json").document["presets"]["fast"]["fields"]["metric"] == "wanda"
     assert "training_samples: 768" in halve("methods").stdout
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "expected"),
+    [
+        ("best", {"repair": "none"}, {"training_samples": None, "repair": "none", "samples": 128}),
+        ("best", {"repair": "none", "distill": 100}, {"training_samples": 768}),
+        ("best", {"samples": 1000}, {"samples": 1000, "training_samples": 1000}),
+        ("best", {"length": 2048}, {"samples": 32, "training_samples": 192}),
+        ("best", {"length": 2048, "samples": 5}, {"samples": 5, "training_samples": 192}),
+        ("best", {"length": 2048, "samples": 300}, {"samples": 300, "training_samples": 300}),
+        (
+            "best",
+            {"pattern": "unstructured", "sparsity": 0.5, "format": "dense"},
+            {"permutation": "none", "pattern": "unstructured"},
+        ),
+        ("balanced", {"reconstruction": "sparsegpt", "targets": "own"}, {"targets": "own", "samples": 48}),
+    ],
+)
+def test_what_a_preset_says_for_the_sake_of_something_goes_with_it(
+    preset: str, given: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """No complaint about a field that nobody wrote; from the preset by name, and from its recipe in a file."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(dict(PRESETS[preset].fields)))
+    for recipe in (Recipe.create(**preset_fields(preset, given)), Recipe.load(file, **given)):
+        assert {name: getattr(recipe, name) for name in expected} == expected
+
+
+def test_a_field_that_was_written_is_not_dropped() -> None:
+    with pytest.raises(RecipeError, match="nothing trains"):
+        Recipe.create(**preset_fields("fast", {"training_samples": 300}))
+
+
+@pytest.mark.parametrize(
+    ("preset", "widest", "samples", "windows"),
+    [("balanced", 1536, 48, 48), ("balanced", 14336, 224, 224), ("best", 1536, 128, 768), ("best", 28672, 896, 896)],
+)
+def test_wide_models_get_more_windows(preset: str, widest: int, samples: int, windows: int) -> None:
+    """So many tokens for each input of the widest layer: SmolLM2, an 8B Llama, a 70B one."""
+    fields = preset_fields(preset, {})
+    recipe = Recipe.create(**fields).fitted_to(widest)
+    assert (recipe.samples, recipe.windows) == (samples, windows)
+    assert recipe.samples * recipe.length >= fields["tokens_per_input"] * widest >= 8 * widest
+    assert recipe.fitted_to(widest) == recipe
+
+
+def test_as_many_windows_as_the_text_has(tmp_path: Path) -> None:
+    """The recipe that is saved says how many there were, and gives the same again."""
+    source = tiny_models.build("llama", tmp_path / "source")
+    given = {"calibration": str(calibration(tmp_path)), "length": LENGTH, "samples": 4}
+    wide = compress_model(source, tmp_path / "wide", tokens_per_input=2, **given)
+    saved = yaml.safe_load((tmp_path / "wide" / "recipe.yaml").read_text())
+    widest = max(layer["shape"][1] for layer in wide.report["layers"])
+    assert saved["recipe"]["samples"] == -(-2 * widest // LENGTH)
+    assert saved["calibration"]["tokens"] == saved["recipe"]["samples"] * LENGTH
+    more = compress_model(source, tmp_path / "more", tokens_per_input=10_000, **given)
+    found = yaml.safe_load((tmp_path / "more" / "recipe.yaml").read_text())
+    assert 4 < found["recipe"]["samples"] < 10_000 * widest // LENGTH
+    assert found["calibration"]["tokens"] == found["recipe"]["samples"] * LENGTH
+    again = compress_model(source, tmp_path / "again", recipe=Recipe.load(tmp_path / "more" / "recipe.yaml"))
+    assert tree(again.directory) == tree(more.directory)
+    with pytest.raises(CalibrationError, match="samples"):
+        compress_model(source, tmp_path / "no", tokens_per_input=2, **given | {"samples": 10**6})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress import calibration as texts
 from compress import pipeline, pruner
 from compress.architecture import find_blocks
 from compress.blocks import BlockModel
@@ -66,7 +67,7 @@ def test_mamba_time_step(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     source = tiny_models.build("mamba", tmp_path / "source", dtype=torch.float32)
     seen: dict[str, LayerStatistics] = {}
     drawn: list[Tensor] = []
-    prune, load_windows = pruner.prune_layer, pipeline.calibration.load_windows
+    prune, load_windows = pruner.prune_layer, texts.load_windows
 
     def recording(name: str, weight: Tensor, statistics: LayerStatistics, *rest: Any) -> Any:
         seen[name] = statistics
@@ -77,7 +78,7 @@ def test_mamba_time_step(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return drawn[0]
 
     monkeypatch.setattr(pruner, "prune_layer", recording)
-    monkeypatch.setattr(pipeline.calibration, "load_windows", windows)
+    monkeypatch.setattr(texts, "load_windows", windows)
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", batch * LENGTH)
     done = compress(source, tmp_path / "out", samples=8)
     for layer in done.report["layers"]:

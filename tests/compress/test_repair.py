@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compress import activations, pipeline, pruner, repair
+from compress import calibration as texts
 from compress.architecture import find_blocks, linears_of
 from compress.errors import NumericalError, RecipeError
 from compress.journal import Journal
@@ -52,10 +54,8 @@ def test_the_error_falls_and_is_what_the_models_say(
 ) -> None:
     """The reported errors, computed again from the two finished models by transformers."""
     drawn: list[torch.Tensor] = []
-    load_windows = pipeline.calibration.load_windows
-    monkeypatch.setattr(
-        pipeline.calibration, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1]
-    )
+    load_windows = texts.load_windows
+    monkeypatch.setattr(texts, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1])
     source = build(family, tmp_path)
     out = compress(source, tmp_path / "out", **SETTINGS).directory
     repairs = report(out)["repairs"]
@@ -138,7 +138,7 @@ def test_a_leak_of_the_optimizer_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_held_out_windows_are_never_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tokens in them change no layer and no step of the first block, only what is measured on them."""
-    load_windows = pipeline.calibration.load_windows
+    load_windows = texts.load_windows
     held_out = held_out_batches(SAMPLES)
     source = build("llama", tmp_path, layers=1)
 
@@ -149,7 +149,7 @@ def test_held_out_windows_are_never_fitted(tmp_path: Path, monkeypatch: pytest.M
                 found[-held_out:] = found[-held_out:].flip(1)
             return found
 
-        monkeypatch.setattr(pipeline.calibration, "load_windows", windows)
+        monkeypatch.setattr(texts, "load_windows", windows)
         return compress(source, tmp_path / name, **SETTINGS | options).directory
 
     monkeypatch.setattr(repair, "PATIENCE", 10**6)
@@ -237,10 +237,8 @@ def test_targets_are_the_dense_model_s_and_inputs_the_pruned_one_s(
         return run(model, index, masks, inputs, targets, *args, **kwargs)
 
     drawn: list[torch.Tensor] = []
-    load_windows = pipeline.calibration.load_windows
-    monkeypatch.setattr(
-        pipeline.calibration, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1]
-    )
+    load_windows = texts.load_windows
+    monkeypatch.setattr(texts, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1])
     monkeypatch.setattr(pipeline, "repair_block", watched)
     source = build("llama", tmp_path, layers=3, dtype=torch.bfloat16)
     out = compress(source, tmp_path / "out", **SETTINGS).directory
@@ -281,22 +279,95 @@ def test_too_few_tokens_are_said_and_are_not_learned_by_heart(tmp_path: Path) ->
     assert any("blocks" in warning and "few" in warning for warning in done.report["warnings"])
 
 
-def test_a_single_batch_leaves_nothing_to_hold_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "BATCH_TOKENS", 10**6)
+def test_a_single_window_leaves_nothing_to_hold_out(tmp_path: Path) -> None:
+    """And that the repair was not done is said, not only written down."""
     source = build("llama", tmp_path)
-    repaired = compress(source, tmp_path / "out", **SETTINGS)
-    assert "single batch" in repaired.report["repairs"][0]["status"]
-    plain = compress(source, tmp_path / "plain", samples=SAMPLES)
+    repaired = compress(source, tmp_path / "out", **SETTINGS | {"samples": 1})
+    assert "single calibration window" in repaired.report["repairs"][0]["status"]
+    assert any("2 of 2 blocks" in warning and "not repaired" in warning for warning in repaired.report["warnings"])
+    plain = compress(source, tmp_path / "plain", samples=1)
     assert stored(repaired.directory).keys() == stored(plain.directory).keys()
     for name, tensor in stored(plain.directory).items():
         assert torch.equal(tensor, stored(repaired.directory)[name])
 
 
+@pytest.mark.parametrize("samples", [2, 11, 36])
+def test_few_windows_go_through_in_small_batches(samples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that there are some to hold out: a tenth at least, and never all."""
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", 10**6)
+    done = compress(build("llama", tmp_path, layers=1), tmp_path / "out", **SETTINGS | {"samples": samples})
+    fitted = done.report["repairs"][0]["tokens"] // LENGTH
+    assert samples / 10 <= samples - fitted <= samples / 2
+
+
+def test_what_another_dtype_holds_stays_as_it_is(tmp_path: Path) -> None:
+    """A Mamba whose A and D are float32, as published ones are: neither is trained, so neither is rounded."""
+    source = build("mamba", tmp_path, dtype=torch.bfloat16)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(0)
+    wide = [name for name in tensors if name.endswith(("A_log", ".D"))]
+    for name in wide:
+        tensors[name] = tensors[name].float() * (1 + 1e-3 * torch.randn(tensors[name].shape, generator=generator))
+    save_file(tensors, file, metadata={"format": "pt"})
+    out = compress(source, tmp_path / "out", **SETTINGS).directory
+    after = stored(out)
+    assert wide
+    for name in wide:
+        assert after[name].dtype == torch.float32
+        assert torch.equal(after[name], tensors[name])
+
+
 def test_a_loss_that_is_not_finite_names_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repair, "relative_error", lambda output, target: (output * float("nan")).sum(-1))
-    with pytest.raises(NumericalError, match=r"model\.layers\.0: a gradient is not finite"):
+    with pytest.raises(NumericalError, match=r"model\.layers\.0: its error .* is not finite"):
         compress(build("llama", tmp_path), tmp_path / "out", **SETTINGS)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training_of_its_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second pass of the second block: what the first pass gave is kept, and so is everything before it."""
+    taken: list[int] = []
+    step = MaskedAdam.step
+    fitted = SAMPLES - held_out_batches(SAMPLES)
+    bad = (OPTIONS["passes"] + 1) * fitted + 3
+
+    def failing(self: MaskedAdam) -> None:
+        taken.append(len(taken))
+        if len(taken) == bad:
+            next(iter(self.parameters.values())).parameter.grad.fill_(float("inf"))  # type: ignore[union-attr]
+        step(self)
+
+    monkeypatch.setattr(MaskedAdam, "step", failing)
+    source = build("llama", tmp_path)
+    done = compress(source, tmp_path / "out", **SETTINGS)
+    first, second = done.report["repairs"]
+    assert "warning" not in first
+    assert "not finite" in second["warning"]
+    assert second["steps"] == fitted
+    assert second["held_out_error"] < second["held_out_error_before"]
+    assert any("ended early" in warning for warning in done.report["warnings"])
+
+
+def test_training_error_is_that_of_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On windows that were trained on, as many as were held out, by transformers from the finished models."""
+    drawn: list[torch.Tensor] = []
+    load_windows = texts.load_windows
+    monkeypatch.setattr(texts, "load_windows", lambda *a, **k: drawn.append(load_windows(*a, **k)) or drawn[-1])
+    source = build("llama", tmp_path)
+    out = compress(source, tmp_path / "out", **SETTINGS).directory
+    names = ["model.layers.0", "model.layers.1"]
+    windows = drawn[0][: held_out_batches(SAMPLES)]
+    for record, dense, sparse in zip(
+        report(out)["repairs"], block_outputs(source, windows, names), block_outputs(out, windows, names), strict=True
+    ):
+        errors = [
+            (s.double() - d.double()).square().sum(-1) / d.double().square().sum(-1)
+            for d, s in zip(dense, sparse, strict=True)
+        ]
+        assert float(torch.cat(errors).mean()) == pytest.approx(record["training_error"], rel=2e-3)
 
 
 def test_relative_error_of_a_token_that_is_zero() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from compress import pruner
+from compress import pipeline, pruner
 from compress.errors import HalveError, NumericalError, OutputError
+from compress.journal import Journal
 from tests import tiny_models
 from tests.runs import (
     LENGTH,
@@ -53,17 +55,28 @@ def interrupted(source: Path, out: Path, *, blocks: int = 2, **settings: Any) ->
     return out.with_name(out.name + ".partial")
 
 
-def test_killed_at_every_change_of_the_disk(tmp_path: Path) -> None:
+EVERYTHING = (
+    *("--reconstruction", "admm", "--permutation", "fold", "--targets", "dense", "--allocate", "0.1"),
+    *("--repair", "block", "--repair-options", "passes=1", "--repair-options", "rounds=1", "--training-samples", "16"),
+    *("--distill", "640", "--distill-options", "batch=2"),
+)
+"""Every stage that writes something of its own."""
+
+
+@pytest.mark.parametrize(
+    "stages", [(), pytest.param(EVERYTHING, marks=pytest.mark.slow)], ids=["default", "everything"]
+)
+def test_killed_at_every_change_of_the_disk(stages: tuple[str, ...], tmp_path: Path) -> None:
     source = tiny_models.build("llama", tmp_path / "source", layers=2)
     given = [str(source), "--calibration", str(calibration(tmp_path)), "--samples", "4", "--length", str(LENGTH)]
-    given += ["--checkpoint-seconds", "0"]
+    given += ["--checkpoint-seconds", "0", *stages]
     done = subprocess.run(
         [sys.executable, "-m", "tests.compress.killing", str(tmp_path / "runs"), *given],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3000 if stages else 300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -287,20 +300,53 @@ def test_failed_new_run_leaves_nothing(settings: dict[str, Any], tmp_path: Path)
     compress(source, tmp_path / "out")
 
 
-def test_failure_that_would_come_again_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in the second block: a resumed run could only find it again."""
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_failure_keeps_the_blocks_that_are_finished(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in the first block: nothing is worth keeping. In the second: hours of others may be, and where they are is said."""
     source = tiny_models.build("llama", tmp_path / "source", layers=2)
+    expected = tree(compress(source, tmp_path / "whole" / "out").directory)
     prune = pruner.prune_layer
 
     def failing(name: str, *args: Any) -> Any:
-        if name.startswith("model.layers.1."):
+        if name.startswith(f"model.layers.{block}."):
             raise NumericalError(f"{name}: not finite")
         return prune(name, *args)
 
     monkeypatch.setattr(pruner, "prune_layer", failing)
-    with pytest.raises(NumericalError, match=r"model\.layers\.1\.self_attn\.q_proj"):
+    said = r"q_proj: not finite" + (r" \(what was finished is kept in .*out\.partial\)" if block else "$")
+    with pytest.raises(NumericalError, match=said):
         compress(source, tmp_path / "out")
-    assert beside(source) == ["calibration.txt", "source"]
+    assert beside(source) == ["calibration.txt", *(["out.partial"] if block else []), "source", "whole"]
+    monkeypatch.undo()
+    if block:
+        assert tree(compress(source, tmp_path / "out", resume=True).directory) == expected
+
+
+def test_the_space_that_is_asked_for_is_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end, when finished blocks and the artefact lie side by side; with a distillation, blocks twice."""
+    source = tiny_models.build("llama", tmp_path / "source", layers=3, hidden_size=256, intermediate_size=1024)
+    finish, asked, used = Journal.finish, [], []
+
+    def watched(self: Journal, final: Path) -> None:
+        used.append(sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file()))
+        finish(self, final)
+
+    class Disk:
+        free = 0
+
+    monkeypatch.setattr(Journal, "finish", watched)
+    for settings in ({}, {"distill": 200}):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.shutil, "disk_usage", lambda path: Disk)
+            with pytest.raises(OutputError, match="not enough disk space") as error:
+                compress(source, tmp_path / "full", samples=8, **settings)
+        asked.append(float(re.search(r"needs about ([\d.]+) GB", str(error.value))[1]) * 1e9)  # type: ignore[index]
+        compress(source, tmp_path / f"out{len(used)}", samples=8, **settings)
+    for needed, space in zip(used, asked, strict=True):
+        assert needed <= space + 0.005e9  # (the message rounds)
+        assert space < 1.5 * needed + 0.005e9
 
 
 def test_damaged_activations_are_noticed(tmp_path: Path) -> None:

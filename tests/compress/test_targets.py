@@ -164,7 +164,7 @@ def test_where_nothing_is_pruned_nothing_is_missing(
     )
     recipe = Recipe.create(targets="dense", format="dense", reconstruction="none")
     every = {name: None for index in range(len(model.blocks)) for name in model.linears(index)}
-    prune = pruner.BlockPruner(model, recipe, every, len(windows), None, tmp_path)
+    prune = pruner.BlockPruner(model, recipe, every, None, tmp_path)
     with torch.no_grad():
         hidden = model.record_calls(text_set(windows).batches(2))
         dense = [states.clone() for states in hidden]

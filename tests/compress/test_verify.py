@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.artefact import account
 from compress.convert import pack_checkpoint, unpack_checkpoint
 from compress.errors import CorruptCheckpointError, HalveError, SourceError
 from compress.files import read_header
@@ -58,7 +59,7 @@ def all_notice(directory: Path, *words: str, but: tuple[str, ...] = ()) -> None:
         for word in words:
             assert word in str(caught.value), (reader, str(caught.value))
         assert not directory.with_name("converted").exists()
-        assert not directory.with_name("converted.converting").exists()
+        assert not list(directory.parent.glob("*.converting"))
 
 
 def spans(file: Path) -> dict[str, tuple[int, int]]:
@@ -263,6 +264,69 @@ def test_extra_file_is_a_note(copy: Callable[[str], Path]) -> None:
     directory = copy("packed")
     (directory / "notes.txt").write_text("mine")
     assert verify(directory).notes == ["1 files are not in report.json: notes.txt"]
+
+
+@pytest.mark.parametrize("outside", ["../packed/model.safetensors", "/etc/hostname", "a/../../b"])
+def test_files_outside_of_the_checkpoint(outside: str, copy: Callable[[str], Path]) -> None:
+    """Another checkpoint's files are not this one's, wherever they are."""
+    directory = copy("dense")
+    report = directory / "report.json"
+    whole = json.loads(report.read_text())
+    report.write_text(json.dumps({**whole, "files": {outside: {"bytes": 1, "sha256": ""}}}))
+    with pytest.raises(CorruptCheckpointError, match=r"report\.json names .*outside of"):
+        verify(directory)
+    report.unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": outside}}))
+    all_notice(directory, "index.json names", outside, "outside of")
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [({"pattern": "4:8"}, "4:8"), ({"pattern": "unstructured", "sparsity": 0.6}, "unstructured 0.6")],
+)
+def test_another_pattern_is_what_the_recipe_says(
+    settings: dict[str, Any], pattern: str, halve: Halve, tmp_path: Path
+) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    directory = compress(source, tmp_path / "dense", format="dense", ignore=("*.o_proj",), **settings).directory
+    called = halve("verify", directory, "--json")
+    assert (called.code, called.document["ok"], called.document["pattern"]) == (0, True, pattern)
+    assert (called.document["layers_2_4"], called.document["layers_sparse"], called.document["layers_dense"]) == (
+        0,
+        6,
+        1,
+    )
+    assert f"layers that are {pattern}" in halve("verify", directory).stdout
+    # Too few zeros in one layer, accounted for as if it were meant.
+    tensors = stored(directory)
+    tensors["model.layers.0.mlp.up_proj.weight"][:, :20] = 1
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    report = json.loads((directory / "report.json").read_text())
+    (directory / "report.json").write_text(account(directory, report))
+    called = halve("verify", directory)
+    assert (called.code, called.stdout) == (1, "")
+    assert f"up_proj is not {pattern}, and report.json says that it was pruned" in called.message
+
+
+def test_a_model_that_nobody_pruned(halve: Halve, tmp_path: Path) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=1)
+    called = halve("verify", source, "--json")
+    assert (called.code, called.document["ok"], called.document["layers_2_4"]) == (1, False, 0)
+    called = halve("verify", source)
+    assert (called.code, "no layer of it is 2:4" in " ".join(called.stdout.split())) == (1, True)
+
+
+def test_a_buffer_may_hold_infinity(tmp_path: Path) -> None:
+    """As masks do. It is said, and no more."""
+    source = tiny_models.build("gpt2", tmp_path / "source", layers=1, hub_gpt2_keys=True)
+    directory = compress(source, tmp_path / "packed").directory
+    (directory / "report.json").unlink()
+    tensors = stored(directory)
+    tensors["h.0.attn.bias"][0, 0, 0, 1] = float("-inf")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    verdict = verify(directory)
+    assert verdict.ok
+    assert [note for note in verdict.notes if note.startswith("h.0.attn.bias, which is no parameter")]
 
 
 @pytest.mark.parametrize(

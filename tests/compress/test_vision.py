@@ -415,7 +415,7 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     pictures(tmp_path / "images")
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     message = refusal(tmp_path, CalibrationError, source)
-    assert "pip install 'halve[vision]'" in message
+    assert "pip install -e '.[vision]'" in message
 
 
 def test_commands(tmp_path: Path, halve: Halve) -> None:

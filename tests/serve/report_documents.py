@@ -74,7 +74,14 @@ def endpoint_bench(dense: Path, sparse: Path, labels: tuple[str, ...] = ("concur
     return {
         "kind": "bench",
         "through": "endpoint",
-        "load": {"engine": "transformers", "prompt": 8, "output": 4, "rounds": 8, "levels": list(labels)},
+        "load": {
+            "engine": "transformers",
+            "rounds": 8,
+            "levels": list(labels),
+            "shapes": {
+                label: {"requests": 20 + number, "prompt": 8, "output": 4} for number, label in enumerate(labels)
+            },
+        },
         "environment": {"machine": "a machine", "threads": 2, "date": "2026-11-24", "versions": {"halve": "0"}},
         "complete": True,
         "models": {"dense": model(dense, 1.25), "sparse": model(sparse, 1.0)},

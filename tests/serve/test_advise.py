@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
@@ -21,7 +23,7 @@ from compress.patterns import NMPattern
 from serve.kernels.cpu import library
 from serve.linear import Sparse24Linear
 from serve.loading import weight_bytes
-from serve.measure import gpus, kernel_table, shallow, shapes
+from serve.measure import gpus, kernel_table, shallow, shapes, speed
 from serve.measure.advice_check import check
 from serve.measure.advise import advise
 from serve.measure.documents import DocumentError
@@ -500,9 +502,33 @@ def test_what_cannot_be_checked(files: tuple[Path, Path]) -> None:
         check(*files)
 
 
+def product_seconds(is_sparse: bool, rows: int) -> float:
+    """What a product takes by the clock of `planted_times`: three times as long dense for one row, less for many."""
+    return 1e-3 * (1 + 0.2 * rows if is_sparse else 3 * (1 + 0.1 * rows))
+
+
+@pytest.fixture
+def planted_times(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A clock that goes on by what each linear layer is said to take, and stands still otherwise."""
+    now = [0.0]
+
+    def go_on(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, Sparse24Linear | torch.nn.Linear):
+            rows = inputs[0].numel() // module.in_features
+            now[0] += product_seconds(isinstance(module, Sparse24Linear), rows)
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
+    for module in (shallow, speed, kernel_table):
+        monkeypatch.setattr(module, "time", clock)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(go_on)
+    yield
+    hook.remove()
+
+
 @needs_kernels
+@pytest.mark.usefixtures("planted_times")
 def test_predicts_what_bench_then_finds(tmp_path: Path, halve: Halve) -> None:
-    """A small model, on a machine that may be busy: the prediction has the right size, and the files fit together."""
+    """From models of fewer blocks to the whole one, which a clock of the test times: so both are known beforehand."""
     dense = tiny_models.build("llama", tmp_path / "dense", layers=4, hidden_size=256, intermediate_size=512)
     write_sparse(dense, tmp_path / "sparse")
     flags = ("--prompt", "24", "--output", "8")
@@ -515,8 +541,15 @@ def test_predicts_what_bench_then_finds(tmp_path: Path, halve: Halve) -> None:
     assert benched.code == 0, benched.stderr
     (tmp_path / "bench.json").write_text(benched.stdout.splitlines()[-1])
     document = check(tmp_path / "advice.json", tmp_path / "bench.json")
-    for figure in document["speedup"].values():
-        assert 0.25 < figure["predicted"] / figure["measured"] < 4
+    assert document["holds"]
+    for name, rows in (("tpot", 1), ("ttft", 24)):
+        # 4 blocks of 7 linears, and the output layer, which is dense in both and reads one row.
+        head = product_seconds(False, 1)
+        dense_seconds, sparse_seconds = (28 * product_seconds(is_sparse, rows) + head for is_sparse in (False, True))
+        figure = document["speedup"][name]
+        assert figure["predicted"] == pytest.approx(dense_seconds / sparse_seconds, rel=1e-3)
+        assert figure["measured"] == pytest.approx(dense_seconds / sparse_seconds, rel=1e-6)
+        assert figure["seconds"]["dense"]["predicted"] == pytest.approx(dense_seconds, rel=1e-3)
     measured = json.loads((tmp_path / "bench.json").read_text())["models"]
     for form in ("dense", "sparse"):
         assert advice["memory"]["weights_bytes"][form] == pytest.approx(measured[form]["bytes"]["weights"], rel=0.02)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 
 import httpx
 import openai
@@ -13,6 +14,7 @@ import pytest
 from serve.api import create_app
 from serve.server import BackgroundServer
 from tests.serve.conftest import CONTEXT
+from tests.serve.helpers import wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 
@@ -79,7 +81,10 @@ def test_malformed_bodies(server, fields, message):
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
-        ({"min_p": 0.1}, "min_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+        ({"prompt": ["x"] * 9, "n": 128}, "prompt"),
         ({"temprature": 1}, "temprature"),
     ],
 )
@@ -118,6 +123,48 @@ def test_what_asks_for_nothing_is_accepted(server):
         "store": False, "repetition_penalty": 1.0, "temperature": None, "stop": None, "n": 1,
     }  # fmt: skip
     assert httpx.post(server.base_url + "/chat/completions", json=body).status_code == 200
+
+
+async def _post(app, body: dict, **headers) -> httpx.Response:
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
+        return await client.post("/v1/completions", json=body, headers=headers)
+
+
+def test_a_full_queue_says_so(engine, monkeypatch):
+    monkeypatch.setattr("serve.engines.transformers.MAX_WAITING", 3)
+    app = create_app(engine, "tiny")
+    full = asyncio.run(_post(app, {"prompt": "x", "n": 100, "max_tokens": 100, "ignore_eos": True}))
+    assert (full.status_code, full.headers["retry-after"]) == (429, "1")
+    assert (full.json()["error"]["type"], full.json()["error"]["code"]) == ("rate_limit_error", "queue_full")
+    wait_until(lambda: engine.stats().running + engine.stats().waiting == 0)  # what it had queued is gone
+    assert asyncio.run(_post(app, {"prompt": "x", "max_tokens": 1})).status_code == 200
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_long(server, announced):
+    text = b'{"prompt": "' + b"x" * (8 * 2**20) + b'"}'
+    content = text if announced else iter([text[: 2**22], text[2**22 :]])
+    error = post(server, "/completions", content=content, headers={"content-type": "application/json"})
+    assert error["status"] == 413
+    assert "8 MiB" in error["message"]
+    assert httpx.get(server.base_url + "/models").status_code == 200
+
+
+def test_many_choices_do_not_hold_up_others(engine):
+    """While the largest request that is allowed begins, the event loop goes on."""
+
+    async def scenario() -> float:
+        worst, last = 0.0, time.perf_counter()
+        largest = {"prompt": ["the cat"] * 8, "n": 128, "max_tokens": 1}
+        task = asyncio.ensure_future(_post(create_app(engine, "tiny"), largest))
+        while not task.done() and engine.stats().prompt_tokens == 0:
+            await asyncio.sleep(0)
+            worst, last = max(worst, time.perf_counter() - last), time.perf_counter()
+        task.cancel()
+        return worst
+
+    assert asyncio.run(scenario()) < 1  # 20 s for 128,000, and 0.16 s for as many as this, before
 
 
 def test_unknown_model_route_and_method(server, client):

@@ -9,20 +9,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import typer
 
+from compress.errors import UsageError
+from serve.cli import app
+from serve.commands import bench as commands_bench
+from serve.commands import evaluate as commands_evaluate
 from serve.loading import load_model, load_tokenizer, weight_bytes
-from serve.measure import documents, memory
+from serve.measure import documents, memory, tables
+from serve.measure.backends import backends_of
+from serve.measure.environment import processor
 from serve.measure.memory import PeakMemory, told_by
 from serve.measure.served import ordinary_tokens
+from serve.measure.sides import Endpoint, Servers, environment_of, open_side
 from serve.server import BackgroundServer
 from tests import tiny_models
-from tests.runs import ROOT, Halve, command, compress, environment
+from tests.runs import ROOT, Halve, command, compress, environment, stored
 from tests.serve.mocks import MockEndpoint, mock_endpoint
 
 FAST = ("--prompt", "12", "--output", "4", "--requests", "3", "--rounds", "2", "--json")
@@ -61,7 +70,13 @@ def test_both_sides_do_the_same_work_in_turn(
     assert (document["kind"], document["through"], document["complete"]) == ("bench", "endpoint", True)
     load = document["load"]
     assert load["levels"] == ["concurrency=1", "concurrency=3", "rate=20"]
-    assert (load["prompt"], load["output"], load["rounds"], load["seed"]) == (12, 4, 2, 0)
+    assert [(load["shapes"][label]["prompt"], load["shapes"][label]["output"]) for label in load["levels"]] == [
+        (12, 4)
+    ] * 3
+    assert (load["rounds"], load["seed"]) == (2, 0)
+    assert "machine" not in document["environment"]  # what serves is at another address
+    assert document["environment"]["client"]
+    ramp_up = {"concurrency=1": 1, "concurrency=3": 3, "rate=20": 0}
     for name, ttft, tpot in (("sparse", 0.06, 0.01), ("dense", 0.12, 0.03)):
         model = document["models"][name]
         assert model["dtype"] == "bfloat16"
@@ -70,7 +85,8 @@ def test_both_sides_do_the_same_work_in_turn(
         for label, one in model["loads"].items():
             assert one["ttft_seconds"]["p50"] == pytest.approx(ttft, abs=0.025), label
             assert one["tpot_seconds"]["p50"] == pytest.approx(tpot, rel=0.15), label
-            assert len(one["ttft_seconds"]["samples"]) == one["requests"] == 6
+            assert len(one["ttft_seconds"]["samples"]) == 6
+            assert one["requests"] == 6 + 2 * ramp_up[label]
             assert one["errors"] == 0
             assert len(one["itl_seconds"]["samples"]) == 6 * 3
             assert len(one["requests_per_second"]["samples"]) == 2
@@ -80,24 +96,40 @@ def test_both_sides_do_the_same_work_in_turn(
     assert document["speedup"]["concurrency=1"]["tpot"]["median"] == pytest.approx(3, rel=0.15)
     assert document["speedup"]["concurrency=1"]["ttft"]["median"] == pytest.approx(2, rel=0.3)
 
-    # 3 requests for each load and round; before them, a shorter warm-up: 2 + 3 + 2.
+    # 3 requests for each load and round, after those that bring it up; before them, a shorter warm-up: 2 + 3 + 2.
     truths = [mock.truth for mock in mocks]
-    assert [len(truth) for truth in truths] == [7 + 2 * 9] * 2
+    sizes = [3 + count for count in ramp_up.values()]
+    assert [len(truth) for truth in truths] == [7 + 2 * sum(sizes)] * 2
     prompts = [[tuple(request["prompt"]) for request in truth] for truth in truths]
     assert prompts[0] == prompts[1]
-    assert len(set(prompts[0])) == 25
+    assert len(set(prompts[0])) == 7 + 2 * sum(sizes)
     blocks = [[(request["arrived"], side) for request in truth[7:]] for side, truth in enumerate(truths)]
-    order = [side for _, side in sorted(blocks[0] + blocks[1])][::3]
-    assert order in ([1, 0] * 3 + [0, 1] * 3, [0, 1] * 3 + [1, 0] * 3)  # in turn, and the next round the other way
+    order = [side for _, side in sorted(blocks[0] + blocks[1])]
+    in_turn = [
+        [
+            side
+            for sides in ((first, 1 - first), (1 - first, first))
+            for size in sizes
+            for side in sides
+            for _ in range(size)
+        ]
+        for first in (0, 1)
+    ]
+    assert order in in_turn  # in turn, and the next round the other way
 
     compared = halve("compare", file, "--gate", "concurrency=1.tpot.p50<=0.5x", "--gate", "rate=20.ttft.p99<=1")
     assert compared.code == 0, compared.stderr
     assert "gate concurrency=1.tpot.p50<=0.5x: holds" in compared.stdout
 
 
-def test_the_real_endpoint(pair: tuple[Path, Path], halve: Halve) -> None:
+def test_the_real_endpoint(
+    pair: tuple[Path, Path], halve: Halve, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALVE_API_KEY", "of another server")  # those that are started here ask for none
     packed, dense = pair
-    called = halve("bench", packed, "--against", dense, "--concurrency", "2", "--device", "cpu", *FAST)
+    # So many tokens that they do not all arrive together where the generator waits for a busy core.
+    long = (*FAST, "--output", "64")
+    called = halve("bench", packed, "--against", dense, "--concurrency", "2", "--device", "cpu", *long)
     assert called.code == 0, called.stderr
     document = called.document
     for name, path in (("sparse", packed), ("dense", dense)):
@@ -108,9 +140,22 @@ def test_the_real_endpoint(pair: tuple[Path, Path], halve: Halve) -> None:
         assert model["bytes"]["kv_cache"] > 0
         assert model["peak_process_bytes"] > 100e6  # torch alone is that large
         one = model["loads"]["concurrency=2"]
-        assert (one["requests"], one["errors"]) == (6, 0)
-        assert [request["tokens"] for done in one["rounds"] for request in done["requests"]] == [4] * 6
+        assert (one["requests"], one["errors"]) == (10, 0)
+        assert [request["tokens"] for done in one["rounds"] for request in done["requests"]] == [64] * 10
+        assert len(one["ttft_seconds"]["samples"]) == 6
         assert 0 < one["ttft_seconds"]["p50"] < one["e2e_seconds"]["p50"]
+    assert "backends" not in document["models"]["dense"]
+    backends = document["models"]["sparse"]["backends"]
+    packed_layers = sum(name.endswith("weight_packed") for name in stored(packed))
+    for phase in ("prefill", "decode"):
+        assert sum(used["layers"] for used in backends if used["phase"] == phase) == packed_layers > 0
+    assert all(used["reason"] for used in backends)
+    tables.print_bench(document)
+    printed = " ".join(capsys.readouterr().out.split())
+    for used in backends:
+        assert f"sparse, {used['phase']}: {used['layers']} layers by {used['backend']}: {used['reason']}" in printed
+    assert document["load"]["max_num_seqs"] == 16
+    assert document["environment"]["machine"] == processor()
     assert document["bytes_ratio"]["weights"] < 1
     assert set(document["speedup"]["concurrency=2"]) >= {"ttft", "tpot", "output_tokens_per_second"}
 
@@ -137,9 +182,11 @@ def test_failures_are_shown(pair: tuple[Path, Path], halve: Halve) -> None:
     with mock_endpoint("--ttft", 0.01, "--itl", 0.005, "--fault", "early", "--every", 2) as mock:
         called = halve("bench", pair[0], "--url", mock.url, *FAST[:-1], "--requests", "4")
     assert called.code == 1
-    assert "4 of 8" in called.stdout
+    assert "5 of 10" in called.stdout
     assert "model, the first failure: it hung up after" in called.stdout
-    assert "too many requests failed for the figures to be compared: 4 of 8 requests of concurrency=1" in called.message
+    assert (
+        "too many requests failed for the figures to be compared: 5 of 10 requests of concurrency=1" in called.message
+    )
 
 
 def test_a_side_that_fails_is_not_told_to_be_faster(
@@ -152,15 +199,15 @@ def test_a_side_that_fails_is_not_told_to_be_faster(
             *FAST, "--requests", "4",
         )  # fmt: skip
     assert called.code == 1
-    assert "4 of 8 requests of concurrency=1 failed on the sparse side" in called.message
+    assert "5 of 10 requests of concurrency=1 failed on the sparse side" in called.message
     document = json.loads(called.stdout)
     assert json.loads(file.read_text()) == document
     assert document["speedup"] == {"concurrency=1": {}}
     load = document["models"]["sparse"]["loads"]["concurrency=1"]
-    assert (load["errors"], load["ttft_seconds"]["p90"], load["ttft_seconds"]["mean"]) == (4, None, None)
+    assert (load["errors"], load["ttft_seconds"]["p90"], load["ttft_seconds"]["mean"]) == (5, None, None)
     judged = halve("compare", file, "--gate", "ttft.p50<=0.9x", "--confident")
     assert judged.code == 1
-    assert "it is not defined of A: 4 of 8 requests failed" in " ".join(judged.stdout.split())
+    assert "it is not defined of A: 5 of 10 requests failed" in " ".join(judged.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -211,11 +258,32 @@ def test_endpoints_that_cannot_be_used(
     [
         (["--in-process", "--url", "http://localhost/v1"], "--url is for measuring through an endpoint"),
         (["--in-process", "--concurrency", "2"], "--concurrency is for measuring through an endpoint"),
-        (["--in-process", "--engine", "vllm"], "--engine vllm is for measuring through an endpoint"),
+        (["--in-process", "--engine", "vllm"], "--engine is for servers that halve starts"),
+        (["--in-process", "--seed", "1"], "--seed is for measuring through an endpoint"),
+        (["--in-process", "--trace-scale", "2"], "--trace-scale is for --trace"),
+        (["--in-process", "--timeout", "5"], "--timeout is for measuring through an endpoint"),
+        (["--kernels", "--against", "x"], "--against is for measuring through an endpoint or --in-process"),
+        (["--kernels", "--url", "x"], "--url is for measuring through an endpoint"),
+        (["--kernels", "--out", "k.json"], "--out is for measuring through an endpoint"),
+        (["--kernels", "--rounds", "3"], "--rounds is for measuring through an endpoint or --in-process"),
+        (["--kernels", "--in-process"], "--in-process is for measuring whole models"),
+        (["--kernels", "--", "--enforce-eager"], "'--enforce-eager' is not known"),
+        (["--budget", "3"], "--budget is for --kernels"),
+        (["--trace-requests", "3"], "--trace-requests is for --trace"),
+        (["--trace", "no.csv", "--requests", "3"], "--requests is for --concurrency and --rate"),
+        (["--engine", "vllm", "--device", "cpu"], "--device is for servers that halve starts with its own engine"),
+        (["--url", "http://localhost/v1", "--device", "cpu"], "--device is for servers that halve starts"),
+        (["--url", "http://localhost/v1", "--engine", "vllm"], "--engine is for servers that halve starts"),
+        (["--api-key", "x"], "--api-key is for --url"),
+        (["--url", "http://localhost/v1", "--against-api-key", "x"], "--against-api-key is for --against-url"),
+        (["--against", "no/such/model"], "there is no model directory no/such/model"),
+        (["--goodput", "ttft:500", "--goodput", "ttft:100"], "two limits on ttft"),
+        (["--out", "/"], "is a directory; name a file in it"),
+        (["--out", f"{'x' * 300}.json"], "cannot be written: File name too long"),
         (["--in-process", "--", "--enforce-eager"], "'--enforce-eager' is not known"),
         (["--batch", "2"], "--batch is for --in-process"),
-        (["--model", "x"], "--model names a model at --url"),
-        (["--against-model", "x"], "--against-model names a model at --against-url"),
+        (["--model", "x"], "--model is for --url"),
+        (["--against-model", "x"], "--against-model is for --against-url"),
         (["--", "--enforce-eager"], "'--enforce-eager' is not known"),
         (["--concurrency", "none"], "is no list of numbers"),
         (["--rate", "0"], "--rate 0 is not a number of requests a second"),
@@ -228,6 +296,102 @@ def test_calls_that_are_wrong(arguments: list[str], told: str, pair: tuple[Path,
     called = halve("bench", pair[0], *arguments)
     assert called.code == 2
     assert told in called.message
+
+
+def test_every_option_has_its_place() -> None:
+    """One that is new and in no table would be ignored without a word by the calls that it is not for."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name, belongs in (("bench", commands_bench._BELONGS), ("eval", commands_evaluate._BELONGS)):
+        assert set(belongs) == {parameter.name for parameter in commands[name].params} - {"help"}
+
+
+def test_a_key_goes_to_its_own_address_only(
+    pair: tuple[Path, Path], mocks: tuple[MockEndpoint, MockEndpoint], halve: Halve
+) -> None:
+    sparse, dense = mocks
+    both = ("bench", pair[0], "--url", sparse.url, "--against-url", dense.url, "--api-key", "secret", *FAST)
+    assert halve(*both).code == 0
+    assert "Bearer secret" in sparse.get("/keys")
+    assert not [key for key in dense.get("/keys") if key and "secret" in key]
+    assert halve(*both, "--against-api-key", "other").code == 0
+    assert "Bearer other" in dense.get("/keys")
+    assert "Bearer other" not in sparse.get("/keys")
+
+
+def test_rounds_are_kept_where_an_endpoint_fails_late(pair: tuple[Path, Path], halve: Halve, tmp_path: Path) -> None:
+    """It answers the warm-up (2 requests) and two rounds (of 4), and then nothing."""
+    file = tmp_path / "a.json"
+    with mock_endpoint("--ttft", 0.01, "--itl", 0.005, "--fault", "status", "--after", 10) as mock:
+        called = bench(pair, halve, mock.url, "--rounds", "8", "--out", str(file))
+    assert called.code == 1
+    assert "failed all 4 requests of concurrency=1 in round 3" in called.message
+    assert "what 2 of 8 rounds brought is kept" in called.message
+    document = called.document
+    assert (document["complete"], document["rounds_done"]) == (False, 2)
+    assert "in round 3" in document["error"]
+    assert len(document["models"]["model"]["loads"]["concurrency=1"]["rounds"]) == 2
+    assert json.loads(file.read_text()) == document
+    assert documents.read(file)[0].about["rounds"] == "2 of 8 (interrupted)"
+
+
+def test_a_dense_model_of_the_hub(
+    pair: tuple[Path, Path], mocks: tuple[MockEndpoint, MockEndpoint], halve: Halve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.sources._download", {"someone/dense": pair[1]}.__getitem__)
+    flags = ("--url", mocks[0].url, "--against-url", mocks[1].url, *FAST)
+    called = halve("bench", pair[0], "--against", "someone/dense", *flags)
+    assert called.code == 0, called.stderr
+    assert called.document["models"]["dense"]["directory"] == str(pair[1])
+
+
+def test_servers_of_both_sides(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take all that a load may have under way, and the machine is what they run on."""
+
+    def servers(at_once: int, device: str = "cpu") -> Servers:
+        return Servers("transformers", device, longest=64, at_once=at_once, sides=2)
+
+    assert [servers(count).max_num_seqs for count in (1, 40, 1000)] == [16, 40, 256]
+    asked = servers(40).start(pair[0])._command
+    assert asked[asked.index("--max-num-seqs") + 1] == "40"
+    with pytest.raises(UsageError, match="--device 'toaster' is not a device"):
+        servers(1, "toaster")
+    with pytest.raises(UsageError, match="vLLM runs on the device that it was built for"):
+        Servers("vllm", "cpu", longest=64, at_once=1, sides=1)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "a GPU")
+    on_gpu = servers(1, "auto")
+    assert environment_of([Endpoint(), Endpoint()], on_gpu)["machine"] == "a GPU"
+    found = environment_of([Endpoint(), Endpoint("http://elsewhere/v1")], on_gpu)
+    assert "machine" not in found
+    assert found["client"] == processor()
+
+
+def test_what_a_server_said_before_it_died_is_kept(model_dir: Path) -> None:
+    with ExitStack() as stack:
+        servers = Servers("transformers", "cpu", longest=64, at_once=1, sides=1)
+        side = open_side(model_dir, Endpoint(), servers, 60.0, stack)
+        assert side.server is not None
+        side.server.stop()
+        assert side.document()["bytes"]["weights"] == weight_bytes(load_model(model_dir))
+
+
+def test_what_servers_say_of_their_kernels() -> None:
+    """vLLM's log, of two workers; other programs' metrics say nothing."""
+    log = (
+        "(Worker pid=1) INFO 11-28 [quantization.py:117] halve: 14 linear layers run 2:4 on cpu: avx512 kernel, the weight\n"
+        "(Worker pid=1) INFO 11-28 [quantization.py:117] halve: their weights take 3.0 MiB, 0.5625 of the dense ones\n"
+        "(Worker pid=1) INFO 11-28 [quantization.py:117] halve: 2 linear layers are dense: not 2:4\n"
+        "(Worker pid=2) INFO 11-28 [quantization.py:117] halve: 14 linear layers run 2:4 on cpu: avx512 kernel, the weight\n"
+        "(Worker pid=2) INFO 11-28 [quantization.py:117] halve: 2 linear layers are dense: not 2:4\n"
+    )
+    assert backends_of("http://127.0.0.1:9/v1", log) == [
+        {"phase": "all", "backend": "cpu", "reason": "avx512 kernel, the weight", "layers": 14},
+        {"phase": "all", "backend": "dense", "reason": "not 2:4", "layers": 2},
+    ]
+    with mock_endpoint() as mock:
+        assert backends_of(mock.url) == []
 
 
 def test_an_interrupted_bench_keeps_whole_rounds(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -268,7 +432,7 @@ def test_an_interrupted_bench_keeps_whole_rounds(pair: tuple[Path, Path], tmp_pa
         assert found["complete"] is False
         rounds = found["models"]["model"]["loads"]["concurrency=1"]["rounds"]
         assert len(rounds) == found["rounds_done"] >= 2
-        assert all(len(one["requests"]) == 3 for one in rounds)
+        assert all(len(one["requests"]) == 4 for one in rounds)
     side, _ = documents.read(file)
     assert side.about["rounds"] == f"{found['rounds_done']} of 1000 (interrupted)"
 

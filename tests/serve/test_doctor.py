@@ -106,7 +106,7 @@ def test_engines(halve: Halve, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert engines["onnx"]["detail"] == "not in this version"
     assert engines["vllm"]["detail"] == "not installed"
-    assert "halve[vllm]" in engines["vllm"]["remedy"]
+    assert "pip install -e '.[vllm]'" in engines["vllm"]["remedy"]
 
 
 def test_vllm(halve: Halve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from scipy import stats
 from serve.loading import load_model
 from serve.measure import tasks
 from serve.measure.agreement import Agreement
+from serve.measure.environment import processor
 from serve.measure.evaluation import Endpoint, evaluate
 from serve.measure.harness import HalveLM
 from serve.measure.scoring import EngineRunner
@@ -46,7 +47,8 @@ def run(models: tuple[Path, Path], halve: Halve):
         source, packed = models
         beside = ["--against", source] if against else []
         text = ["--text", calibration(source.parent), "--length", str(LENGTH), "--windows", str(WINDOWS)]
-        return halve("eval", packed, *beside, *text, "--device", "cpu", *arguments)
+        device = [] if "--url" in arguments else ["--device", "cpu"]
+        return halve("eval", packed, *beside, *text, *device, *arguments)
 
     return called
 
@@ -201,6 +203,8 @@ def test_an_endpoint_that_runs_already(run, models: tuple[Path, Path], halve: Ha
     own = run("--json").document
     assert served.document["models"][0]["losses"] == pytest.approx(own["models"][1]["losses"], rel=1e-4)
     assert served.document["models"][0]["tasks"]["arc_easy"]["examples"] == 7
+    assert "machine" not in served.document["environment"]
+    assert own["environment"]["machine"] == processor()
     files = []
     for name, document in (("served.json", served.document), ("own.json", own)):
         files.append(tmp_path / name)
@@ -208,6 +212,12 @@ def test_an_endpoint_that_runs_already(run, models: tuple[Path, Path], halve: Ha
     compared = halve("compare", *files, "--gate", "perplexity<=1.001x", "--gate", "perplexity>=0.999x", "--json")
     assert compared.code == 0
     assert "through: endpoint against process" in compared.document["notes"]
+
+
+def test_what_an_endpoint_cannot_tell_is_said(run) -> None:
+    called = run("--through", "endpoint")
+    assert called.code == 0, called.stderr
+    assert "not measured: agreement: it takes both models in one process" in called.stdout
 
 
 def test_people_see_it_all(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,8 +283,13 @@ def test_whole_texts_are_scored_in_windows(models: tuple[Path, Path]) -> None:
         (["--tasks", "mmlu", "--task-data", DATA], "'mmlu' is not one task with one data set in lm-eval, but a group"),
         (["--tasks", "piqa", "--task-data", DATA], "has no piqa.jsonl or piqa_*.jsonl"),
         (["--tasks", "arc_easy", "--task-data", "/nonesuch"], "there is no directory /nonesuch"),
-        (["--limit", "5"], "--limit and --task-data are for --tasks"),
-        (["--model", "m"], "--model names a model at --url"),
+        (["--limit", "5"], "--limit is for --tasks"),
+        (["--model", "m"], "--model is for --url"),
+        (["--api-key", "k"], "--api-key is for --url"),
+        (["--timeout", "5"], "--timeout is for measuring through an endpoint"),
+        (["--concurrency", "2"], "--concurrency is for --tasks or measuring through an endpoint"),
+        (["--no-perplexity", "--tasks", "arc_easy", "--windows", "2"], "--text is for --perplexity"),
+        (["--through", "endpoint", "--agreement"], "--agreement is for --against in this process"),
         (["--url", "http://127.0.0.1:9/v1"], "--url measures one served model"),
     ],
 )  # fmt: skip
@@ -348,7 +363,7 @@ def test_without_lm_eval(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     called = run("--tasks", "arc_easy", "--task-data", DATA)
     assert called.code == 2
-    assert called.message == "--tasks needs the package 'lm-eval': pip install 'halve[eval]'"
+    assert called.message == "--tasks needs the package 'lm-eval': pip install -e '.[eval]' in the checkout of halve"
 
 
 def test_without_the_hub(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

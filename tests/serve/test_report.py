@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,108 @@ def test_loads(halve: Halve, own: Measured, tmp_path: Path) -> None:
     assert memory["sparse"][2] == 300_000
     assert memory["KV cache"][:2] == [300_000, 300_000]
     assert "not measured" not in section(page, "memory").text
+
+
+def section_of_card(own: Measured) -> str:
+    return (own.sparse / "README.md").read_text().partition(card.BEGIN)[2]
+
+
+def test_benches_of_different_files_are_not_one_curve(halve: Halve, own: Measured, tmp_path: Path) -> None:
+    """Of other prompts, and with a load in common: both are there, each by itself, and the page says which is at the top."""
+    first = endpoint_bench(own.dense, own.sparse)
+    second = endpoint_bench(own.dense, own.sparse, ("concurrency=4", "concurrency=8"))
+    for shape in second["load"]["shapes"].values():
+        shape["prompt"] = 2048
+    files = [write(tmp_path / name, document) for name, document in (("a.json", first), ("b.json", second))]
+    out = tmp_path / "report.html"
+    called = halve("report", own.sparse, "--results", files[0], "--results", files[1], "--out", out, "--json")
+    assert called.code == 0, called.stderr
+    page = read_page(out)
+    speed = section(page, "speed")
+    drawn = [picture.all("desc")[0].text for picture in speed.all("svg")]
+    assert len(drawn) == 6  # three of each file
+    for text in drawn:
+        assert ("concurrency=1" in text) != ("concurrency=8" in text)
+        assert "concurrency=4" in text
+    shown: dict[str, float] = {}
+    for row in speed.all("details")[0].all("tr")[1:]:
+        cells = row.all("td")
+        if cells[1].text == "time per output token" and cells[2].text.startswith("sparse"):
+            [shown[cells[0].text]] = cells[4].values
+    assert shown == pytest.approx(
+        {
+            f"{label}{file}": document["models"]["sparse"]["loads"][label]["tpot_seconds"]["p50"]
+            for file, document in zip(files, (first, second), strict=True)
+            for label in document["load"]["levels"]
+        }
+    )
+    [note] = [note for note in called.document["notes"] if "another bench" in note]
+    assert note.startswith(f"{files[1]} holds another bench (transformers, prompt of 2048, 4 tokens out, 8 rounds")
+    assert str(files[0]) in note
+    assert note in page.text
+
+
+def test_the_lightest_load_is_at_the_top(halve: Halve, own: Measured, tmp_path: Path) -> None:
+    document = endpoint_bench(own.dense, own.sparse, ("rate=2", "concurrency=16", "concurrency=4"))
+    bench = write(tmp_path / "load.json", document)
+    called = halve("report", own.sparse, "--results", bench, "--out", tmp_path / "report.html", "--json")
+    [figure] = [f for f in called.document["figures"] if f["figure"] == "time per output token"]
+    assert figure["load"].endswith("concurrency=4")
+    assert figure["value"] == pytest.approx(
+        document["models"]["sparse"]["loads"]["concurrency=4"]["tpot_seconds"]["p50"], rel=0.1
+    )
+
+
+def test_a_bench_that_was_cut_off_shows_no_more_than_it_has(halve: Halve, own: Measured, tmp_path: Path) -> None:
+    """Two of eight rounds, of an endpoint whose engine is not known."""
+    document = endpoint_bench(own.dense, own.sparse, ("concurrency=1",))
+    document |= {"complete": False, "rounds_done": 2}
+    document["load"]["engine"] = None
+    for model in document["models"].values():
+        for load in model["loads"].values():
+            load["rounds"] = load["rounds"][:2]
+    out = tmp_path / "report.html"
+    assert halve("report", own.sparse, "--results", write(tmp_path / "load.json", document), "--out", out).code == 0
+    page = read_page(out)
+    for text in (page.text, section_of_card(own)):
+        assert "2 of 8 rounds (interrupted)" in text
+        assert "None" not in text
+    verdict = page.all("p", **{"class": "verdict"})[0].text
+    assert "which does not show a difference yet (2 samples, and it takes" in verdict
+
+
+def test_requests_that_failed_are_told_wherever_their_times_are(halve: Halve, own: Measured, tmp_path: Path) -> None:
+    document = endpoint_bench(own.dense, own.sparse, ("concurrency=1",))
+    document["models"]["sparse"]["loads"]["concurrency=1"]["errors"] = 7
+    out = tmp_path / "report.html"
+    assert halve("report", own.sparse, "--results", write(tmp_path / "load.json", document), "--out", out).code == 0
+    page = read_page(out)
+    told = "7 of 160 requests failed, and 0 of 160 of the dense model's"
+    verdict = page.all("p", **{"class": "verdict"})[0].text
+    assert verdict.startswith(f"{told}; it decodes")
+    tiles = page.all("ul", **{"class": "headline"})[0].all("li")
+    assert [told in tile.text for tile in tiles] == [True, True, False, False]
+    assert not page.all("ul", **{"class": "headline"})[0].all("span", **{"class": "big better"})[
+        1:
+    ]  # the weights' alone
+    lines = [line for line in section_of_card(own).splitlines() if line.startswith("| time")]
+    assert [told in line for line in lines] == [True, True]
+
+
+@pytest.mark.parametrize("place", ["serve.measure.report.report", "serve.measure.report.card"])
+def test_card_and_page_are_written_both_or_neither(
+    place: str, halve: Halve, own: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OutputError(f"no disk space left while writing {path}")
+
+    before = tree(own.sparse)
+    monkeypatch.setattr(sys.modules[place], "write_text", full)  # (the package's ``report`` is the function)
+    out = tmp_path / "report.html"
+    called = halve("report", own.sparse, "--results", own.evaluation, "--out", out)
+    assert (called.code, "no disk space left" in called.message) == (2, True)
+    assert tree(own.sparse) == before
+    assert not out.exists()
 
 
 def test_names_and_paths_are_escaped(halve: Halve, own: Measured, tmp_path: Path) -> None:
@@ -380,7 +483,7 @@ def test_the_file_must_not_be_there(halve: Halve, own: Measured, tmp_path: Path)
 def test_without_matplotlib(halve: Halve, own: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     called = halve("report", own.sparse, "--out", tmp_path / "report.html")
-    assert (called.code, "pip install 'halve[report]'" in called.message) == (2, True)
+    assert (called.code, "pip install -e '.[report]'" in called.message) == (2, True)
 
 
 def test_results_of_another_checkpoint_are_left_out(halve: Halve, own: Measured, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from compress.errors import HalveError, SourceError, UsageError
-from serve.server import BackgroundServer, run
+from serve.engines.access import check_access
+from serve.server import BackgroundServer, _bind, run
 from tests.serve.helpers import metrics, wait_until
 
 
@@ -29,6 +30,47 @@ def test_what_keeps_it_from_starting_is_said(tmp_path, model_dir):
         run(str(model_dir), host="no such host", port=0)
     with pytest.raises(UsageError, match="not a port"):
         run(str(model_dir), port=70000)
+
+
+def test_a_port_is_taken_once_it_is_bound():
+    """Before the model is loaded, not after."""
+    first = _bind("127.0.0.1", 0)
+    with first, pytest.raises(UsageError, match=r"Port \d+ of 127\.0\.0\.1 cannot be used"):
+        _bind("127.0.0.1", first.getsockname()[1])
+
+
+@pytest.mark.parametrize("key", ["", " ", "secret\n"])
+def test_an_empty_key_is_no_key(key, model_dir, halve, monkeypatch):
+    with pytest.raises(UsageError, match="API key"):
+        run(str(model_dir), port=0, api_key=key)
+    for engine in ("transformers", "vllm"):
+        called = halve("serve", model_dir, "--engine", engine, "--port", "0", "--api-key", key)
+        assert (called.code, "API key" in called.message) == (2, True)
+        monkeypatch.setenv("HALVE_API_KEY", key)
+        called = halve("serve", model_dir, "--engine", engine, "--port", "0")
+        assert (called.code, "HALVE_API_KEY" in called.message) == (2, True)
+        monkeypatch.delenv("HALVE_API_KEY")
+
+
+def test_other_machines_without_a_key_are_warned_of(caplog):
+    for host, key, warned in (
+        ("127.0.0.1", None, False),
+        ("::1", None, False),
+        ("localhost", None, False),
+        ("0.0.0.0", "sesame", False),
+        ("0.0.0.0", None, True),
+        ("192.0.2.1", None, True),
+        ("", None, True),
+    ):
+        caplog.clear()
+        check_access(host, key)
+        assert bool(caplog.records) is warned, (host, key)
+
+
+def test_engines_that_are_not_there(halve, model_dir):
+    for engine, words in (("onnx", "not built"), ("tensorrt", "not built"), ("vlm", "did you mean 'vllm'")):
+        called = halve("serve", model_dir, "--engine", engine)
+        assert (called.code, words in called.message) == (2, True)
 
 
 def test_a_background_server_that_fails_says_why(tmp_path):

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from compress.packed import unpack
 from serve import server
 from serve.engines import vllm
-from serve.linear import Sparse24Conv1D, Sparse24Linear
+from serve.linear import Sparse24Conv1D, Sparse24Linear, backends
 from serve.loading import load_model
 from serve.measure import advise, first_load, kernel_table, shapes, table_cache, tuned
 from serve.measure.first_load import measure_unknown
@@ -160,6 +160,9 @@ def test_a_module_of_modules_and_a_bias() -> None:
     expected = [layer(x) for layer in layers]
     replaced = tuned.serve_dense_where_faster(layers)
     assert set(replaced) == {"0", "1"}
+    [told] = backends(layers, {"decode": 1})
+    assert (told["phase"], told["backend"], told["layers"]) == ("decode", "dense", 2)
+    assert "dense is faster here" in told["reason"]
     for layer, wanted in zip(layers, expected, strict=True):
         assert type(layer) is nn.Linear
         torch.testing.assert_close(layer(x), wanted, rtol=0.02, atol=0.02)

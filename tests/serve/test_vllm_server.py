@@ -16,6 +16,7 @@ import torch
 from compress.errors import HalveError
 from serve.engines.vllm import VllmServer
 from serve.loading import load_model, load_tokenizer
+from serve.measure.backends import backends_of
 from serve.measure.memory import told_by
 from tests.runs import Halve
 from tests.serve import vllm_checkpoints as checkpoints
@@ -143,13 +144,16 @@ def test_bench_through_a_server_that_runs(server: VllmServer, packed: Path, halv
         "--concurrency", "1,4", "--requests", "4", "--rounds", "2", "--json",
     )  # fmt: skip
     assert called.code == 0, called.stderr
-    for one in called.document["models"]["model"]["loads"].values():
-        assert (one["requests"], one["errors"]) == (8, 0)
-        assert [request["tokens"] for done in one["rounds"] for request in done["requests"]] == [6] * 8
+    for label, one in called.document["models"]["model"]["loads"].items():
+        sent = 2 * (4 + int(label.removeprefix("concurrency=")))  # 4 a round, after those that bring the load up
+        assert (one["requests"], one["errors"]) == (sent, 0)
+        assert [request["tokens"] for done in one["rounds"] for request in done["requests"]] == [6] * sent
         # So small a model is faster than its server, which then sends several tokens at once.
         assert 0 <= one["tpot_seconds"]["p50"] < one["ttft_seconds"]["p50"] <= one["e2e_seconds"]["p50"]
     told = told_by(server.base_url, server.log)
     assert told["kv_cache"] > 0
+    used = backends_of(server.base_url, server.log)
+    assert {one["backend"] for one in used if one["reason"] != "not 2:4"} == {"cpu"}
 
 
 def test_lm_eval_through_the_endpoint_is_that_of_the_process(server: VllmServer, packed: Path, halve: Halve) -> None:

@@ -7,23 +7,46 @@ up to date after it; a run that ends in between is mended by the next one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from compress.artefact import CARD_NAME, REPORT_NAME, account_anew, read_report
+from compress.card import MEASURED_BEGIN, MEASURED_END
 from compress.errors import OutputError
 from compress.files import write_text
 from serve.measure.report.quantities import bounds, gain, quantity
-from serve.measure.report.summary import Row
+from serve.measure.report.rows import Row
 
-BEGIN = "<!-- halve report: begin -->"
-END = "<!-- halve report: end -->"
+BEGIN, END = MEASURED_BEGIN, MEASURED_END
 
 
-def update(directory: Path, rows: Sequence[Row]) -> Path | None:
-    """Puts the figures into the card of a checkpoint; None where there are none, and then the card stays as it is.
+@dataclass(frozen=True)
+class Update:
+    """A card as it is to be: its text before and after."""
+
+    path: Path
+    before: str
+    after: str
+
+    def write(self) -> None:
+        """Raises OutputError where it cannot be written."""
+        if self.after != self.before:
+            write_text(self.path, self.after)
+        directory = self.path.parent
+        report = read_report(directory)
+        if (
+            report is not None
+            and CARD_NAME in report.get("files", {})
+            and (text := account_anew(directory, report, CARD_NAME))
+        ):
+            write_text(directory / REPORT_NAME, text)
+
+
+def prepare(directory: Path, rows: Sequence[Row]) -> Update | None:
+    """The card of a checkpoint with these figures; None where there are none, and then the card stays as it is.
 
     Raises:
-        OutputError: the card cannot be read or written, or its marks are broken.
+        OutputError: the card cannot be read, or its marks are broken.
     """
     if not rows:
         return None
@@ -32,17 +55,7 @@ def update(directory: Path, rows: Sequence[Row]) -> Path | None:
         before = path.read_bytes().decode() if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(f"cannot read {path}: {error}; mend it, or leave it alone with --no-card") from None
-    after = replaced(before, section(rows), path)
-    if after != before:
-        write_text(path, after)
-    report = read_report(directory)
-    if (
-        report is not None
-        and CARD_NAME in report.get("files", {})
-        and (text := account_anew(directory, report, CARD_NAME))
-    ):
-        write_text(directory / REPORT_NAME, text)
-    return path
+    return Update(path, before, replaced(before, section(rows), path))
 
 
 def replaced(text: str, new: str, path: Path) -> str:
@@ -72,7 +85,7 @@ def section(rows: Sequence[Row]) -> str:
         against = "" if told is None else f"{told[1]} {told[2]}"
         between = bounds(row)
         cells = [
-            f"{row.label}, {row.load}" if row.load else row.label,
+            ", ".join(filter(None, (row.label, row.load, row.failures))),
             "" if row.dense is None else quantity(row.dense, row.unit),
             quantity(row.value, row.unit),
             f"{against} ({between})" if between and against else against,

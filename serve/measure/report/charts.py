@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from compress.console import human_bytes
 from compress.errors import UsageError
+from compress.extras import how_to_install
 from serve.measure.report.checkpoint import Allocation, Layer
 from serve.measure.report.drawing import (
     COLOURS,
@@ -28,7 +29,8 @@ from serve.measure.report.drawing import (
     place_labels,
     plain_log_ticks,
 )
-from serve.measure.report.summary import Level, Memory, Run
+from serve.measure.report.speed import Level
+from serve.measure.report.summary import Memory, Run
 
 _SIDES = {"dense": "dense", "sparse": "accent"}
 
@@ -39,7 +41,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError(
-            "halve report draws with matplotlib, which is not installed: pip install 'halve[report]'"
+            f"halve report draws with matplotlib, which is not installed: {how_to_install('report')}"
         ) from None
 
 
@@ -59,8 +61,11 @@ def heat_map(layers: Sequence[Layer]) -> Picture | None:
     )
 
 
-def latency(levels: Sequence[Level], called: str) -> dict[str, Picture]:
-    """Time to first token, time per output token and throughput against the load, by title; none for less than two loads."""
+def latency(levels: Sequence[Level], called: str, name: str) -> dict[str, Picture]:
+    """Time to first token, time per output token and throughput against the load, by title; none for less than two loads.
+
+    ``levels``: loads of one family in one file. ``name``: what the pictures go by on the page.
+    """
     pictures: dict[str, Picture] = {}
     shown = {
         "ttft": ("Time to first token", "ms", 1e3),
@@ -70,7 +75,7 @@ def latency(levels: Sequence[Level], called: str) -> dict[str, Picture]:
     for key, (title, unit, scale) in shown.items():
         sides = {side: [level for level in levels if level.times.get(key, {}).get(side)] for side in _SIDES}
         if any(len(own) > 1 for own in sides.values()):
-            pictures[title] = _latency(sides, key, title, unit, scale, called)
+            pictures[title] = _latency(sides, key, title, unit, scale, called, f"{name}-{key}")
     return pictures
 
 
@@ -244,12 +249,14 @@ def _heat_map(layers: Sequence[Layer], width: int, name: str, title: str, descri
         return finish(title, description, titles)
 
 
-def _latency(sides: dict[str, list[Level]], key: str, title: str, unit: str, scale: float, called: str) -> Picture:
+def _latency(
+    sides: dict[str, list[Level]], key: str, title: str, unit: str, scale: float, called: str, name: str
+) -> Picture:
     every = {level.label: level for own in sides.values() for level in own}
     labels = list(every)
     statistics = ("mean",) if key == "output_tokens_per_second" else ("p50", "p90")
     described = []
-    with drawn(350, 236, f"latency-{key}") as (figure, finish):
+    with drawn(350, 236, name) as (figure, finish):
         axes = figure.add_axes((0.13, 0.15, 0.64, 0.72))
         bare(axes)
         ends = []

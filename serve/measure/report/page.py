@@ -13,12 +13,13 @@ import jinja2
 from markupsafe import Markup
 
 from compress.version import version
-from serve.measure.report import charts, summary
+from serve.measure.report import charts, speed, summary
 from serve.measure.report.checkpoint import Checkpoint
 from serve.measure.report.drawing import Picture
 from serve.measure.report.quantities import bounds, gain, quantity
 from serve.measure.report.results import Result
-from serve.measure.report.summary import Commands, Row
+from serve.measure.report.rows import Row
+from serve.measure.report.summary import Commands
 
 _TEMPLATE = Path(__file__).parent / "template"
 MOST_LAYERS = 1000
@@ -64,15 +65,20 @@ class Page:
     ) -> None:
         self.checkpoint = checkpoint
         self.results = results
-        self.notes = [*notes, *checkpoint.warnings, *summary.undefined(results)]
+        self.notes = [
+            *notes,
+            *speed.not_at_the_top(results),
+            *checkpoint.warnings,
+            *summary.undefined(results),
+        ]
         self.commands = Commands(checkpoint)
-        self.latencies = summary.latencies(results)
+        self.latencies = speed.latencies(results)
         self.perplexity = summary.perplexity(results)
         self.agreement = summary.agreement(results)
         self.tasks = summary.tasks(results)
         self.accuracy = [row for row in (self.perplexity, *self.agreement, *self.tasks) if row]
         self.sizes = summary.sizes(results)
-        self.levels = summary.levels(results)
+        self.levels = speed.levels(results)
         self.memory = summary.memory(checkpoint, results)
         self.backends = summary.backends(results)
         self.kinds = summary.kinds(checkpoint.layers)
@@ -83,10 +89,10 @@ class Page:
 
     @functools.cached_property
     def tiles(self) -> list[Tile]:
-        speed, first = (next((r for r in self.latencies if r.key == key), None) for key in ("tpot", "ttft"))
+        token, first = (next((r for r in self.latencies if r.key == key), None) for key in ("tpot", "ttft"))
         weights = next((row for row in self.sizes if row.label == "weights in memory"), None)
         return [
-            _tile("Time per output token", speed, self.commands.bench),
+            _tile("Time per output token", token, self.commands.bench),
             _tile("Time to first token", first, self.commands.bench),
             _tile("Weights in memory", weights, self.commands.bench) if weights or not self.memory else self._stored(),
             _tile("Perplexity", self.perplexity, self.commands.evaluate),
@@ -113,14 +119,9 @@ class Page:
     def verdict(self) -> list[Part]:
         """The headline as a sentence, of measured figures only."""
         parts: list[list[Part]] = []
-        speed = next((row for row in self.latencies if row.key == "tpot" and row.ratio), None)
-        if speed and (faster := speed.times_as_fast):
-            if speed.verdict == "no difference":
-                parts.append([Part("It decodes as fast as the dense model, as far as this was measured")])
-            else:
-                parts.append(
-                    [Part("It decodes "), Part(f"{faster:.2f} times", faster), Part(" as fast as the dense model")]
-                )
+        token = next((row for row in self.latencies if row.key == "tpot" and row.ratio), None)
+        if token and (faster := token.times_as_fast):
+            parts.append(_decodes(token, faster))
         weights = next((row for row in self.sizes if row.label == "weights in memory" and row.ratio), None)
         if weights and weights.ratio:
             parts.append(
@@ -159,7 +160,7 @@ class Page:
                 else ", "
             )
             sentence += [Part(joint), *part]
-        missing = [what for what, row in (("speed", speed), ("perplexity", self.perplexity)) if row is None]
+        missing = [what for what, row in (("speed", token), ("perplexity", self.perplexity)) if row is None]
         end = (
             f". Its {' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not measured." if missing else "."
         )
@@ -277,15 +278,20 @@ class Page:
 
     @functools.cached_property
     def latency_pictures(self) -> list[Titled]:
-        families: dict[str, list[summary.Level]] = {}
+        families: dict[tuple[str, str], list[speed.Level]] = {}
         for level in self.levels:
             if level.number is not None:
-                families.setdefault(level.label.partition("=")[0], []).append(level)
+                families.setdefault((level.source, level.family), []).append(level)
         return [
-            Titled(title, picture)
-            for own in families.values()
-            for title, picture in charts.latency(own, self.called).items()
+            Titled(f"{title}, {source}" if self.several_sources else title, picture)
+            for number, ((source, _), own) in enumerate(families.items())
+            for title, picture in charts.latency(own, self.called, f"latency-{number}").items()
         ]
+
+    @property
+    def several_sources(self) -> bool:
+        """Whether the loads are of several files."""
+        return len({level.source for level in self.levels}) > 1
 
     @functools.cached_property
     def pareto(self) -> Picture | None:
@@ -327,6 +333,17 @@ class Page:
         )
 
 
+def _decodes(row: Row, faster: float) -> list[Part]:
+    """What the headline says of decoding: no more than the verdict on it carries, and first what failed."""
+    it = [Part(f"{row.failures}; it decodes ")] if row.failures else [Part("It decodes ")]
+    if row.verdict == "no difference":
+        return [*it, Part("as fast as the dense model, as far as this was measured")]
+    told = [*it, Part(f"{faster:.2f} times", faster), Part(" as fast as the dense model")]
+    if row.verdict not in ("better", "worse", "equal"):
+        told.append(Part(f", which does not show a difference yet ({row.why or 'it was measured too seldom'})"))
+    return told
+
+
 def _tile(title: str, row: Row | None, command: str) -> Tile:
     if row is None:
         return Tile(title, command)
@@ -337,10 +354,15 @@ def _tile(title: str, row: Row | None, command: str) -> Tile:
     number, text, unit = told
     assert row.dense is not None
     load = "" if row.unit == "bytes" else row.load
-    lines = [f"{quantity(row.value, row.unit)} against {quantity(row.dense, row.unit)}", bounds(row), load]
+    lines = [
+        f"{quantity(row.value, row.unit)} against {quantity(row.dense, row.unit)}",
+        row.failures,
+        bounds(row),
+        load,
+    ]
     if row.verdict == "no difference":
         lines.insert(1, "no difference that was measured")
-    tone = row.verdict if row.verdict in ("better", "worse") else ""
+    tone = row.verdict if row.verdict in ("better", "worse") and not row.failures else ""
     return Tile(title, command, number, text, unit, tuple(filter(None, lines)), tone)
 
 

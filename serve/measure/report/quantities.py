@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress.console import human_bytes
-from serve.measure.report.summary import Row, Unit
+from serve.measure.report.rows import Row, Unit
 
 
 def quantity(value: float, unit: Unit) -> str:

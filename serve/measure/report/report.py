@@ -52,8 +52,15 @@ def report(
     own = by_directory[main.directory]
     page = Page(main, own, [(other, by_directory[other.directory]) for other in others], left_out)
     text = page.render()
-    written = model_card.update(directory, page.headline) if card else None
+    new_card = model_card.prepare(directory, page.headline) if card else None
+    # The card comes last: a checkpoint is not changed by a report that could not be written.
     write_text(out, text)
+    if new_card is not None:
+        try:
+            new_card.write()
+        except BaseException:
+            out.unlink()  # so that the same command can be tried again
+            raise
     return {
         "kind": "report",
         "out": str(out),
@@ -66,5 +73,5 @@ def report(
         ],
         "not_measured": page.missing,
         "notes": page.notes,
-        "card": None if written is None else str(written),
+        "card": None if new_card is None else str(new_card.path),
     }  # fmt: skip

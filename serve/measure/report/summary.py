@@ -4,72 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from serve.measure.compare import own_interval
-from serve.measure.documents import Figure, Side
 from serve.measure.report.checkpoint import Checkpoint, Layer
 from serve.measure.report.results import Result
-from serve.measure.statistics import Interval
+from serve.measure.report.rows import Row, row_of
+from serve.measure.report.speed import latencies, load_of
 
-Unit = Literal["seconds", "bytes", "rate", "number", "share"]
-SINGLE_STREAM = "concurrency=1"
 _UNDER_LOAD = {"bytes.kv_cache", "peak_process_bytes", "peak_gpu_bytes"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A figure beside the dense model's.
-
-    Attributes:
-        dense: None where no dense model was measured beside it.
-        ratio: this / dense; ``interval``: the 95 % one of that, None with ``why``, which says why there is none.
-        own: the 95 % interval of the value itself, where it was sampled and there is no dense model.
-        load: what it was measured under, and ``source``: in which file.
-    """
-
-    label: str
-    unit: Unit
-    value: float
-    dense: float | None = None
-    ratio: float | None = None
-    interval: Interval | None = None
-    verdict: str | None = None
-    why: str | None = None
-    own: Interval | None = None
-    load: str = ""
-    source: str = ""
-    key: str = ""
-    """The figure's name, without its load and statistic: ``tpot``."""
-
-    @property
-    def times_as_fast(self) -> float | None:
-        """Of a duration: dense / this. Of a rate: this / dense."""
-        if not self.ratio:
-            return None
-        return self.ratio if self.unit == "rate" else 1 / self.ratio
-
-    @property
-    def speed_interval(self) -> tuple[float, float] | None:
-        if self.interval is None or self.unit == "rate":
-            return self.interval
-        return (1 / self.interval.high, 1 / self.interval.low) if self.interval.low > 0 else None
-
-
-@dataclass(frozen=True)
-class Level:
-    """What was measured at one load: latencies by name and statistic, for each model by name (``dense``, ``sparse``)."""
-
-    label: str
-    number: float | None
-    """How many requests at once, or a second; None of a trace."""
-    times: dict[str, dict[str, dict[str, float]]]
-    rows: list[Row] = field(default_factory=list)
-    requests: dict[str, Any] = field(default_factory=dict)
-    errors: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,7 +92,7 @@ class Commands:
 
 def perplexity(results: Iterable[Result]) -> Row | None:
     """Of the first result that has one, one with a dense model beside it before others."""
-    rows = [row for result in results if (row := _row(result, "perplexity", "perplexity", "number", _text(result)))]
+    rows = [row for result in results if (row := row_of(result, "perplexity", "perplexity", "number", _text(result)))]
     return min(rows, key=lambda row: row.dense is None, default=None)
 
 
@@ -155,8 +100,8 @@ def agreement(results: Iterable[Result]) -> list[Row]:
     """How far it says the same as the dense model."""
     for result in results:
         rows = [
-            _row(result, "agreement.top1", "same likeliest token as dense", "share", _text(result)),
-            _row(result, "agreement.kl", "KL(dense || this), nats a token", "number", _text(result)),
+            row_of(result, "agreement.top1", "same likeliest token as dense", "share", _text(result)),
+            row_of(result, "agreement.kl", "KL(dense || this), nats a token", "number", _text(result)),
         ]
         if found := [row for row in rows if row]:
             return found
@@ -171,19 +116,9 @@ def tasks(results: Iterable[Result]) -> list[Row]:
             shots = "" if task.get("few_shot") is None else f", {task['few_shot']}-shot"
             load = f"{task['examples']:,} examples{shots}"
             rows += [
-                _row(result, f"{name}.{metric}", f"{name}, {metric}", "number", load) for metric in task["metrics"]
+                row_of(result, f"{name}.{metric}", f"{name}, {metric}", "number", load) for metric in task["metrics"]
             ]
     return [row for row in rows if row]
-
-
-def latencies(results: Iterable[Result]) -> list[Row]:
-    """Time to first token and per output token under the lightest load, the load being named in each row."""
-    rows = []
-    for name, label in (("ttft", "time to first token"), ("tpot", "time per output token")):
-        found = [row for result in results if (row := _latency(result, name, label))]
-        if found:
-            rows.append(min(found, key=lambda row: row.dense is None))
-    return rows
 
 
 def sizes(results: Iterable[Result]) -> list[Row]:
@@ -195,20 +130,11 @@ def sizes(results: Iterable[Result]) -> list[Row]:
     rows: dict[str, Row] = {}
     for result in results:
         for name, label in labels.items():
-            load = _bench_load(result) if name in _UNDER_LOAD else ""
-            row = _row(result, name, label, "bytes", load)
+            load = load_of(result) if name in _UNDER_LOAD else ""
+            row = row_of(result, name, label, "bytes", load)
             if row and row.value and (name not in rows or (rows[name].dense is None and row.dense is not None)):
                 rows[name] = row
     return [rows[name] for name in labels if name in rows]
-
-
-def levels(results: Iterable[Result]) -> list[Level]:
-    """The loads of the benches that had several, lightest first."""
-    found: dict[str, Level] = {}
-    for result in results:
-        for label in result.measured.entry.get("loads") or {}:
-            found.setdefault(label, _level(result, label))
-    return sorted(found.values(), key=lambda level: (level.label.partition("=")[0], level.number or 0.0))
 
 
 def undefined(results: Iterable[Result]) -> list[str]:
@@ -335,74 +261,6 @@ def _protocol(result: Result) -> Any:
     return result.measured.protocol.get("text" if result.kind == "eval" else "load")
 
 
-def _row(result: Result, name: str, label: str, unit: Unit, load: str) -> Row | None:
-    figure = result.measured.figures.get(name)
-    if figure is None:
-        return None
-    key = name.removesuffix(f".{figure.statistic}").rpartition(".")[2]
-    shared: dict[str, Any] = {"load": load, "source": str(result.path), "key": key}
-    other = result.dense.figures.get(name) if result.dense else None
-    if other is None:
-        own = own_interval(figure) if figure.sampled else None
-        return Row(label, unit, figure.value, own=own, **shared)
-    found = result.beside_dense[name]
-    return Row(
-        label, unit, figure.value, other.value, found["ratio"], found["interval"] if figure.sampled else None,
-        found["verdict"], found.get("why"), **shared,
-    )  # fmt: skip
-
-
-def _latency(result: Result, name: str, label: str) -> Row | None:
-    if result.kind != "bench":
-        return None
-    labels = list(result.measured.entry.get("loads") or {})
-    if not labels:
-        return _row(result, f"{name}.p50", label, "seconds", _bench_load(result))
-    level = SINGLE_STREAM if SINGLE_STREAM in labels else labels[0]
-    return _row(result, f"{_prefix(labels, level)}{name}.p50", label, "seconds", f"{_bench_load(result)}, {level}")
-
-
-def _prefix(labels: Iterable[str], label: str) -> str:
-    """What comes before the names of a load's figures (`documents`): nothing where there is only one load."""
-    return f"{label}." if len(list(labels)) > 1 else ""
-
-
-def _level(result: Result, label: str) -> Level:
-    sides = {"sparse": result.measured, **({"dense": result.dense} if result.dense else {})}
-    times: dict[str, dict[str, dict[str, float]]] = {}
-    for name in ("ttft", "tpot", "output_tokens_per_second"):
-        for key, side in sides.items():
-            prefix = _prefix(side.entry.get("loads") or {}, label)
-            times.setdefault(name, {})[key] = dict(_statistics(side, prefix + name))
-    entries = {key: (side.entry.get("loads") or {}).get(label) or {} for key, side in sides.items()}
-    shown: tuple[tuple[str, str, Unit], ...] = (
-        ("ttft.p50", "time to first token", "seconds"),
-        ("tpot.p50", "time per output token", "seconds"),
-        ("output_tokens_per_second", "output tokens a second", "rate"),
-    )
-    prefix = _prefix(result.measured.entry.get("loads") or {}, label)
-    rows = [_row(result, prefix + name, said, unit, label) for name, said, unit in shown]
-    try:
-        number = float(label.partition("=")[2])
-    except ValueError:
-        number = None
-    return Level(
-        label, number, times, [row for row in rows if row],
-        {key: entry.get("requests") for key, entry in entries.items()},
-        {key: entry.get("errors") for key, entry in entries.items()},
-    )  # fmt: skip
-
-
-def _statistics(side: Side, prefix: str) -> Iterator[tuple[str, float]]:
-    rate = side.figures.get(prefix)
-    if rate is not None:  # a rate is one figure, the median over the rounds
-        yield "mean", rate.value
-    for statistic in ("mean", "p50", "p90", "p99"):
-        figure: Figure | None = side.figures.get(f"{prefix}.{statistic}")
-        if figure is not None:
-            yield statistic, figure.value
-
-
 def _text(result: Result) -> str:
     """The protocol of an evaluation in words."""
     protocol = result.document.get("protocol") or {}
@@ -411,16 +269,3 @@ def _text(result: Result) -> str:
     text = Path(str(protocol.get("text", "?"))).name
     through = ", through the endpoint" if result.document.get("through") == "endpoint" else ""
     return f"{text}, {protocol.get('windows', '?')} windows of {protocol.get('length', '?')} tokens{through}"
-
-
-def _bench_load(result: Result) -> str:
-    """The load of a bench in words."""
-    if result.kind != "bench":
-        return ""
-    load = result.document["load"]
-    words = {"prompt": "prompt of {}", "output": "{} tokens out", "batch": "batch of {}", "rounds": "{} rounds"}
-    parts = [
-        how.format(load[name]) for name, how in words.items() if name in load and (name, load[name]) != ("batch", 1)
-    ]
-    through = ["through the endpoint"] if result.document.get("through") == "endpoint" else []
-    return ", ".join([*(str(load[name]) for name in ("engine",) if name in load), *parts, *through])

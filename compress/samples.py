@@ -1,0 +1,52 @@
+"""The calibration samples of a run: text or images, as many as the recipe and the model want."""
+
+from __future__ import annotations
+
+from compress import calibration, vision
+from compress.architecture import reads_images
+from compress.blocks import BlockModel
+from compress.calibration import CalibrationSet
+from compress.decisions import widest
+from compress.errors import CalibrationError, RecipeError, SourceError
+from compress.recipe import Recipe
+from compress.sources import load_tokenizer
+
+
+def choose_samples(
+    model: BlockModel, recipe: Recipe, decisions: dict[str, str | None]
+) -> tuple[CalibrationSet, Recipe]:
+    """Reads the samples; with the recipe that says how many there are, which gives the same ones again.
+
+    Args:
+        decisions: for every linear None if it is pruned.
+
+    Raises:
+        HalveError: they cannot be read, there are too few, or they do not belong to the model.
+    """
+    source = model.source
+    if reads_images(source.config):
+        if recipe.distill:
+            raise RecipeError("distill learns from the logits of a language model, and this is an image classifier")
+        images = vision.load_images(recipe.calibration, source.directory, samples=recipe.windows, seed=recipe.seed)
+        return images, recipe
+    limit = source.config.get("max_position_embeddings") or source.config.get("n_positions")
+    if isinstance(limit, int) and recipe.length > limit:
+        raise CalibrationError(f"the model reads at most {limit} tokens; --length {recipe.length} is more than that")
+    fitted = recipe.fitted_to(widest(model, decisions))
+    windows = calibration.load_windows(
+        recipe.calibration,
+        load_tokenizer(source.directory),
+        samples=fitted.windows,
+        length=recipe.length,
+        seed=recipe.seed,
+        at_least=recipe.windows,
+    )
+    vocabulary = source.config.get("vocab_size")
+    if isinstance(vocabulary, int) and int(windows.max()) >= vocabulary:
+        raise SourceError(
+            f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together"
+        )
+    count = len(windows)
+    return calibration.text_set(windows), fitted.with_samples(
+        min(fitted.samples, count), fitted.training_samples and count
+    )
