@@ -286,7 +286,7 @@ def test_a_round_in_which_nothing_was_good_on_either_side(write: Any) -> None:
 
 def test_the_table_shows_what_only_one_side_has(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("compress.console.out._width", 120)
-    document = bench(1, shapes={"concurrency=4": {"requests": REQUESTS}})
+    document = bench(1, shapes={"concurrency=4": {"requests": REQUESTS, "prompt": 128, "output": 32}})
     dense, sparse = (document["models"][name]["loads"]["concurrency=4"] for name in ("dense", "sparse"))
     del sparse["tpot_seconds"], dense["itl_seconds"]
     sparse["ttft_seconds"] |= {"p90": None, "p99": None}
