@@ -6,13 +6,15 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, Self
 
 import psutil
 
@@ -34,7 +36,9 @@ class ServerProcess(ABC):
     """Runs a server for as long as a ``with`` block lasts; it is ready when the block begins.
 
     Its output goes to a file that ends with it; `log` has the text, also afterwards. It leads a process group, so that
-    its workers end with it. It reads a pipe whose other end closes when this process dies, however it dies.
+    its workers end with it. SIGTERM to this process, which would end it at once, ends the block instead, and so the server.
+    Its standard input is a pipe whose other end closes when this process dies, however it dies: halve's own server looks at
+    that, others do not, and outlive a parent that is killed by SIGKILL.
 
     A subclass says in `_find` how the server is known to be ready. Raises `HalveError` with the end of the log where it
     ends before that, or is not ready in time.
@@ -43,6 +47,7 @@ class ServerProcess(ABC):
     def __init__(self, command: Sequence[str], environment: dict[str, str], *, name: str, timeout: float) -> None:
         self._command, self._environment, self._name, self._timeout = list(command), environment, name, timeout
         self._file: Path | None = None
+        self._before: _Handler = None
         self._said = ""
         self.base_url = ""
         self.model = ""
@@ -69,6 +74,7 @@ class ServerProcess(ABC):
             return []
 
     def __enter__(self) -> Self:
+        self._before = _unwind_on_terminate()
         descriptor, name = tempfile.mkstemp(prefix="halve-server-", suffix=".log")
         self._file = Path(name)
         with os.fdopen(descriptor, "wb") as log:  # the process keeps its own
@@ -83,6 +89,7 @@ class ServerProcess(ABC):
                 )
             except BaseException:
                 self._close_log()
+                _restore(self._before)
                 raise
         try:
             self._wait_until_ready()
@@ -123,9 +130,34 @@ class ServerProcess(ABC):
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._close_log()
+        _restore(self._before)
         return code
 
     def _close_log(self) -> None:
         if self._file is not None:
             self._said, file, self._file = self.log, self._file, None
             file.unlink(missing_ok=True)
+
+
+_Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+def _unwind_on_terminate() -> _Handler:
+    """Lets SIGTERM raise SystemExit, unless somebody handles it already; returns what is to be restored, None for nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        return None  # (only the main thread may set handlers, and only it gets them)
+    before = signal.getsignal(signal.SIGTERM)
+    if before != signal.SIG_DFL:
+        return None
+    signal.signal(signal.SIGTERM, _unwind)
+    return before
+
+
+def _restore(before: _Handler) -> None:
+    if before is not None:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the clean-up
+    sys.exit(128 + number)

@@ -1,0 +1,94 @@
+"""Servers of other programs end with what started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+
+from serve.engines.process import Address, ServerProcess
+from tests.runs import ROOT, environment
+
+SCRIPT = """
+import os, sys, time
+from serve.engines.process import Address, ServerProcess
+
+READY = sys.argv[1] == "ready"
+
+class Deaf(ServerProcess):
+    def _find(self):
+        print(self.pid, flush=True)
+        return Address("http://127.0.0.1:1/v1", "m") if READY else None
+
+worker = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); time.sleep(600)"
+with Deaf([sys.executable, "-c", worker], dict(os.environ), name="deaf", timeout=600):
+    time.sleep(600)
+"""
+
+
+class Ready(ServerProcess):
+    def _find(self) -> Address | None:
+        return Address("http://127.0.0.1:1/v1", "m")
+
+
+def sleeper() -> Ready:
+    return Ready([sys.executable, "-c", "import time; time.sleep(600)"], dict(os.environ), name="sleeper", timeout=60)
+
+
+@pytest.mark.parametrize("moment", ["ready", "starting"])
+def test_terminated_parent_leaves_no_server(moment: str) -> None:
+    """One that reads no pipe, and its worker; while it is waited for, and afterwards."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, moment], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as parent:
+        try:
+            assert parent.stdout is not None
+            server = psutil.Process(int(parent.stdout.readline()))
+            while not (workers := server.children()):
+                pass
+            parent.send_signal(signal.SIGTERM)
+            assert parent.wait(60) == 128 + signal.SIGTERM
+        finally:
+            parent.kill()
+    gone, left = psutil.wait_procs([server, *workers], timeout=10)
+    assert (len(gone), left) == (2, [])
+
+
+def test_the_handler_is_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with sleeper():
+            inside = signal.getsignal(signal.SIGTERM)
+            with sleeper():
+                assert signal.getsignal(signal.SIGTERM) is inside
+            assert signal.getsignal(signal.SIGTERM) is inside
+        assert inside != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        own = signal.signal(signal.SIGTERM, lambda *_: None)
+        assert own == signal.SIG_DFL
+        with sleeper():
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, inside)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_another_thread_may_start_one() -> None:
+    failures: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            with sleeper() as server:
+                assert server.processes()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert not failures
