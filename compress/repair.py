@@ -21,25 +21,23 @@ than before it.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from compress import remask
-from compress.architecture import LinearModule, join_names, linears_of, oriented, shape_of
+from compress.architecture import join_names
 from compress.blocks import BlockModel
+from compress.course import Course
 from compress.errors import NumericalError, RecipeError
 from compress.methods import Options
-from compress.norms import norms_of
 from compress.patterns import NMPattern, Pattern
 from compress.seeds import named_seed
-from compress.training import MaskedAdam, Trainable, autocast, precision
+from compress.training import MaskedAdam
 
 HELD_OUT = 0.1
 """Share of the calibration batches that nothing is fitted to."""
@@ -139,7 +137,7 @@ def repair_block(
     if not held_out:
         status = "not repaired: a single calibration window leaves none to hold out"
         return Repaired({"name": name, "status": status, "warning": f"{status}; raise --samples"}, set())
-    course = _Course(model, index, masks, inputs, targets, held_out)
+    course = Course(model, index, masks, inputs, targets, held_out)
     passes, notes = _passes(options.passes, course.tokens, course.widest)
     generator = torch.Generator().manual_seed(named_seed(seed, f"{name}:repair"))
     before = best = course.held_out_error()
@@ -206,7 +204,7 @@ class _Pass:
 
 
 def _train(
-    course: _Course, passes: int, rate: float, clip: float, best: float, generator: torch.Generator
+    course: Course, passes: int, rate: float, clip: float, best: float, generator: torch.Generator
 ) -> Iterator[_Pass]:
     """Trains a block pass after pass; when it ends, whatever ended it, the block is in its best state.
 
@@ -237,7 +235,7 @@ def _train(
 
 
 def _round(
-    course: _Course,
+    course: Course,
     m: int,
     best: float,
     options: RepairOptions,
@@ -267,141 +265,6 @@ def _round(
             course.set_state(before)
     tell(min(error, best))
     return {**record, "held_out_error": error, "kept": kept}, steps
-
-
-class _Course:
-    """A float32 copy of a block, its trainable parameters, and its error."""
-
-    def __init__(
-        self,
-        model: BlockModel,
-        index: int,
-        masks: Mapping[str, Tensor],
-        inputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        held_out: int,
-    ) -> None:
-        self._model, self._index = model, index
-        self._inputs, self._targets = inputs, targets
-        self.fitted = range(len(inputs) - held_out)
-        self._held_out = range(len(inputs) - held_out, len(inputs))
-        self._original = model.blocks[index]
-        self._block = copy.deepcopy(self._original).float()
-        self._precision = precision(model.dtype, model.device)
-        self._pruned = {n: m for n, m in linears_of(self._block, model.block_name(index)).items() if n in masks}
-        self._norms = norms_of(self._block, lambda: self._output(0))
-        self._set_masks(masks)
-        for trainable in self.parameters.values():
-            trainable.parameter.requires_grad_(True)
-        self.tokens = sum(inputs[batch].shape[:-1].numel() for batch in self.fitted)
-        self.widest = max(shape_of(module)[1] for module in self._pruned.values())
-
-    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        self.masks = dict(masks)
-        self.parameters = _trainable(self._block, self._pruned, self.masks, self._norms)
-
-    def _output(self, batch: int) -> Tensor:
-        return _run(self._model, self._index, batch, self._inputs[batch], self._block, self._precision)
-
-    def loss(self, batch: int) -> Tensor:
-        with torch.enable_grad():
-            return relative_error(self._output(batch), self._targets[batch].to(self._model.device)).mean()
-
-    def held_out_error(self) -> float:
-        return self.error(self._held_out)
-
-    @torch.no_grad()
-    def error(self, batches: Iterable[int]) -> float:
-        """The mean over the tokens of some batches."""
-        errors = [
-            relative_error(self._output(batch), self._targets[batch].to(self._model.device)).flatten()
-            for batch in batches
-        ]
-        return float(torch.cat(errors).mean())
-
-    def state(self) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Masks, and copies of all values."""
-        return self.masks, [trainable.parameter.detach().clone() for trainable in self.parameters.values()]
-
-    def set_state(self, state: tuple[dict[str, Tensor], list[Tensor]]) -> None:
-        """Back to what `state` gave."""
-        masks, values = state
-        self._set_masks(masks)
-        with torch.no_grad():
-            for trainable, value in zip(self.parameters.values(), values, strict=True):
-                trainable.parameter.copy_(value)
-
-    def exchange(self, m: int, share: float, generator: torch.Generator) -> tuple[int, int]:
-        """Exchanges kept weights for pruned ones where that promises most; how many groups there are, and of how many the mask
-        is another one now."""
-        order = torch.randperm(len(self.fitted), generator=generator).tolist()
-        half = -(-len(order) // 2)
-        finding, judging = (
-            remask.sensitivities(
-                self._pruned,
-                m,
-                batches,
-                self._output,
-                lambda batch: self._targets[batch].to(self._model.device),
-                relative_error,
-                generator,
-            )
-            for batches in (order[:half], order[half:])
-        )
-        names = finding.keys() & judging.keys()
-        renewed = dict(self.masks)
-        with torch.no_grad():
-            weights = {
-                name: oriented(self._pruned[name].weight, self._pruned[name]) for name in self._pruned if name in names
-            }
-            masks = {name: oriented(self.masks[name], self._pruned[name]) for name in weights}
-            found = {name: remask.exchanges(weights[name], masks[name], finding[name]) for name in weights}
-            changes = {name: remask.predicted(weights[name], found[name], judging[name]) for name in weights}
-            chosen = remask.chosen(changes, share) if changes else {}
-            for name, groups in chosen.items():
-                module = self._pruned[name]
-                weight, mask = remask.exchanged(weights[name], masks[name], found[name], groups)
-                module.weight.copy_(oriented(weight, module))
-                renewed[name] = oriented(mask, module)
-        self._set_masks(renewed)
-        return sum(groups.numel() for groups in chosen.values()), sum(int(groups.sum()) for groups in chosen.values())
-
-    def write_back(self) -> None:
-        """The trained values go into the block itself, rounded once."""
-        with torch.no_grad():
-            for name, value in self._original.named_parameters():
-                if name in self.parameters:
-                    value.copy_(self.parameters[name].parameter)
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """‖output − target‖² / ‖target‖² of each token, [batch, length] float32."""
-    target = target.float()
-    energy = target.square().sum(dim=-1)
-    return (output.float() - target).square().sum(dim=-1) / energy.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _trainable(
-    block: nn.Module, pruned: Mapping[str, LinearModule], masks: Mapping[str, Tensor], norms: set[nn.Module]
-) -> dict[str, Trainable]:
-    """The parameters that are trained, by their names in the block; each once."""
-    weights = {id(module.weight): masks[name] for name, module in pruned.items()}
-    others = {id(p) for module in (*pruned.values(), *norms) for p in module.parameters(recurse=False)}
-    return {
-        name: Trainable(parameter, weights.get(id(parameter)))
-        for name, parameter in block.named_parameters()
-        if id(parameter) in others
-    }
-
-
-def _run(
-    model: BlockModel, index: int, batch: int, states: Tensor, block: nn.Module, low: torch.dtype | None
-) -> Tensor:
-    """The output of a float32 copy of a block, its matrix products in ``low``."""
-    with autocast(model.device, low):
-        output = model.run_copy(index, batch, states, block, torch.float32)
-    assert output is not None, "no hook ends this pass"
-    return output
 
 
 def _passes(asked: int, tokens: int, widest: int) -> tuple[int, dict[str, Any]]:

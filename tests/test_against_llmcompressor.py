@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import against_llmcompressor as comparison
+from benchmarks import llmcompressor_runs as runs_of
 from tests import tiny_models
 
 
@@ -38,7 +39,7 @@ def change(directory: Path, name: str, value: torch.Tensor | None) -> None:
 
 def test_check_accepts_what_is_2_4(dense_and_pruned: tuple[Path, Path]) -> None:
     dense, pruned = dense_and_pruned
-    assert comparison.check_24(pruned, dense) == {"block_linears": 14, "sparsity": 0.5}
+    assert runs_of.check_24(pruned, dense) == {"block_linears": 14, "sparsity": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -55,32 +56,32 @@ def test_check_refuses(
 ) -> None:
     dense, pruned = dense_and_pruned
     change(pruned, name, value)
-    with pytest.raises(comparison.Failure, match=message):
-        comparison.check_24(pruned, dense)
+    with pytest.raises(runs_of.Failure, match=message):
+        runs_of.check_24(pruned, dense)
 
 
 def test_other_windows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(comparison.Failure, match="does not say which windows"):
-        comparison.check_windows(tmp_path, "ab")
+    with pytest.raises(runs_of.Failure, match="does not say which windows"):
+        runs_of.check_windows(tmp_path, "ab")
     (tmp_path / "recipe.yaml").write_text("recipe: {seed: 0}\ncalibration: {tokens: 512, sha256: ab}\n")
-    comparison.check_windows(tmp_path, "ab")
-    with pytest.raises(comparison.Failure, match="other windows"):
-        comparison.check_windows(tmp_path, "cd")
+    runs_of.check_windows(tmp_path, "ab")
+    with pytest.raises(runs_of.Failure, match="other windows"):
+        runs_of.check_windows(tmp_path, "cd")
 
 
 def test_a_failing_child_is_explained(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; sys.exit('out of luck')"]
-    with pytest.raises(comparison.Failure, match=r"(?s)the side ended with exit code 1.*out of luck"):
-        comparison.run(command, tmp_path / "child.log", {}, "the side")
+    with pytest.raises(runs_of.Failure, match=r"(?s)the side ended with exit code 1.*out of luck"):
+        runs_of.run(command, tmp_path / "child.log", {}, "the side")
 
 
 def test_a_child_is_measured_and_its_json_read(tmp_path: Path) -> None:
     code = "b = b'x' * 200_000_000; print('noise'); print('{\"seconds\": 1.5}')"
-    finished = comparison.run([sys.executable, "-c", code], tmp_path / "child.log", {}, "the side")
+    finished = runs_of.run([sys.executable, "-c", code], tmp_path / "child.log", {}, "the side")
     assert finished.peak_rss_bytes > 200_000_000
-    assert comparison.last_json(finished, "it", "seconds") == {"seconds": 1.5}
-    with pytest.raises(comparison.Failure, match="has no perplexity"):
-        comparison.last_json(finished, "it", "perplexity")
+    assert runs_of.last_json(finished, "it", "seconds") == {"seconds": 1.5}
+    with pytest.raises(runs_of.Failure, match="has no perplexity"):
+        runs_of.last_json(finished, "it", "perplexity")
 
 
 def test_ratios_pair_the_rounds(tmp_path: Path) -> None:

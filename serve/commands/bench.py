@@ -197,9 +197,9 @@ def _bench_in_process(
 
 
 def _bench_kernels(directory: Path, device: str, budget: float, as_json: bool) -> None:
+    from serve.measure import model_kernels
     from serve.measure.advice_text import print_kernels
-    from serve.measure.advise import kernels_document
 
     with progress_bar("measuring") as progress:
-        document = kernels_document(directory, device=device, budget=budget, progress=progress)
+        document = model_kernels.document(directory, device=device, budget=budget, progress=progress)
     emit(document, as_json, lambda: print_kernels(document))

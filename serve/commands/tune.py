@@ -24,11 +24,13 @@ def tune(
     shape is slower 2:4 at every number of sequences up to 64 is expanded then. The layers that vLLM makes of several are
     measured, too. `halve serve --tune` does it before it loads a model.
     """
+    from serve.measure import model_kernels
     from serve.measure.advice_text import print_kernels
-    from serve.measure.advise import kernels_document
 
     with progress_bar("measuring") as progress:
-        document = kernels_document(model, device=device, budget=budget, fresh=again, fused=True, progress=progress)
+        document = model_kernels.document(
+            model, device=device, budget=budget, fresh=again, fused=True, progress=progress
+        )
 
     def human() -> None:
         print_kernels(document)

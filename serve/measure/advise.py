@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -22,28 +22,20 @@ from compress.errors import OutputError, UsageError
 from compress.presets import PRESETS
 from compress.recipe import Recipe
 from serve.kernels import choose
-from serve.measure import effort, estimate, gpus, kernel_table, shallow, shapes, table_cache, tuned
+from serve.measure import effort, estimate, gpus, kernel_table, model_kernels, shallow, shapes, verdict
 from serve.measure.environment import environment, processor
-from serve.measure.kernel_table import ROWS, WINS, Entry, Shape
+from serve.measure.kernel_table import Entry, Shape
+from serve.measure.model_kernels import Progress, rows_of, shapes_of
 from serve.measure.shallow import Load
-from serve.measure.shapes import Layers, ModelShape
+from serve.measure.shapes import ModelShape
 from serve.measure.speed import ratio
+from serve.measure.verdict import Timed
 
 USABLE = 0.9
 """Of a device's memory: the rest is for activations, workspaces and the runtime."""
 
 _OF_BUDGET = 0.4  # for the kernel table; the rest is for the blocks
 _FORMS = ("dense", "sparse")
-
-Progress = Callable[[int, int, str], None]
-
-
-class Timed(NamedTuple):
-    """A layer: how many times as fast it is packed, and its seconds."""
-
-    ratio: float
-    dense: float
-    sparse: float
 
 
 Table = dict[Shape, dict[int, Timed]]
@@ -120,7 +112,9 @@ def advise(
         else:
             assert place.here is not None
             seconds = budget * _OF_BUDGET if measured else 0.0
-            entries, said = kernels(shape, load=load, device=place.here, budget=seconds, fresh=False, progress=progress)
+            entries, said = model_kernels.kernels(
+                shape, load=load, device=place.here, budget=seconds, fresh=False, progress=progress
+            )
             notes += said
             for entry in entries:
                 found = Timed(entry.ratio.median, entry.dense_seconds, entry.sparse_seconds)
@@ -136,7 +130,7 @@ def advise(
                 ]
     memory = _memory(shape, load, place)
     pruning = {} if refusal is not None else _pruning(shape, place, measured, recipes)
-    layers = [_layer(layers, load, timed.get(layers.shape, {})) for layers in shape.layers]
+    layers = [verdict.of_layer(layers, load, timed.get(layers.shape, {})) for layers in shape.layers]
     document = {
         "kind": "advice",
         "basis": "measured" if measured else "estimate",
@@ -158,7 +152,7 @@ def advise(
         "kernels": kernel_table.document_of(entries),
         "notes": notes,
     }
-    return {**document, "verdict": _verdict(document, refusal)}
+    return {**document, "verdict": verdict.of_model(document, refusal)}
 
 
 def _pruning(
@@ -174,61 +168,6 @@ def _pruning(
     if recipes is None:
         recipes = {name: Recipe.create(**preset.fields) for name, preset in PRESETS.items()}
     return {name: effort.estimate(shape, recipe, rates) for name, recipe in recipes.items()}
-
-
-def kernels(
-    model: ModelShape,
-    *,
-    device: torch.device,
-    budget: float,
-    load: Load | None = None,
-    fresh: bool = True,
-    fused: bool = False,
-    progress: Progress = lambda done, total, text: None,
-) -> tuple[list[Entry], list[str]]:
-    """The kernel table of a model's shapes: from this machine's own, and what is missing there measured and added to it.
-
-    Args:
-        load: the rows of x that matter most are its; without one all of `ROWS` do.
-        fresh: measures everything anew.
-        fused: also the layers that vLLM makes of several.
-
-    Returns:
-        The entries, and what there is to say about them.
-    """
-    identity = table_cache.Identity.of(device)
-    dtype = kernel_table.dtype_name(model.dtype)
-    known, why = table_cache.load(identity)
-    said = [why] if why else []
-    wanted = [(shape, rows) for shape in _shapes(model, fused) for rows in (_rows(load) if load else ROWS)]
-    found = {} if fresh else {key: e for key in wanted if (e := table_cache.find(known, *key, dtype))}
-    missing = [key for key in wanted if key not in found]
-    if missing and budget > 0:
-        new, skipped = kernel_table.measure(missing, dtype=model.dtype, device=device, budget=budget, progress=progress)
-        found.update({(entry.shape, entry.rows): entry for entry in new})
-        if new and (problem := table_cache.save(identity, new)):
-            said.append(problem)
-        if skipped:
-            said.append(
-                f"{len(skipped)} of {len(wanted)} shapes and row counts were not measured: the budget of {budget:.0f} s is spent"
-            )
-    if dates := sorted({entry.date for key, entry in found.items() if key not in missing}):
-        said.append(
-            f"kernel times of {' to '.join(dict.fromkeys((dates[0], dates[-1])))} are from {table_cache.path_of(identity)}"
-        )
-    return [found[key] for key in wanted if key in found], said
-
-
-def _shapes(model: ModelShape, fused: bool = False) -> list[Shape]:
-    """Of what can be pruned, the largest first: they decide most."""
-    return sorted(
-        {layers.shape for layers in (*model.prunable, *(model.fused if fused else ()))}, key=lambda s: (-s.n * s.k, s)
-    )
-
-
-def _rows(load: Load) -> list[int]:
-    """Those of the load first."""
-    return list(dict.fromkeys((load.batch, load.batch * load.prompt, *ROWS)))
 
 
 def _require_room(model: ModelShape, load: Load) -> None:
@@ -255,7 +194,7 @@ def _refusal(model: ModelShape, place: Place) -> str | None:
 
 
 def _require_entries(model: ModelShape, load: Load, timed: Table) -> None:
-    for shape in _shapes(model):
+    for shape in shapes_of(model):
         for rows in (load.batch, load.batch * load.prompt):
             if rows not in timed.get(shape, {}):
                 raise UsageError(
@@ -339,111 +278,13 @@ def _memory(model: ModelShape, load: Load, place: Place) -> dict[str, Any]:
 
 def _from_roofline(roofline: gpus.Roofline, model: ModelShape, load: Load) -> Table:
     timed: Table = {}
-    for shape in _shapes(model):
-        for rows in _rows(load):
+    for shape in shapes_of(model):
+        for rows in rows_of(load):
             dense, sparse = (
                 roofline.layer(shape, rows, model.dtype.itemsize, packed=packed) for packed in (False, True)
             )
             timed.setdefault(shape, {})[rows] = Timed(dense / sparse, dense, sparse)
     return timed
-
-
-def _layer(layers: Layers, load: Load, timed: Mapping[int, Timed]) -> dict[str, Any]:
-    """One place in the blocks: how much faster at each number of rows, where that begins and ends, and whether it is worth
-    it, that is, whether it is faster over a whole request."""
-    decode, prefill = timed.get(load.batch), timed.get(load.batch * load.prompt)
-    found: dict[str, Any] = {
-        "name": layers.name,
-        "n": layers.shape.n,
-        "k": layers.shape.k,
-        "count": layers.count,
-        "ratios": {str(rows): timed[rows].ratio for rows in sorted(timed)},
-        "wins_at_rows": [rows for rows in sorted(timed) if timed[rows].ratio >= WINS],
-        "loses_at_rows": [rows for rows in sorted(timed) if timed[rows].ratio < WINS],
-    }
-    if layers.why_dense is not None:
-        return {**found, "worth": False, "reason": layers.why_dense}
-    if decode is None:
-        return {**found, "worth": None, "reason": f"not measured at {load.batch} rows"}
-    parts = [(decode, load.output - 1), (prefill, 1)] if prefill else [(decode, 1)]
-    gain = sum(part.dense * times for part, times in parts) / sum(part.sparse * times for part, times in parts)
-    over = "a request" if prefill else "decoding (the prompt was not measured)"
-    return {**found, "worth": gain >= WINS, "reason": f"{gain:.2f} times as fast over {over}"}
-
-
-def _verdict(document: Mapping[str, Any], refusal: str | None) -> dict[str, Any]:
-    """Whether to prune, in a headline, and the reasons."""
-    memory, speedup = document["memory"], document["speedup"]
-    fits, name = memory["fits"], document["device"]["name"]
-    reasons: list[str] = []
-    if refusal is not None:
-        if fits["sparse"] and not fits["dense"] and memory["freed_bytes"]:
-            reasons.append(
-                "packed it would fit, and dense it does not; but each layer is expanded whenever it multiplies"
-            )
-        return {"prune": False, "headline": f"don't prune: {refusal}", "reasons": reasons}
-    if not fits["sparse"]:
-        return {
-            "prune": False,
-            "headline": f"don't prune for this device: {name} holds neither the dense model nor 2:4",
-            "reasons": reasons,
-        }
-    assert speedup is not None
-    request = speedup["request"]["median"]
-    changes = [
-        f"{label} {_change(speedup[key]['median'])}"
-        for label, key in (("time per output token", "tpot"), ("time to first token", "ttft"))
-    ]
-    reasons.append(", ".join(changes))
-    if not fits["dense"]:
-        return {"prune": True, "headline": f"prune: does not fit dense, fits 2:4 (on {name})", "reasons": reasons}
-    if request < WINS:
-        saved = memory["freed_bytes"] / 1e9
-        reasons.append(f"2:4 would still free {saved:.2f} GB; the accuracy that it costs has to be worth that")
-        headline = (
-            f"don't prune for speed: a request would be {request:.2f} times as fast, and less than {WINS} is noise"
-        )
-        return {"prune": False, "headline": headline, "reasons": reasons}
-    not_worth = sorted({layer["name"] for layer in document["layers"] if layer["worth"] is False})
-    if not_worth:
-        reasons.append(f"leave dense, they gain nothing: {', '.join(not_worth)}")
-    return {"prune": True, "headline": f"prune: a request would be {request:.2f} times as fast", "reasons": reasons}
-
-
-def _change(faster: float) -> str:
-    return f"{faster:.2f} times as fast"
-
-
-def kernels_document(
-    directory: Any, *, device: str, budget: float, progress: Progress, fresh: bool = True, fused: bool = False
-) -> dict[str, Any]:
-    """`halve bench --kernels` and `halve tune`: every shape of a model at each of `ROWS`, measured and kept for `halve
-    advise` and for serving; ``fresh``: measured now, even what the table knows; ``fused``: see `kernels`."""
-    place, _ = choose_device(device)
-    model = shapes.read(str(directory))
-    entries, notes = kernels(model, device=place, budget=budget, fresh=fresh, fused=fused, progress=progress)
-    by_shape = {shape: [entry for entry in entries if entry.shape == shape] for shape in _shapes(model, fused)}
-    return {
-        "kind": "kernels",
-        "model": str(directory),
-        "dtype": kernel_table.dtype_name(model.dtype),
-        "environment": environment(place),
-        "table": str(table_cache.path_of(table_cache.Identity.of(place))),
-        "layers": [
-            {
-                "name": layers.name,
-                "n": layers.shape.n,
-                "k": layers.shape.k,
-                "count": layers.count,
-                "why_dense": layers.why_dense,
-            }
-            for layers in (*model.layers, *(model.fused if fused else ()))
-        ],
-        "kernels": kernel_table.document_of(entries),
-        "wins": {str(shape): kernel_table.wins_at(found) for shape, found in by_shape.items()},
-        "served_dense": {str(shape): why for shape, found in by_shape.items() if (why := tuned.loses(found))},
-        "notes": notes,
-    }
 
 
 def write(document: dict[str, Any], file: Path) -> None:

@@ -29,8 +29,7 @@ COLUMN_SECONDS = {"cpu": 3e-4, "cuda": 1e-4}
 STAGES = 5
 """Passes over the observed windows that targets take from the dense model: one a stage, each ending at its own layers."""
 GPU_REACHES = 0.7
-GPU_SINGLE = 1 / 15
-"""Float32 products without tensor cores, of the bfloat16 rate with them; H100: 67 of 989 TFLOPS, A100: 19.5 of 312."""
+"""Of what the data sheet says of products on tensor cores, and without them."""
 DISK_BYTES_A_SECOND = 1e9
 """Read, or written with a digest; taken for granted."""
 ADMM_STEPS = 20
@@ -64,7 +63,7 @@ class Stage:
 
 def of_gpu(gpu: Gpu) -> Rates:
     """A share of what the data sheet says."""
-    return Rates(gpu.flops * GPU_REACHES, gpu.flops * GPU_SINGLE * GPU_REACHES, f"{gpu.name}'s data sheet", "cuda")
+    return Rates(gpu.flops * GPU_REACHES, gpu.single * GPU_REACHES, f"{gpu.name}'s data sheet", "cuda")
 
 
 @torch.inference_mode()

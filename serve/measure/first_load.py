@@ -41,11 +41,11 @@ def measure_unknown(directory: Path, *, device: str, seconds: float | None, fuse
     budget = (GPU_SECONDS if place.type == "cuda" else 0.0) if seconds is None else seconds
     if budget <= 0:
         return
-    from serve.measure.advise import kernels_document
+    from serve.measure import model_kernels
 
     try:
         with progress_bar("measuring 2:4 against dense, once on this device") as progress:
-            document = kernels_document(
+            document = model_kernels.document(
                 directory, device=str(place), budget=budget, fresh=False, fused=fused, progress=progress
             )
     except (HalveError, RuntimeError) as error:

@@ -1,7 +1,8 @@
 """GPUs that need not be here: what their makers say of them, and the roofline that an estimate is made of.
 
-Figures are the ones of the data sheets: peak bytes a second of the memory, peak bfloat16 operations a second of the tensor
-cores without sparsity and with sums in float32, and bytes of memory. A kernel reaches a part of them (`Roofline`).
+Figures are the ones of the data sheets: peak bytes a second of the memory, peak 16-bit operations a second of the tensor
+cores without sparsity and with sums in float32, float32 operations a second without tensor cores, and bytes of memory. A
+kernel reaches a part of them (`Roofline`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from serve.support import capability_refusal
 class Gpu:
     """Attributes:
     bandwidth: bytes a second.
-    flops: bfloat16 operations a second, dense.
+    flops: 16-bit operations a second of the tensor cores, dense.
+    single: float32 operations a second, without tensor cores.
     memory: bytes.
     capability: the compute capability; sparse tensor cores came with 8.0.
     """
@@ -26,6 +28,7 @@ class Gpu:
     name: str
     bandwidth: float
     flops: float
+    single: float
     memory: float
     capability: tuple[int, int]
 
@@ -38,34 +41,34 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # NVIDIA T4 data sheet: 320 GB/s, 65 TFLOPS (float16; it has no bfloat16), 16 GB.
-        Gpu("t4", 320e9, 65e12, 16e9, (7, 5)),
-        # NVIDIA V100 data sheet, SXM2: 900 GB/s, 125 TFLOPS (float16), 32 GB.
-        Gpu("v100", 900e9, 125e12, 32e9, (7, 0)),
+        # NVIDIA T4 product page: 320 GB/s (an older data sheet has 300), 65 TFLOPS (float16; it has no bfloat16), 16 GB.
+        Gpu("t4", 320e9, 65e12, 8.1e12, 16e9, (7, 5)),
+        # NVIDIA V100 data sheet, SXM2: 900 GB/s, 125 TFLOPS (float16), 32 GB (there is one with 16).
+        Gpu("v100", 900e9, 125e12, 15.7e12, 32e9, (7, 0)),
         # NVIDIA A10 data sheet: 600 GB/s, 125 TFLOPS (250 with sparsity), 24 GB.
-        Gpu("a10", 600e9, 125e12, 24e9, (8, 6)),
-        # NVIDIA A30 data sheet: 933 GB/s, 165 TFLOPS (330 with sparsity), 24 GB.
-        Gpu("a30", 933e9, 165e12, 24e9, (8, 0)),
+        Gpu("a10", 600e9, 125e12, 31.2e12, 24e9, (8, 6)),
+        # NVIDIA A30 data sheet: 933 GB/s, 165 TFLOPS, 24 GB.
+        Gpu("a30", 933e9, 165e12, 10.3e12, 24e9, (8, 0)),
         # NVIDIA A100 data sheet: 312 TFLOPS (624 with sparsity); 1,555 GB/s with 40 GB, 2,039 GB/s as SXM with 80 GB.
-        Gpu("a100-40gb", 1555e9, 312e12, 40e9, (8, 0)),
-        Gpu("a100", 2039e9, 312e12, 80e9, (8, 0)),
+        Gpu("a100-40gb", 1555e9, 312e12, 19.5e12, 40e9, (8, 0)),
+        Gpu("a100", 2039e9, 312e12, 19.5e12, 80e9, (8, 0)),
         # NVIDIA L4 data sheet: 300 GB/s, 121 TFLOPS (242 with sparsity), 24 GB.
-        Gpu("l4", 300e9, 121e12, 24e9, (8, 9)),
-        # NVIDIA L40S data sheet: 864 GB/s, 362 TFLOPS (733 with sparsity), 48 GB.
-        Gpu("l40s", 864e9, 362e12, 48e9, (8, 9)),
+        Gpu("l4", 300e9, 121e12, 30.3e12, 24e9, (8, 9)),
+        # NVIDIA L40S data sheet: 864 GB/s, 362 TFLOPS (733 with sparsity; in which sums it does not say), 48 GB.
+        Gpu("l40s", 864e9, 362e12, 91.6e12, 48e9, (8, 9)),
         # NVIDIA Ampere GA102 whitepaper: 936 GB/s, 71 TFLOPS (142 with sparsity), 24 GB.
-        Gpu("rtx3090", 936e9, 71e12, 24e9, (8, 6)),
-        # NVIDIA Ada whitepaper: 1,008 GB/s, 165.2 TFLOPS (330.3 with sparsity), 24 GB.
-        Gpu("rtx4090", 1008e9, 165.2e12, 24e9, (8, 9)),
+        Gpu("rtx3090", 936e9, 71e12, 35.6e12, 24e9, (8, 6)),
+        # NVIDIA Ada whitepaper: 1,008 GB/s, 165.2 TFLOPS (330.4 with sparsity), 24 GB.
+        Gpu("rtx4090", 1008e9, 165.2e12, 82.6e12, 24e9, (8, 9)),
         # NVIDIA RTX Blackwell whitepaper: 1,792 GB/s, 209.5 TFLOPS (419 with sparsity), 32 GB.
-        Gpu("rtx5090", 1792e9, 209.5e12, 32e9, (12, 0)),
+        Gpu("rtx5090", 1792e9, 209.5e12, 104.8e12, 32e9, (12, 0)),
         # NVIDIA H100 data sheet: SXM 3.35 TB/s and 1,979 TFLOPS with sparsity, PCIe 2 TB/s and 1,513; 80 GB.
-        Gpu("h100", 3350e9, 989.5e12, 80e9, (9, 0)),
-        Gpu("h100-pcie", 2000e9, 756.5e12, 80e9, (9, 0)),
+        Gpu("h100", 3350e9, 989.5e12, 67e12, 80e9, (9, 0)),
+        Gpu("h100-pcie", 2000e9, 756.5e12, 51e12, 80e9, (9, 0)),
         # NVIDIA H200 data sheet, SXM: 4.8 TB/s, 1,979 TFLOPS with sparsity, 141 GB.
-        Gpu("h200", 4800e9, 989.5e12, 141e9, (9, 0)),
-        # NVIDIA DGX B200 data sheet, an eighth of it: 8 TB/s, 4,500 TFLOPS with sparsity, 180 GB.
-        Gpu("b200", 8000e9, 2250e12, 180e9, (10, 0)),
+        Gpu("h200", 4800e9, 989.5e12, 67e12, 141e9, (9, 0)),
+        # NVIDIA Blackwell data sheet, HGX B200: 7.7 TB/s (DGX B200's has 64 for eight), 4,500 TFLOPS with sparsity, 180 GB.
+        Gpu("b200", 7700e9, 2250e12, 75e12, 180e9, (10, 0)),
     )
 }
 

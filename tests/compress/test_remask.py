@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compress import pipeline, remask, repair
+from compress.course import relative_error
 from compress.errors import RecipeError
 from compress.recipe import Recipe
 from compress.remask import Sensitivity, chosen, exchanged, exchanges, sensitivities
-from compress.repair import held_out_batches, relative_error
+from compress.repair import held_out_batches
 from compress.training import MaskedAdam
 from tests.runs import LENGTH, compress, report, stored, tree
 from tests.runs import build_with_text as build

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compress import activations, pipeline, pruner, repair
+from compress import activations, course, pipeline, pruner, repair
 from compress import calibration as texts
 from compress.architecture import find_blocks, linears_of
+from compress.course import relative_error
 from compress.errors import NumericalError, RecipeError
 from compress.journal import Journal
 from compress.recipe import Recipe
-from compress.repair import held_out_batches, relative_error
+from compress.repair import held_out_batches
 from compress.training import MaskedAdam
 from tests.runs import LENGTH, Halve, calibration, compress, report, stored, tree
 from tests.runs import build_with_text as build
@@ -319,7 +320,7 @@ def test_what_another_dtype_holds_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair, "relative_error", lambda output, target: (output * float("nan")).sum(-1))
+    monkeypatch.setattr(course, "relative_error", lambda output, target: (output * float("nan")).sum(-1))
     with pytest.raises(NumericalError, match=r"model\.layers\.0: its error .* is not finite"):
         compress(build("llama", tmp_path), tmp_path / "out", **SETTINGS)
     assert not (tmp_path / "out").exists()

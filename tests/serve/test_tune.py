@@ -16,7 +16,7 @@ from serve import server
 from serve.engines import vllm
 from serve.linear import Sparse24Conv1D, Sparse24Linear, backends
 from serve.loading import load_model
-from serve.measure import advise, first_load, kernel_table, shapes, table_cache, tuned
+from serve.measure import first_load, kernel_table, model_kernels, shapes, table_cache, tuned
 from serve.measure.first_load import measure_unknown
 from serve.measure.kernel_table import ROWS, Entry, Shape, Spread, random_packed
 from serve.measure.shapes import Layers
@@ -238,7 +238,7 @@ class TestBeforeServing:
         asked: list[dict[str, Any]] = []
         monkeypatch.setattr(first_load, "choose_device", lambda wish: (torch.device("cuda", 1), "it is there"))
         monkeypatch.setattr(
-            advise, "kernels_document", lambda directory, **how: asked.append(how) or {"served_dense": {}}
+            model_kernels, "document", lambda directory, **how: asked.append(how) or {"served_dense": {}}
         )
         measure_unknown(packed, device="auto", seconds=None, fused=True)
         measure_unknown(packed, device="auto", seconds=0, fused=True)

@@ -1,0 +1,107 @@
+"""The kernel times of a model's layers: from this machine's table, and measured where it has none.
+
+`halve advise` judges layers by them, `halve tune` and `halve bench --kernels` measure all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from compress.device import choose_device
+from serve.measure import kernel_table, shapes, table_cache, tuned
+from serve.measure.environment import environment
+from serve.measure.kernel_table import ROWS, Entry, Shape
+from serve.measure.shallow import Load
+from serve.measure.shapes import ModelShape
+
+Progress = Callable[[int, int, str], None]
+
+
+def kernels(
+    model: ModelShape,
+    *,
+    device: torch.device,
+    budget: float,
+    load: Load | None = None,
+    fresh: bool = True,
+    fused: bool = False,
+    progress: Progress = lambda done, total, text: None,
+) -> tuple[list[Entry], list[str]]:
+    """The kernel table of a model's shapes: from this machine's own, and what is missing there measured and added to it.
+
+    Args:
+        load: the rows of x that matter most are its; without one all of `ROWS` do.
+        fresh: measures everything anew.
+        fused: also the layers that vLLM makes of several.
+
+    Returns:
+        The entries, and what there is to say about them.
+    """
+    identity = table_cache.Identity.of(device)
+    dtype = kernel_table.dtype_name(model.dtype)
+    known, why = table_cache.load(identity)
+    said = [why] if why else []
+    wanted = [(shape, rows) for shape in shapes_of(model, fused) for rows in (rows_of(load) if load else ROWS)]
+    found = {} if fresh else {key: e for key in wanted if (e := table_cache.find(known, *key, dtype))}
+    missing = [key for key in wanted if key not in found]
+    if missing and budget > 0:
+        new, skipped = kernel_table.measure(missing, dtype=model.dtype, device=device, budget=budget, progress=progress)
+        found.update({(entry.shape, entry.rows): entry for entry in new})
+        if new and (problem := table_cache.save(identity, new)):
+            said.append(problem)
+        if skipped:
+            said.append(
+                f"{len(skipped)} of {len(wanted)} shapes and row counts were not measured: the budget of {budget:.0f} s is spent"
+            )
+    if dates := sorted({entry.date for key, entry in found.items() if key not in missing}):
+        said.append(
+            f"kernel times of {' to '.join(dict.fromkeys((dates[0], dates[-1])))} are from {table_cache.path_of(identity)}"
+        )
+    return [found[key] for key in wanted if key in found], said
+
+
+def document(
+    directory: Any, *, device: str, budget: float, progress: Progress, fresh: bool = True, fused: bool = False
+) -> dict[str, Any]:
+    """`halve bench --kernels` and `halve tune`: every shape of a model at each of `ROWS`, measured and kept for `halve
+    advise` and for serving; ``fresh``: measured now, even what the table knows; ``fused``: see `kernels`."""
+    place, _ = choose_device(device)
+    model = shapes.read(str(directory))
+    entries, notes = kernels(model, device=place, budget=budget, fresh=fresh, fused=fused, progress=progress)
+    by_shape = {shape: [entry for entry in entries if entry.shape == shape] for shape in shapes_of(model, fused)}
+    return {
+        "kind": "kernels",
+        "model": str(directory),
+        "dtype": kernel_table.dtype_name(model.dtype),
+        "environment": environment(place),
+        "table": str(table_cache.path_of(table_cache.Identity.of(place))),
+        "layers": [
+            {
+                "name": layers.name,
+                "n": layers.shape.n,
+                "k": layers.shape.k,
+                "count": layers.count,
+                "why_dense": layers.why_dense,
+            }
+            for layers in (*model.layers, *(model.fused if fused else ()))
+        ],
+        "kernels": kernel_table.document_of(entries),
+        "wins": {str(shape): kernel_table.wins_at(found) for shape, found in by_shape.items()},
+        "served_dense": {str(shape): why for shape, found in by_shape.items() if (why := tuned.loses(found))},
+        "notes": notes,
+    }
+
+
+def shapes_of(model: ModelShape, fused: bool = False) -> list[Shape]:
+    """Of what can be pruned, the largest first: they decide most."""
+    return sorted(
+        {layers.shape for layers in (*model.prunable, *(model.fused if fused else ()))}, key=lambda s: (-s.n * s.k, s)
+    )
+
+
+def rows_of(load: Load) -> list[int]:
+    """Those of the load first."""
+    return list(dict.fromkeys((load.batch, load.batch * load.prompt, *ROWS)))
