@@ -1,6 +1,8 @@
-"""Where to compute, and why there."""
+"""Where to compute, and why there; what is known of a processor."""
 
 from __future__ import annotations
+
+import platform
 
 import torch
 
@@ -28,3 +30,21 @@ def choose_device(wish: str) -> tuple[torch.device, str]:
             f"{torch.__version__} can use; leave the flag out to let halve choose"
         )
     return device, "asked for"
+
+
+def has_known_instructions() -> bool:
+    """Whether torch tells of this processor what it can multiply."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def instructions() -> str | None:
+    """The widest of the instructions that matter for products on this processor; None where torch does not tell."""
+    if not has_known_instructions():
+        return None
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "AVX-512 BF16"
+    if torch.cpu._is_avx512_supported():
+        return "AVX-512"
+    return "AVX2" if torch.cpu._is_avx2_supported() else "no AVX2"

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compress.device import has_known_instructions
 from compress.errors import NumericalError
-from compress.wide import has_known_instructions, is_emulated
+from compress.wide import is_emulated
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-12

@@ -8,7 +8,6 @@ part of it is held in float32, which costs little where many rows of x share it.
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import torch
@@ -17,13 +16,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from compress.device import has_known_instructions
+
 PART = 1 << 24
 """Weights that are widened at once, at most, unless a single row has more: 64 MB."""
-
-
-def has_known_instructions() -> bool:
-    """Whether torch tells of this processor what it can multiply."""
-    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _emulated_here() -> dict[torch.dtype, bool]:

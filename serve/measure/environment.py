@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from compress.device import instructions
 from compress.version import versions
 
 
@@ -35,13 +36,16 @@ def elsewhere() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name as the kernel gives it."""
+    """The processor's name as the kernel gives it, with the widest instructions that products run on: machines that are lent
+    often say no more than whose processor it is, and two of one name differ several times in speed."""
+    machine = platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.machine()
+        lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()} ({platform.machine()})"
+    known = [machine, *([found] if (found := instructions()) else [])]
+    return f"{names[0] if names else machine} ({', '.join(known)})"
 
 
 def peak_memory() -> int:
