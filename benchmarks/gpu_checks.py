@@ -7,6 +7,8 @@ and by the rounding of the result. A group that is left out or a value in anothe
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -136,24 +138,22 @@ def edges() -> None:
 
 
 def every_way() -> None:
-    """Every cut along K, with and without the overlap of launches, gives right numbers, the same ones every time."""
+    """Every kernel in every cluster, with and without the overlap of launches, gives right numbers, the same ones every time. So
+    deep that all pipelines are filled anew."""
     for dtype in DTYPES:
-        kernels, (n, k) = loaded(dtype), (1000, 4104)
+        kernels, (n, k) = loaded(dtype), (1000, 8200)
         weight = random_weight(n, k, dtype)
         prepared, dense = backend.prepare(weight), plain.expand(weight)
-        for count in (1, 8, 16, 32, 64):
-            x = random_input(count, k, dtype)
-            most = kernels.most_splits[plan.form_for(tuple(kernels.most_splits), count)]
-            for splits in (1, 2, 4, 8):
+        for form, clusters in kernels.active.items():
+            x = random_input(8 * form.tiles, k, dtype)
+            for splits in clusters:
                 for overlap in (False, True) if plan.has_clusters(kernels.device.capability) else (False,):
-                    if splits > most:
-                        continue
-                    what = f"{count} rows, {splits} splits, overlap {overlap}, {dtype}"
-                    first = product(kernels, x, prepared, None, n, splits=splits, overlap=overlap)
+                    what = f"{form.name}, {splits} splits, overlap {overlap}, {dtype}"
+                    how = {"form": form, "splits": splits, "overlap": overlap}
+                    first = product(kernels, x, prepared, None, n, **how)
                     check(first, x, dense, None, what)
                     for _ in range(20):
-                        again = product(kernels, x, prepared, None, n, splits=splits, overlap=overlap)
-                        if not torch.equal(first, again):
+                        if not torch.equal(first, product(kernels, x, prepared, None, n, **how)):
                             raise WrongError(f"{what}: another result than before")
 
 
@@ -232,25 +232,55 @@ def graphs_and_streams() -> None:
 
 
 def chained_overlap() -> None:
-    """Launches that overlap see all that the launch before them wrote."""
-    dtype, n = torch.bfloat16, 2048
+    """Launches that overlap see all that the launch before them wrote: chains of them with nothing in between, also in a graph and
+    in a thread in which torch was not used before."""
+    dtype, n, links = torch.bfloat16, 2048, 64
     kernels, weight = loaded(dtype), random_weight(n, n, dtype)
     if not plan.has_clusters(kernels.device.capability):
         return
-    prepared, stream = backend.prepare(weight), torch.cuda.current_stream().cuda_stream
+    prepared = backend.prepare(weight)
 
-    def chain(overlap: bool) -> Tensor:
-        x = random_input(8, n, dtype)
-        for _ in range(64):
-            y = torch.full_like(x, float("nan"))
-            kernels.multiply(x, prepared, None, y, stream, overlap=overlap)
-            x = y
-        return x
+    def follow(chain: Tensor, **how: Any) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        for before, after in itertools.pairwise(chain):
+            kernels.multiply(before, prepared, None, after, stream, **how)
 
-    plainly = chain(False)
+    def begun(rows: int) -> Tensor:
+        chain = torch.full((links + 1, rows, n), float("nan"), dtype=dtype, device="cuda")
+        chain[0] = random_input(rows, n, dtype)
+        return chain
+
+    for rows in (1, 8, 16, 32, 64):
+        for form in plan.for_rows(kernels.active, rows):
+            for splits in kernels.active[form]:
+                how = {"form": form, "splits": splits}
+                plainly = begun(rows)
+                follow(plainly, overlap=False, **how)
+                for _ in range(3):
+                    chain = begun(rows)
+                    follow(chain, overlap=True, **how)
+                    if not torch.equal(plainly, chain):
+                        raise WrongError(
+                            f"{form.name}, {splits} splits: an overlapping launch read what was not there yet"
+                        )
+    plainly, chain = begun(8), begun(8)
+    follow(plainly, overlap=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        follow(chain, overlap=True)
     for _ in range(10):
-        if not torch.equal(plainly, chain(True)):
-            raise WrongError("an overlapping launch read what was not there yet")
+        chain[1:] = float("nan")
+        graph.replay()
+        if not torch.equal(plainly, chain):
+            raise WrongError("in a graph, an overlapping launch read what was not there yet")
+    chain = begun(8)
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=lambda: kernels.multiply(chain[0], prepared, None, chain[1], 0))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    if not torch.equal(plainly[1], chain[1]):
+        raise WrongError("a launch from a thread of its own gives nothing, or something else")
 
 
 def expansion() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from serve.kernels.cpu import build
 from serve.kernels.cuda import layout, plan
+from serve.kernels.cuda.plan import Form
 
 SOURCE = Path(plan.__file__).parent / "src" / "sparse24.cu"
 HEADER = Path(__file__).parent / "cuda_emulator.h"
@@ -50,6 +52,7 @@ class Emulator:
     """The kernels for a compute capability. The library is also a driver, with the functions that halve calls."""
 
     capability: tuple[int, int]
+    forms: tuple[Form, ...]
     path: Path
     library: ctypes.CDLL
 
@@ -60,37 +63,50 @@ class Emulator:
         bias: Tensor | None,
         n: int,
         *,
+        form: Form | None = None,
         splits: int = 1,
         seed: int = 0,
         copies: int = ANY_TIME,
         shared_bytes: int | None = None,
     ) -> Tensor:
-        """x [rows, k] -> [rows, n].
+        """x [rows, k] -> [rows, n]; by the first form that takes so many rows, if by no other.
 
         Raises:
             EmulationError: says what was undefined.
         """
         rows, k = x.shape
-        form = plan.form_for(plan.forms(self.capability), rows)
+        form = form or plan.for_rows(self.forms, rows)[0]
         grid = form.row_blocks(n) * splits
         shared = form.shared_bytes if shared_bytes is None else shared_bytes
-        return self._run(form.tiles, x, prepared, bias, (rows, n), k, grid, splits, form.threads, shared, seed, copies)
+        return self._run(form.name, x, prepared, bias, (rows, n), k, grid, splits, form.threads, shared, seed, copies)
 
     def expand(self, prepared: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
         """The dense weight [n, k]."""
         units = -(-n // 64) * -(-k // 64)
         grid, threads = -(-units // plan.EXPAND_WARPS), 32 * plan.EXPAND_WARPS
-        return self._run(0, torch.empty(0, k, dtype=dtype), prepared, None, (n, k), k, grid, 1, threads, 0, 0, 0)
+        return self._run(
+            "expand_weight", torch.empty(0, k, dtype=dtype), prepared, None, (n, k), k, grid, 1, threads, 0, 0, 0
+        )
 
-    def _run(self, tiles: int, x: Tensor, prepared: Tensor, bias: Tensor | None, shape: tuple[int, int], k: int, grid: int,
+    def _run(self, kernel: str, x: Tensor, prepared: Tensor, bias: Tensor | None, shape: tuple[int, int], k: int, grid: int,
              splits: int, threads: int, shared_bytes: int, seed: int, copies: int) -> Tensor:  # fmt: skip
         size = shape[0] * shape[1]
         y = torch.full((size + 2 * _GUARD,), _POISON, dtype=torch.int16)
         message = ctypes.create_string_buffer(300)
         self.library.emulate(
-            *(layout.CODES[x.dtype], tiles, prepared.data_ptr(), prepared.numel(), x.data_ptr(), x.nbytes),
+            *(layout.CODES[x.dtype], kernel.encode(), prepared.data_ptr(), prepared.numel(), x.data_ptr(), x.nbytes),
             *(None if bias is None else bias.data_ptr(), y.data_ptr() + 2 * _GUARD, x.shape[0]),
-            *(shape[1] if tiles else shape[0], k, splits, grid, threads, shared_bytes, seed, copies, message),
+            *(
+                shape[0] if kernel == "expand_weight" else shape[1],
+                k,
+                splits,
+                grid,
+                threads,
+                shared_bytes,
+                seed,
+                copies,
+                message,
+            ),
         )
         if message.value:
             raise EmulationError(message.value.decode())
@@ -105,27 +121,29 @@ def compile_emulator(
     directory: Path,
     capability: tuple[int, int],
     source: str | None = None,
-    only: tuple[torch.dtype, int] | None = None,
+    forms: Sequence[Form] | None = None,
+    dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Emulator:
     """The kernels for that capability, out of another source than the real one if there is one.
 
     Args:
-        only: one dtype and number of tiles, to be done sooner.
+        forms, dtypes: some of them, to be done sooner; left out: all that a device of the capability has.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    forms = plan.forms(capability) if forms is None else tuple(forms)
     calls = []
     parts = ['#include "cuda_emulator.h"', source or SOURCE.read_text()]
-    for dtype, name in NAMES.items():
-        namespace = name.lower()
-        lines = plan.instantiations(plan.forms(capability), name).splitlines()
-        kernels = {form.tiles: form.name for form in plan.forms(capability)} | {0: "expand_weight"}
-        assert len(lines) == len(kernels)
-        chosen = [pair for pair in zip(lines, kernels.items(), strict=True) if only in (None, (dtype, pair[1][0]))]
-        parts.append("\n".join([f"namespace {namespace} {{", *(line for line, _ in chosen), "}"]))
-        for _, (tiles, kernel) in chosen:
-            calls.append(f"if (dtype == {layout.CODES[dtype]} && tiles == {tiles}) return {namespace}::{kernel};")
+    for dtype in dtypes:
+        namespace = NAMES[dtype].lower()
+        parts.append(f"namespace {namespace} {{\n{plan.instantiations(forms, NAMES[dtype])}}}")
+        for kernel in (*(form.name for form in forms), "expand_weight"):
+            calls.append(
+                f'if (dtype == {layout.CODES[dtype]} && name == std::string("{kernel}")) return {namespace}::{kernel};'
+            )
     found = "\n  ".join(calls)
-    parts.append(f"static void (*find(int dtype, int tiles))(const Arguments) {{\n  {found}\n  return nullptr;\n}}")
+    parts.append(
+        f"static void (*find(int dtype, const char* name))(const Arguments) {{\n  {found}\n  return nullptr;\n}}"
+    )
     parts.append(INTERFACE.read_text())
     (directory / "emulated.cpp").write_text("\n".join(parts))
     library = directory / "emulated.so"
@@ -137,9 +155,9 @@ def compile_emulator(
     loaded = ctypes.CDLL(str(library))
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.emulate.argtypes = (
-        *(number, number, pointer, size, pointer, size, pointer, pointer),
+        *(number, ctypes.c_char_p, pointer, size, pointer, size, pointer, pointer),
         *(number,) * 9,
         ctypes.c_char_p,
     )
     loaded.emulate.restype = None
-    return Emulator(capability, library, loaded)
+    return Emulator(capability, forms, library, loaded)

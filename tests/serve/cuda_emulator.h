@@ -78,6 +78,7 @@ struct Fiber {
   const Barrier* waits_for = nullptr;  // until it has another generation than this
   u64 generation = 0;
   int exchanges = 0;
+  bool may_read_x = false;  // the kernel before this one has ended
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> closed;
 };
@@ -215,12 +216,17 @@ inline void sync_cluster() {
   emulated::wait(emulated::device->cluster_barrier, static_cast<int>(emulated::device->fibers.size()));
 }
 
-inline void wait_for_kernel_before() {}
+inline void leave_cluster() { sync_cluster(); }
+
+inline void wait_for_kernel_before() { emulated::self().may_read_x = true; }
 inline void let_next_kernel_begin() {}
 
 inline u64 read_once() { return 1; }
 inline void copy_weights(u32 to, const void* from, u64) { emulated::issue(to, from, true); }
-inline void copy_or_zero(u32 to, const void* from, bool there) { emulated::issue(to, from, there); }
+inline void copy_or_zero(u32 to, const void* from, bool there) {
+  if (!emulated::self().may_read_x) emulated::fail("x is read before it is there");
+  emulated::issue(to, from, there);
+}
 inline void close_copies() {
   emulated::self().closed.push_back(std::move(emulated::self().open));
   emulated::self().open.clear();
@@ -258,6 +264,10 @@ inline Quad load_global(const void* from) {
   Quad v;
   std::memcpy(&v, emulated::global_at(from, 16), 16);
   return v;
+}
+inline Quad load_inputs_now(const void* from) {
+  if (!emulated::self().may_read_x) emulated::fail("x is read before it is there");
+  return load_global(from);
 }
 
 inline u32 from_lane(u32 value, int lane) {

@@ -7,7 +7,6 @@ and what is said where something is missing. Structures of the driver are writte
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,19 @@ from serve.kernels.cpu import build
 from serve.kernels.cuda import backend, compiler, driver, layout, plan
 from serve.kernels.cuda.compiler import CompilerError
 from serve.kernels.cuda.driver import Driver, DriverError
+from serve.kernels.cuda.plan import Device, Form
 from tests.serve.cpu_reference import expected, normal, random_weight
 from tests.serve.cuda_emulation import DTYPES, Emulator, compile_emulator, needs_compiler
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 CUDA = torch.device("cuda")
+FORMS = tuple(form for form in plan.forms(HOPPER) if form.groups in (1, 2))
+"""One or two for each number of tiles."""
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return compile_emulator(tmp_path_factory.mktemp("driver"), HOPPER)
+    return compile_emulator(tmp_path_factory.mktemp("driver"), HOPPER, forms=FORMS)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def fake(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(compiler, "architecture", lambda capability: 90)
 
     def compile_cubin(text: str, arch: int) -> tuple[bytes, str]:
-        return (b"Float16" if "HALVE_MULTIPLY(Float16" in text else b"BFloat16"), ""
+        return (b"Float16" if ", Float16, " in text else b"BFloat16"), ""
 
     monkeypatch.setattr(compiler, "compile_cubin", compile_cubin)
     kernels = {dtype: load(emulator, dtype) for dtype in DTYPES}
@@ -55,7 +57,7 @@ def fake(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def load(emulator: Emulator, dtype: torch.dtype, capability: tuple[int, int] = HOPPER) -> backend.Kernels:
-    return backend.load(backend.Device(capability, 132), dtype, Driver(str(emulator.path)))
+    return backend.load(Device(capability, 132), dtype, Driver(str(emulator.path)), FORMS)
 
 
 def number(emulator: Emulator, name: str) -> ctypes.c_int:
@@ -164,10 +166,14 @@ class TestLoading:
     def test_clusters_are_as_large_as_the_device_has_them(self, fake: Emulator) -> None:
         for largest in (8, 4, 2, 1):
             number(fake, "largest_cluster").value = largest
-            assert set(load(fake, torch.bfloat16).most_splits.values()) == {largest}
+            number(fake, "blocks_at_once").value = 100
+            for form, found in load(fake, torch.bfloat16).active.items():
+                sizes = [size for size in (2, 4, 8) if size <= largest]
+                assert found == {1: 132 * form.resident, **{size: 100 // size for size in sizes}}
+        number(fake, "blocks_at_once").value = 264
 
     def test_a_device_without_clusters_gets_none(self, fake: Emulator) -> None:
-        assert set(load(fake, torch.bfloat16, AMPERE).most_splits.values()) == {1}
+        assert all(set(found) == {1} for found in load(fake, torch.bfloat16, AMPERE).active.values())
 
     def test_a_device_with_less_shared_memory(self, fake: Emulator) -> None:
         most = number(fake, "most_shared_bytes")
@@ -183,6 +189,19 @@ class TestLoading:
             real.load(b"nonsense", [])
         with pytest.raises(DriverError, match="could not find the kernel multiply_3: 500"):
             real.load(b"Float16", ["multiply_3"])
+
+    def test_a_thread_in_which_torch_was_not_used(self, fake: Emulator) -> None:
+        """There is no context there, and one is taken: that in which the kernels were loaded."""
+        weight, x = random_weight(70, 40, torch.bfloat16), normal(1, 40, dtype=torch.bfloat16)
+        prepared = layout.prepare(weight)
+        right = backend.linear(x, prepared, None, 70)
+        for context in (0, 7):
+            number(fake, "context").value = context
+            assert torch.equal(backend.linear(x, prepared, None, 70), right)
+        assert number(fake, "context").value == 7
+        number(fake, "context").value = 0
+        backend.linear(x, prepared, None, 70)
+        assert number(fake, "context").value == 1
 
     def test_no_driver(self, tmp_path: Path) -> None:
         with pytest.raises(DriverError, match=r"driver's library libnone.so.1 cannot be loaded"):
@@ -211,20 +230,41 @@ class TestProof:
         kernels = load(fake, torch.bfloat16)
         multiply, expand = kernels.multiply, kernels.expand
 
-        def one_lane_off(x: torch.Tensor, prepared: torch.Tensor, *rest: Any) -> None:
-            multiply(x.roll(1, 1) if len(x) == 32 else x, prepared, *rest)
+        def one_lane_off(x: torch.Tensor, prepared: torch.Tensor, *rest: Any, **how: Any) -> None:
+            multiply(x.roll(1, 1) if len(x) == 32 and how["splits"] == 2 else x, prepared, *rest, **how)
 
         def one_value_off(prepared: torch.Tensor, dense: torch.Tensor, stream: int) -> None:
             expand(prepared, dense, stream)
             dense[17, 40:44] = dense[17, 40:44].roll(1)
 
         monkeypatch.setattr(kernels, "multiply", one_lane_off)
-        assert "for 32 rows of x computes wrongly" in str(backend.wrong(kernels, torch.device("cpu"), 0))
-        monkeypatch.setattr(kernels, "multiply", lambda *args: None)
-        assert "for 8 rows of x computes wrongly" in str(backend.wrong(kernels, torch.device("cpu"), 0))
+        said = str(backend.wrong(kernels, torch.device("cpu"), 0))
+        assert "for 32 rows of x, in clusters of 2, computes wrongly" in said
+        monkeypatch.setattr(kernels, "multiply", lambda *args, **how: None)
+        said = str(backend.wrong(kernels, torch.device("cpu"), 0))
+        assert "for 8 rows of x, in clusters of 1, computes wrongly" in said
         monkeypatch.setattr(kernels, "multiply", multiply)
         monkeypatch.setattr(kernels, "expand", one_value_off)
         assert "that expands weights is wrong" in str(backend.wrong(kernels, torch.device("cpu"), 0))
+
+    def test_overlap_that_is_right(self, fake: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backend, "LINKS", 3)
+        assert backend.overlaps_rightly(load(fake, torch.bfloat16), torch.device("cpu"), 0)
+        assert number(fake, "last_overlap").value == 1
+
+    def test_overlap_that_reads_too_early(
+        self, fake: Emulator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(backend, "LINKS", 2)
+        kernels = load(fake, torch.bfloat16)
+        multiply = kernels.multiply
+
+        def early(x: torch.Tensor, *rest: Any, **how: Any) -> None:
+            multiply(x * 0 if how["overlap"] and how["splits"] > 1 else x, *rest, **how)
+
+        monkeypatch.setattr(kernels, "multiply", early)
+        assert not backend.overlaps_rightly(kernels, torch.device("cpu"), 0)
+        assert "launches that overlap compute wrongly" in caplog.text
 
 
 class TestWhyNot:
@@ -288,6 +328,30 @@ class TestWhyNot:
         hopper.setattr(driver, "default", refused)
         assert backend.why_not(CUDA, torch.bfloat16) == "libcuda.so.1 cannot be loaded"
 
+    @pytest.mark.parametrize("right", [True, False])
+    def test_launches_overlap_where_that_was_proven(self, hopper: pytest.MonkeyPatch, right: bool) -> None:
+        hopper.setattr(driver, "default", lambda: None)
+        hopper.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+        found = backend.Kernels(None, Device(HOPPER, 132), torch.bfloat16, {}, {})  # pyright: ignore[reportArgumentType]
+        hopper.setattr(backend, "load", lambda *args: found)
+        hopper.setattr(backend, "wrong", lambda *args: None)
+        hopper.setattr(backend, "overlaps_rightly", lambda *args: right)
+        assert backend.why_not(CUDA, torch.bfloat16) is None
+        assert found.overlap is right
+
+    def test_kernels_that_fail(self, hopper: pytest.MonkeyPatch) -> None:
+        """An address outside of the memory, say, is reported where something waits for the kernel."""
+
+        def failed(*args: Any) -> Any:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+        hopper.setattr(driver, "default", lambda: None)
+        hopper.setattr(backend, "load", failed)
+        refusal = backend.why_not(CUDA, torch.bfloat16)
+        assert refusal is not None
+        assert refusal.startswith("the kernels failed on this device: CUDA error: an illegal memory access")
+        assert choose(CUDA, torch.bfloat16, 1, 64, 64).backend.name == "plain"
+
     def test_it_is_chosen(self, hopper: pytest.MonkeyPatch) -> None:
         hopper.setattr(backend, "_kernels", lambda index, dtype: object())
         few, many = (choose(CUDA, torch.bfloat16, rows, 64, 64) for rows in (1, 257))
@@ -306,33 +370,85 @@ class TestPlan:
             capability[0] * 10 + capability[1], 100
         )
         forms = plan.forms(capability)
-        assert [form.tiles for form in forms] == [1, 2, 4, 8]
+        assert sorted({form.tiles for form in forms}) == [1, 2, 4, 8]
+        assert len({form.name for form in forms}) == len(forms)
         for form in forms:
             assert form.resident * (form.shared_bytes + 1024) <= processor * 1024
             assert form.shared_bytes <= (processor - 1) * 1024
             assert form.stages >= 2
             assert form.threads <= 256
 
+    @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+    def test_a_processor_has_the_same_warps_by_every_form_of_a_number_of_tiles(
+        self, capability: tuple[int, int]
+    ) -> None:
+        for tiles in (1, 2, 4, 8):
+            found = [form for form in plan.forms(capability) if form.tiles == tiles]
+            assert len({form.threads * form.resident for form in found}) == 1
+            assert len({form.panels for form in found}) == 1
+
     def test_enough_is_under_way_on_hopper(self) -> None:
         """At least 64 KB of weights for a processor: 4.8 TB/s / 132 x 1.4 us is 51 KB."""
         for form in plan.forms(HOPPER):
-            under_way = form.resident * (form.stages - 1) * form.groups * form.panels * layout.UNIT_BYTES
-            assert under_way >= 64 * 1024
+            assert form.bytes_ahead == (form.stages - 1) * form.groups * form.panels * layout.UNIT_BYTES
+            assert form.resident * form.bytes_ahead >= 100 * 1024
 
     def test_every_number_of_rows_has_a_form(self) -> None:
         for rows in range(1, plan.MOST_ROWS + 1):
-            tiles = plan.form_for(plan.forms(HOPPER), rows).tiles
-            assert 4 * tiles < rows <= 8 * tiles or tiles == 1
+            for form in plan.for_rows(plan.forms(HOPPER), rows):
+                assert 4 * form.tiles < rows <= 8 * form.tiles or form.tiles == 1
 
-    def test_splits(self) -> None:
-        form = plan.form_for(plan.forms(HOPPER), 1)
-        assert plan.splits(form, 4096, 4096, 132) == 4  # 64 panels, 264 places
-        assert plan.splits(form, 57344, 8192, 132) == 1  # 896 panels
-        assert plan.splits(form, 64, 64, 132) == 1  # one unit
-        assert plan.splits(form, 4096, 4096, 132, most=2) == 2
-        assert plan.splits(form, 4096, 4096, 132, most=1) == 1
-        deep = dataclasses.replace(form, resident=1)
-        assert plan.splits(deep, 1024, 14336, 132) == 8  # 16 panels
+    @staticmethod
+    def active(capability: tuple[int, int], processors: int) -> plan.Active:
+        return {
+            form: {splits: processors * form.resident // splits for splits in plan.possible_splits(capability)}
+            for form in plan.forms(capability)
+        }
+
+    def chosen(self, rows: int, n: int, k: int) -> tuple[Form, int, int]:
+        """And how many blocks that makes."""
+        form, splits = plan.choose(self.active(HOPPER, 132), rows, n, k, Device(HOPPER, 132))
+        return form, splits, form.row_blocks(n) * splits
+
+    @pytest.mark.parametrize("rows", [1, 16, 32, 64])
+    @pytest.mark.parametrize(
+        ("n", "k"),
+        [(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672)],
+        ids=str,
+    )
+    def test_large_weights_are_read_in_one_wave(self, rows: int, n: int, k: int) -> None:
+        form, _, blocks = self.chosen(rows, n, k)
+        assert form.tiles == -(-rows // 8)
+        assert blocks <= 132 * form.resident
+        assert blocks * form.bytes_ahead >= 132 * 30e3  # enough under way for all of the memory's rate
+
+    def test_small_weights_are_not_cut_for_nothing(self) -> None:
+        assert self.chosen(1, 576, 576)[1] == 1
+        assert self.chosen(1, 64, 64)[1:] == (1, 1)
+
+    def test_few_panels_and_a_long_sum_are_cut(self) -> None:
+        assert self.chosen(1, 1024, 14336)[1] == 8
+
+    def test_only_what_the_device_runs(self) -> None:
+        active = {form: {1: found[1]} for form, found in self.active(HOPPER, 132).items()}
+        assert plan.choose(active, 1, 1024, 14336, Device(HOPPER, 132))[1] == 1
+
+    def test_clusters_that_do_not_fit_at_the_same_time_cost_a_wave(self) -> None:
+        form = plan.for_rows(plan.forms(HOPPER), 64)[0]
+        n, k = 64 * form.panels * 16, 4096
+        device = Device(HOPPER, 132)
+        fits, does_not = (plan.microseconds(form, 8, clusters, n, k, device) for clusters in (16, 15))
+        assert does_not > fits + 1
+
+    @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+    def test_there_is_a_way_for_every_product(self, capability: tuple[int, int]) -> None:
+        active, device = self.active(capability, 20), Device(capability, 20)
+        for n in (0, 1, 64, 65, 1000, 100_000):
+            for k in (0, 8, 72, 5000):
+                for rows in (1, 9, 17, 33, 64):
+                    form, splits = plan.choose(active, rows, n, k, device)
+                    assert rows <= 8 * form.tiles
+                    assert splits <= max(1, -(-k // 64))
 
 
 def test_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:

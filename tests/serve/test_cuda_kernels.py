@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compress.packed import PackedWeight, unpack
 from serve.kernels.cuda import layout, plan
+from serve.kernels.cuda.plan import Form
 from tests.serve.cpu_reference import expected, kept_columns, normal, random_weight
 from tests.serve.cuda_emulation import (
     ANY_TIME,
@@ -34,14 +35,20 @@ COPIES = pytest.mark.parametrize("copies", [AT_ONCE, AT_THE_WAIT, ANY_TIME], ids
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return compile_emulator(tmp_path_factory.mktemp("hopper"), HOPPER)
+    return compile_emulator(tmp_path_factory.mktemp("hopper"), HOPPER, forms=some(HOPPER))
+
+
+def some(capability: tuple[int, int]) -> list[Form]:
+    """A form for each number of tiles, divided among blocks in one way after the other."""
+    forms = plan.forms(capability)
+    return [(found := plan.for_rows(forms, 8 * tiles))[at % len(found)] for at, tiles in enumerate((1, 2, 4, 8))]
 
 
 @pytest.fixture(scope="module", params=[HOPPER, AMPERE, ADA], ids=["9.0", "8.0", "8.9"])
 def emulator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     if request.param == HOPPER:
         return request.getfixturevalue("hopper")
-    return compile_emulator(tmp_path_factory.mktemp("emulator"), request.param)
+    return compile_emulator(tmp_path_factory.mktemp("emulator"), request.param, forms=some(request.param))
 
 
 def wrong(emulator: Emulator, m: int, n: int, k: int, dtype: torch.dtype, *, bias: bool, splits: int = 1, seed: int = 0,
@@ -51,6 +58,20 @@ def wrong(emulator: Emulator, m: int, n: int, k: int, dtype: torch.dtype, *, bia
     added = normal(n, dtype=dtype, seed=2) if bias else None
     y = emulator.multiply(x, layout.prepare(weight), added, n, splits=splits, seed=seed, copies=copies)
     return int(expected(x, weight, added, flushes=False).wrong(y).sum())
+
+
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE, ADA], ids=["9.0", "8.0", "8.9"])
+def test_every_form(tmp_path_factory: pytest.TempPathFactory, capability: tuple[int, int]) -> None:
+    """So deep that its pipeline is filled anew, with an edge, and in clusters where there are some."""
+    emulator = compile_emulator(tmp_path_factory.mktemp("forms"), capability, dtypes=[torch.bfloat16])
+    assert emulator.forms == plan.forms(capability)
+    for form in emulator.forms:
+        m, n, k = 8 * form.tiles - 1, 130, 64 * form.groups * (form.stages + 1) + 8
+        weight, x = random_weight(n, k, torch.bfloat16), normal(m, k, dtype=torch.bfloat16)
+        prepared, right = layout.prepare(weight), expected(x, weight, None, flushes=False)
+        for splits in plan.possible_splits(capability)[:2]:
+            y = emulator.multiply(x, prepared, None, n, form=form, splits=splits, seed=splits, copies=AT_THE_WAIT)
+            assert not right.wrong(y).any(), (form, splits)
 
 
 class TestShapes:
@@ -193,7 +214,9 @@ class TestMistakes:
             ("sync_warps<32 * Panels>(1 + group);", "sync_warps<32>(1 + group);", 1),
             ("wait_for_copies<0>();\n  sync_block();", "wait_for_copies<0>();", 1),
             ("    sync_cluster();\n  }\n  for", "    sync_block();\n  }\n  for", 2),
-            ("if (call.splits > 1) sync_cluster();", "", 2),
+            ("if (call.splits > 1) leave_cluster();", "", 2),
+            ("  wait_for_kernel_before();\n", "", 1),
+            ("store_shared(to, held[step][i])", "store_shared(to, held[0][i])", 1),
             ("row < call.rows && column < call.k", "row < call.rows", 1),
             ("row < call.rows && column < call.k", "column < call.k", 1),
             ("inputs + row * 128 + ((chunk ^ (row & 7)) << 4),", "inputs + row * 128 + (chunk << 4),", 1),
@@ -211,13 +234,17 @@ class TestMistakes:
         source = SOURCE.read_text()
         assert right in source
         emulator = compile_emulator(
-            tmp_path_factory.mktemp("mistaken"), HOPPER, source.replace(right, mistaken, 1), only=(torch.bfloat16, 8)
+            tmp_path_factory.mktemp("mistaken"),
+            HOPPER,
+            source.replace(right, mistaken, 1),
+            forms=plan.for_rows(plan.forms(HOPPER), self.M)[:1],
+            dtypes=[torch.bfloat16],
         )
         weight = random_weight(self.N, self.K, torch.bfloat16)
         assert self.seen(emulator, layout.prepare(weight), weight, splits=splits)
 
     def test_too_little_shared_memory(self, hopper: Emulator) -> None:
-        weight, form = random_weight(64, 1024, torch.bfloat16), plan.form_for(plan.forms(HOPPER), 3)
+        weight, form = random_weight(64, 4096, torch.bfloat16), plan.for_rows(hopper.forms, 3)[0]
         with pytest.raises(EmulationError, match="beyond shared memory"):
-            hopper.multiply(normal(3, 1024, dtype=torch.bfloat16), layout.prepare(weight), None, 64,
+            hopper.multiply(normal(3, 4096, dtype=torch.bfloat16), layout.prepare(weight), None, 64,
                             shared_bytes=form.shared_bytes - 16)  # fmt: skip

@@ -11,6 +11,8 @@ or search, so CUDA graphs capture it.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import logging
 import warnings
 from collections.abc import Sequence
 from ctypes import Structure, c_int, c_uint32, c_void_p
@@ -20,6 +22,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from compress.errors import one_line
 from compress.packed import PackedWeight, pack
 from serve import support
 from serve.kernels.aligned import aligned
@@ -27,8 +30,13 @@ from serve.kernels.cuda import cache as disk
 from serve.kernels.cuda import compiler, driver, layout, plan, prefill
 from serve.kernels.cuda.compiler import CompilerError
 from serve.kernels.cuda.driver import Config, Driver, DriverError
-from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS, Form
+from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS, Active, Device, Form
 from serve.kernels.proof import problem
+
+logger = logging.getLogger(__name__)
+
+LINKS = 24
+"""Products in a chain that proves that launches may overlap."""
 
 _TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 
@@ -49,24 +57,23 @@ class Arguments(Structure):
     )
 
 
-@dataclass(frozen=True)
-class Device:
-    """What launches depend on."""
-
-    capability: tuple[int, int]
-    processors: int
-
-
 @dataclass
 class Kernels:
-    """The kernels of a dtype, loaded on a device."""
+    """The kernels of a dtype, loaded on a device.
+
+    Attributes:
+        functions: the driver's, by name.
+        active: which forms there are, and in which clusters.
+        overlap: whether a kernel may begin before the one in front of it has ended (`driver.config`).
+    """
 
     driver: Driver
     device: Device
     dtype: torch.dtype
     functions: dict[str, int]
-    most_splits: dict[Form, int]  # by form, the ones for the least rows of x first
-    _configs: dict[tuple[int, int, int, int, bool], tuple[int, Config, int]] = field(default_factory=dict)
+    active: Active
+    overlap: bool = False
+    _configs: dict[tuple[int, int, int, Form | None, int, bool], tuple[int, Config, int]] = field(default_factory=dict)
 
     def multiply(
         self,
@@ -76,21 +83,23 @@ class Kernels:
         y: Tensor,
         stream: int,
         *,
+        form: Form | None = None,
         splits: int = 0,
-        overlap: bool = False,
+        overlap: bool | None = None,
     ) -> None:
         """y [rows, n] = x [rows, k] times the weight plus bias, for 1 to `MOST_ROWS` rows.
 
         Args:
-            splits: into how many blocks the sum along K is cut; 0: what `plan.splits` says.
-            overlap: see `driver.config`.
+            form: one of `active` that takes so many rows, with ``splits``, into how many blocks the sum along K is cut; left out:
+                what `plan.choose` says.
+            overlap: None: as ``self.overlap`` says.
 
         Raises:
             DriverError: the driver refused.
         """
         rows, k = x.shape
         n = y.shape[1]
-        key = (rows, n, k, splits, overlap)
+        key = (rows, n, k, form, splits, self.overlap if overlap is None else overlap)
         found = self._configs.get(key)
         if found is None:
             found = self._configs[key] = self._configured(*key)
@@ -109,9 +118,11 @@ class Kernels:
         arguments = Arguments(prepared.data_ptr(), None, None, dense.data_ptr(), 0, n, k, 1, layout.CODES[self.dtype])
         self.driver.launch(self.functions["expand_weight"], how, stream, arguments)
 
-    def _configured(self, rows: int, n: int, k: int, splits: int, overlap: bool) -> tuple[int, Config, int]:
-        form = plan.form_for(tuple(self.most_splits), rows)
-        splits = splits or plan.splits(form, n, k, self.device.processors, self.most_splits[form])
+    def _configured(
+        self, rows: int, n: int, k: int, form: Form | None, splits: int, overlap: bool
+    ) -> tuple[int, Config, int]:
+        if form is None:
+            form, splits = plan.choose(self.active, rows, n, k, self.device)
         grid = form.row_blocks(n) * splits
         how = driver.config(grid, form.threads, form.shared_bytes, cluster=splits, overlap=overlap)
         return self.functions[form.name], how, splits
@@ -121,7 +132,7 @@ def load(device: Device, dtype: torch.dtype, with_driver: Driver, forms: Sequenc
     """Finds or compiles the kernels of a dtype, and loads them into the calling thread's context.
 
     Args:
-        forms: other ones than `plan.forms` says, one for each number of tiles.
+        forms: other ones than `plan.forms` says.
 
     Raises:
         CompilerError: there is no compiler, or it refused.
@@ -132,17 +143,16 @@ def load(device: Device, dtype: torch.dtype, with_driver: Driver, forms: Sequenc
     arch = compiler.architecture(device.capability)
     cubin = disk.cubin(text, arch, compiler.version(), lambda: compiler.compile_cubin(text, arch)[0])
     functions = with_driver.load(cubin, [*(form.name for form in forms), "expand_weight"])
-    most_splits = {}
+    active: dict[Form, dict[int, int]] = {}
     for form in forms:
         function = functions[form.name]
         with_driver.allow_shared_bytes(function, form.shared_bytes)
-        most_splits[form] = 1
-        for splits in (8, 4, 2) if plan.has_clusters(device.capability) else ():
+        active[form] = {1: device.processors * form.resident}
+        for splits in plan.possible_splits(device.capability)[1:]:
             how = driver.config(splits, form.threads, form.shared_bytes, cluster=splits)
-            if with_driver.clusters_fit(function, how):
-                most_splits[form] = splits
-                break
-    return Kernels(with_driver, device, dtype, functions, most_splits)
+            if clusters := with_driver.clusters_at_once(function, how):
+                active[form][splits] = clusters
+    return Kernels(with_driver, device, dtype, functions, active)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -175,35 +185,84 @@ def _kernels(index: int, dtype: torch.dtype) -> Kernels | str:
             torch.cuda.current_stream().synchronize()  # makes torch's context the thread's
             device = Device((properties.major, properties.minor), properties.multi_processor_count)
             kernels = load(device, dtype, driver.default())
-            stream = torch._C._cuda_getCurrentRawStream(index)
-            return wrong(kernels, torch.device("cuda", index), stream) or kernels
+            where, stream = torch.device("cuda", index), torch._C._cuda_getCurrentRawStream(index)
+            if problem := wrong(kernels, where, stream):
+                return problem
+            kernels.overlap = plan.has_clusters(device.capability) and overlaps_rightly(kernels, where, stream)
+            return kernels
     except (CompilerError, DriverError) as error:
         return str(error)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a kernel that failed says so at the next call that waits for it
+        return f"the kernels failed on this device: {one_line(error)}"
 
 
 def wrong(kernels: Kernels, device: torch.device, stream: int) -> str | None:
-    """What the kernels of a device compute wrongly, or None: a small product by each of them, against float64.
+    """What the kernels of a device compute wrongly, or None: a small product by each of them in each cluster, against float64. It is
+    so deep that their pipelines are filled anew, and has an edge.
 
     Done once, when they are loaded, because a kernel that is wrong on some device or driver must not be used there.
 
     Raises:
         DriverError: the driver refused.
     """
-    n, k = 200, 328
-    known = problem(MOST_ROWS, n, k, kernels.dtype)
+    for groups, forms in _by_groups(kernels.active).items():
+        n, k = 72, layout.UNIT * groups * (max(form.stages for form in forms) + 1) + 8
+        known = problem(MOST_ROWS, n, k, kernels.dtype)
+        prepared = layout.prepare(pack(known.weight)).to(device)
+        x, bias = known.x.to(device), known.bias.to(device)
+        for form in forms:
+            for splits in kernels.active[form]:
+                rows = 8 * form.tiles
+                y = torch.full((rows, n), torch.nan, dtype=kernels.dtype, device=device)
+                kernels.multiply(x[:rows], prepared, bias, y, stream, form=form, splits=splits)
+                if not known.is_solved_by(y):
+                    return (
+                        f"the kernel {form.name} for {rows} rows of x, in clusters of {splits}, computes wrongly on this device; "
+                        "please report it, with `halve doctor`"
+                    )
+    n, k = 72, 328
+    known = problem(1, n, k, kernels.dtype)
     prepared = layout.prepare(pack(known.weight)).to(device)
-    x, bias = known.x.to(device), known.bias.to(device)
-    for form in kernels.most_splits:
-        rows = 8 * form.tiles
-        y = torch.full((rows, n), torch.nan, dtype=kernels.dtype, device=device)
-        kernels.multiply(x[:rows], prepared, bias, y, stream)
-        if not known.is_solved_by(y):
-            return f"the kernel for {rows} rows of x computes wrongly on this device; please report it, with `halve doctor`"
     dense = torch.full((n, k), torch.nan, dtype=kernels.dtype, device=device)
     kernels.expand(prepared, dense, stream)
     if not torch.equal(dense.cpu(), known.weight):
         return "the kernel that expands weights is wrong on this device; please report it, with `halve doctor`"
     return None
+
+
+def _by_groups(active: Active) -> dict[int, list[Form]]:
+    """Forms by how many groups of warps take turns."""
+    found: dict[int, list[Form]] = {}
+    for form in active:
+        found.setdefault(form.groups, []).append(form)
+    return found
+
+
+def overlaps_rightly(kernels: Kernels, device: torch.device, stream: int) -> bool:
+    """Whether launches that overlap see all that the one before them wrote: chains of products, each of the result before it and with
+    nothing in between, alone and in clusters.
+
+    Raises:
+        DriverError: the driver refused.
+    """
+    n, rows = 520, 8
+    known = problem(rows, n, n, kernels.dtype)
+    prepared = layout.prepare(pack((known.weight / n**0.5).to(kernels.dtype))).to(device)
+    for form in plan.for_rows(kernels.active, rows):
+        for splits in (1, max(kernels.active[form])):
+            ends = []
+            for overlap in (False, True):
+                chain = torch.full((LINKS + 1, rows, n), torch.nan, dtype=kernels.dtype, device=device)
+                chain[0] = known.x.to(device)
+                for before, after in itertools.pairwise(chain):
+                    kernels.multiply(before, prepared, None, after, stream, form=form, splits=splits, overlap=overlap)
+                ends.append(chain.cpu())
+            if not torch.equal(*ends):
+                logger.warning("launches that overlap compute wrongly on this device, so they wait for each other")
+                return False
+    return True
 
 
 def reason(dtype: torch.dtype, rows: int) -> str:
@@ -243,7 +302,7 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
     device = x.device
     if x.dtype not in _TYPES or not k or k % 8 or prepared.device != device:
         raise ValueError(f"x is {_described(x)}, the prepared weight {_described(prepared)}")
-    if prepared.dtype is not torch.uint8 or prepared.numel() != layout.prepared_bytes(n, k):
+    if prepared.dtype is not torch.uint8 or prepared.numel() != layout.prepared_bytes(n, k) or prepared.data_ptr() % 16:
         raise ValueError(f"{_described(prepared)} is no prepared weight [{n}, {k}]")
     if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.device != device):
         raise ValueError(f"a bias of {n} numbers in {x.dtype} on {device} is needed, this is {_described(bias)}")

@@ -41,7 +41,8 @@ def source(forms: Sequence[Form], dtype: str) -> str:
     include = '#include "primitives.cuh"'
     assert kernels.count(include) == 1
     kernels = kernels.replace(include, (SOURCES / "primitives.cuh").read_text())
-    return f"{kernels}\n{plan.instantiations(forms, dtype)}"
+    options = f"// {' '.join(_OPTIONS)}"  # compiled code is kept under a digest of this text
+    return f"{kernels}\n{plan.instantiations(forms, dtype)}{options}\n"
 
 
 def version() -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """What is needed of the CUDA driver's C interface: load code, look at kernels, launch them.
 
 By ctypes, because a launch has to take a few microseconds and these are six functions. Structures are those of ``cuda.h``.
-Calls work on the context of the calling thread, which is torch's once torch has used the device.
+Calls work on the context of the calling thread, which is torch's once torch has used the device in it. In a thread where it has not,
+a launch is refused, and then made in the context in which the kernel was loaded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import cache
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NO_CONTEXT = (201, 400)  # CUDA_ERROR_INVALID_CONTEXT, and INVALID_HANDLE: another context is current than the kernel's
 
 
 class DriverError(Exception):
@@ -79,6 +81,7 @@ class Driver:
             self._launch = ctypes.PyDLL(path).cuLaunchKernelEx
             self._load, self._function = library.cuModuleLoadData, library.cuModuleGetFunction
             self._set, self._clusters = library.cuFuncSetAttribute, library.cuOccupancyMaxActiveClusters
+            self._get_context, self._set_context = library.cuCtxGetCurrent, library.cuCtxSetCurrent
             self._name = library.cuGetErrorName
         except OSError as error:
             raise DriverError(f"the NVIDIA driver's library {path} cannot be loaded: {error}") from error
@@ -89,7 +92,10 @@ class Driver:
         self._function.argtypes = (POINTER(c_void_p), c_void_p, c_char_p)
         self._set.argtypes = (c_void_p, c_int, c_int)
         self._clusters.argtypes = (POINTER(c_int), c_void_p, POINTER(Config))
+        self._get_context.argtypes = (POINTER(c_void_p),)
+        self._set_context.argtypes = (c_void_p,)
         self._name.argtypes = (c_int, POINTER(c_char_p))
+        self._contexts: dict[int, c_void_p] = {}  # in which kernels were loaded
 
     def load(self, cubin: bytes, names: Sequence[str]) -> dict[str, int]:
         """The kernels with those names in some code. They stay loaded for the life of the process.
@@ -97,7 +103,8 @@ class Driver:
         Raises:
             DriverError: the code is not for this device, or there are no such kernels.
         """
-        module = c_void_p()
+        module, context = c_void_p(), c_void_p()
+        self._check(self._get_context(byref(context)), "say which context is current")
         self._check(self._load(byref(module), cubin), "load the compiled kernels")
         kernels = {}
         for name in names:
@@ -105,6 +112,7 @@ class Driver:
             self._check(self._function(byref(function), module, name.encode()), f"find the kernel {name}")
             assert function.value is not None
             kernels[name] = function.value
+            self._contexts[function.value] = context
         return kernels
 
     def allow_shared_bytes(self, kernel: int, shared_bytes: int) -> None:
@@ -112,10 +120,10 @@ class Driver:
         refusal = self._set(kernel, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
         self._check(refusal, f"give a kernel {shared_bytes} bytes of shared memory")
 
-    def clusters_fit(self, kernel: int, how: Config) -> bool:
-        """Whether the device can run at least one such cluster."""
+    def clusters_at_once(self, kernel: int, how: Config) -> int:
+        """How many such clusters the device runs at the same time; 0 where it does not take them."""
         found = c_int()
-        return self._clusters(byref(found), kernel, byref(how)) == 0 and found.value > 0
+        return found.value if self._clusters(byref(found), kernel, byref(how)) == 0 else 0
 
     def launch(self, kernel: int, how: Config, stream: int, arguments: Structure) -> None:
         """Puts a kernel with one structure as its only parameter on a stream.
@@ -128,6 +136,8 @@ class Driver:
         now.stream = stream
         pointers = (c_void_p * 1)(ctypes.addressof(arguments))
         refusal = self._launch(byref(now), kernel, pointers, None)
+        if refusal in _NO_CONTEXT and self._set_context(self._contexts.get(kernel)) == 0:
+            refusal = self._launch(byref(now), kernel, pointers, None)
         if refusal:
             self._check(refusal, "launch a kernel")
 

@@ -1,8 +1,13 @@
-"""How a multiplication is cut for a GPU: which kernels it gets, how deep they read ahead, how many blocks share a sum."""
+"""How a multiplication is cut for a GPU: which kernels there are, which one a product gets, how many blocks share a sum.
+
+A processor always has the same warps and reads ahead as far as its shared memory goes. What differs between the kernels for one
+number of rows of x is how these warps are divided among blocks: few large blocks finish a small weight without adding up their
+sums across blocks, many small ones fill the processors evenly with a large one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,11 +38,29 @@ _SHARED_KIB = {
 _RESERVED_KIB = 1
 """Of shared memory, by the system, for each block."""
 
-_MOST_STAGES = 4
-_MOST_SPLITS = 8
-"""A cluster of 8 blocks is the largest that every device with clusters runs."""
+_PANELS = {1: 1, 2: 1, 4: 2, 8: 4}
+"""By tiles, panels that share x in a block: more rows of x are more bytes from the second cache for each weight."""
+_WARPS = 8
+"""Of a processor, in all of its blocks."""
+_MOST_STAGES = 5
+_SPLITS = (1, 2, 4, 8)
+"""Blocks in a cluster; 8 are the most that every device with clusters runs."""
 
 EXPAND_WARPS = 8
+
+# What `choose` takes for granted; `benchmarks.gpu` (variants) measures what comes of it.
+_BYTES_A_MICROSECOND = {(8, 0): 19e3, (8, 6): 11e3, (8, 9): 8e3, (9, 0): 30e3, (10, 0): 52e3}
+"""From the memory, for each processor: data sheets' bandwidth by processors (H100 25, H200 36); others: 10."""
+_ALONE = 2.0
+"""A processor draws so many times its share where others have nothing to do."""
+_LATENCY = 1.0
+"""Microseconds of the memory under load: a block draws at most what it has under way in this time."""
+_WAVE = 1.0
+"""Microseconds to fill and to drain the pipelines of all blocks that run at the same time."""
+_SHARING = 0.8
+"""Microseconds to add up sums across a cluster."""
+_CACHE_BYTES_A_MICROSECOND = 45e3
+"""From the second cache, for each processor, weights and x together; at least 1.35 times what the memory delivers."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +82,7 @@ class Form:
 
     @property
     def name(self) -> str:
-        return f"multiply_{self.tiles}"
+        return f"multiply_{self.tiles}_{self.panels}_{self.groups}_{self.stages}_{self.resident}"
 
     @property
     def threads(self) -> int:
@@ -69,9 +92,26 @@ class Form:
     def shared_bytes(self) -> int:
         return self.groups * self.stages * stage_bytes(self.tiles, self.panels)
 
+    @property
+    def bytes_ahead(self) -> int:
+        """Of weights that a block has under way."""
+        return (self.stages - 1) * self.groups * self.panels * UNIT_BYTES
+
     def row_blocks(self, n: int) -> int:
         """Into how many blocks n rows of the weight are cut."""
         return ceil_div(ceil_div(n, UNIT), self.panels)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What launches depend on."""
+
+    capability: tuple[int, int]
+    processors: int
+
+
+Active = Mapping[Form, Mapping[int, int]]
+"""By form and splits: how many clusters of so many blocks a device runs at the same time. Ones that it does not run are left out."""
 
 
 def stage_bytes(tiles: int, panels: int) -> int:
@@ -86,54 +126,86 @@ def has_clusters(capability: tuple[int, int]) -> bool:
 
 @lru_cache
 def forms(capability: tuple[int, int]) -> tuple[Form, ...]:
-    """The kernels for a device, by the rows of x that they take.
+    """The kernels for a device, those for the least rows of x first.
 
-    With clusters, there are as many blocks as are wanted for any weight. Two of them are on a processor, so that one reads
-    while the other one adds up; one warp a group up to 16 rows, and above, x is worth sharing between two.
-
-    Without clusters, a small weight has fewer blocks than the device has processors, so each gets as many groups of warps as
-    its shared memory feeds.
+    Without clusters, x is shared by one panel alone: a small weight has few panels, and each wants a block.
     """
     kib = _SHARED_KIB.get(capability, 100)
-    found = []
-    for tiles in (1, 2, 4, 8):
-        panels = 1 if tiles <= 2 or not has_clusters(capability) else 2
-        candidates = [(4 // panels, 2), (4 // panels, 1)] if has_clusters(capability) else [(8, 1), (4, 1), (2, 1)]
-        for groups, resident in candidates:
-            stage = groups * stage_bytes(tiles, panels)
-            stages = min(_MOST_STAGES, (kib // resident - _RESERVED_KIB) * 1024 // stage)
-            if stages >= 2:
-                found.append(Form(tiles, panels, groups, stages, resident))
-                break
-    return tuple(found)
+    return tuple(form for tiles in _PANELS for form in _divisions(tiles, kib, has_clusters(capability)))
 
 
-def form_for(candidates: Sequence[Form], rows: int) -> Form:
-    """Of kernels by the rows of x that they take, the first that takes so many: 1 to `MOST_ROWS`."""
-    return next(form for form in candidates if rows <= 8 * form.tiles)
+def _divisions(tiles: int, kib: int, clusters: bool) -> list[Form]:
+    """The ways to divide a processor's warps among blocks, as many warps as its shared memory feeds at two stages and more."""
+    panels = _PANELS[tiles] if clusters else 1
+    for warps in (_WARPS, _WARPS // 2, _WARPS // 4):
+        found = []
+        for resident in (1, 2, 4, 8):
+            groups = warps // panels // resident
+            if groups:
+                stage = groups * stage_bytes(tiles, panels)
+                stages = min(_MOST_STAGES, (kib // resident - _RESERVED_KIB) * 1024 // stage)
+                if stages >= 2:
+                    found.append(Form(tiles, panels, groups, stages, resident))
+        if found:
+            return found
+    raise AssertionError(f"{kib} KiB of shared memory are too little for {tiles} tiles")
 
 
-@lru_cache(maxsize=4096)
-def splits(form: Form, n: int, k: int, processors: int, most: int = _MOST_SPLITS) -> int:
-    """Into how many blocks the sum along K is cut: 1, 2, 4 or up to ``most``.
+def for_rows(candidates: Iterable[Form], rows: int) -> list[Form]:
+    """Of kernels, those of the fewest tiles that take so many rows of x: 1 to `MOST_ROWS`."""
+    taking = [form for form in candidates if rows <= 8 * form.tiles]
+    least = min(form.tiles for form in taking)
+    return [form for form in taking if form.tiles == least]
 
-    The least of rounds x (steps of a block + what beginning and ending cost, about three steps and one for a cluster).
-    This is a model, not a measurement; it knows that idle processors cost more than short blocks.
+
+def choose(active: Active, rows: int, n: int, k: int, device: Device) -> tuple[Form, int]:
+    """The kernel for a product, and into how many blocks, a cluster, its sum along K is cut: those that `microseconds` takes to be
+    the fastest. Of equals, the fewer blocks.
     """
-    units, row_blocks = ceil_div(k, UNIT), form.row_blocks(n)
-    costs = {}
-    for split in (1, 2, 4, 8):
-        if split <= min(most, units):
-            rounds = ceil_div(row_blocks * split, processors * form.resident)
-            steps = ceil_div(ceil_div(units, split), form.groups)
-            costs[split] = rounds * (steps + 3 + (split > 1))
-    return min(costs, key=lambda split: (costs[split], split))
+    units = ceil_div(k, UNIT)
+    ways = [
+        (form, splits) for form in for_rows(active, rows) for splits in active[form] if splits <= max(units, 1)
+    ]  # fmt: skip
+    return min(
+        ways, key=lambda way: (microseconds(*way, active[way[0]][way[1]], n, k, device), way[1], way[0].resident)
+    )
+
+
+def microseconds(form: Form, splits: int, clusters: int, n: int, k: int, device: Device) -> float:
+    """How long a product takes, by a model and not by a measurement; what every product costs is left out.
+
+    Blocks come in waves, of as many as there is room for. A wave moves its bytes at the rate of the memory, unless its blocks are too
+    few to draw that much, and costs what it takes to fill and to drain the pipelines. Sums that are shared cost once.
+
+    Args:
+        clusters: of so many blocks that run at the same time.
+    """
+    blocks, room = form.row_blocks(n) * splits, clusters * splits
+    of_block = form.panels * ceil_div(ceil_div(k, UNIT), splits) * UNIT_BYTES
+    share = _BYTES_A_MICROSECOND.get(device.capability, 10e3)
+
+    def rate(at_once: int) -> float:
+        processors = min(at_once, device.processors)
+        return min(
+            share * device.processors, processors * _ALONE * share, at_once * form.bytes_ahead / _LATENCY
+        )  # fmt: skip
+
+    full, rest = divmod(blocks, room)
+    moving = full * room * of_block / rate(room) + (rest * of_block / rate(rest) if rest else 0.0)
+    of_x = form.tiles * 8 * UNIT * 2 / (form.panels * UNIT_BYTES)  # bytes, for each byte of the weight
+    cached = max(_CACHE_BYTES_A_MICROSECOND, 1.35 * share)
+    return max(1.0, (1 + of_x) * share / cached) * moving + _WAVE * (full + (rest > 0)) + _SHARING * (splits > 1)
+
+
+def possible_splits(capability: tuple[int, int]) -> tuple[int, ...]:
+    """Sizes of a cluster that are worth asking a device for."""
+    return _SPLITS if has_clusters(capability) else _SPLITS[:1]
 
 
 def instantiations(candidates: Sequence[Form], dtype: str) -> str:
     """The lines that follow the source: which kernels are compiled. ``dtype`` is a type of `primitives.cuh`."""
     lines = [
-        f"HALVE_MULTIPLY({dtype}, {form.tiles}, {form.panels}, {form.groups}, {form.stages}, {form.resident})"
+        f"HALVE_MULTIPLY({form.name}, {dtype}, {form.tiles}, {form.panels}, {form.groups}, {form.stages}, {form.resident})"
         for form in candidates
     ]
     return "\n".join([*lines, f"HALVE_EXPAND({EXPAND_WARPS})", ""])

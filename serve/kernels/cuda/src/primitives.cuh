@@ -58,6 +58,13 @@ HALVE_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same where nobody wrote anything that others read afterwards: all that it says is that they are through with what they
+// read. Without a release, nothing that was written before is waited for, not even the result on its way to the memory.
+HALVE_DEVICE void leave_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // Four floats in the shared memory of another block of the cluster, at the address that they have in its own.
 HALVE_DEVICE Quad load_shared_of(u32 address, int rank) {
   Quad v;
@@ -74,6 +81,7 @@ HALVE_DEVICE Quad load_shared_of(u32 address, int rank) {
 HALVE_DEVICE void wait_for_kernel_before() {}
 HALVE_DEVICE void let_next_kernel_begin() {}
 HALVE_DEVICE void sync_cluster() { __syncthreads(); }
+HALVE_DEVICE void leave_cluster() {}
 HALVE_DEVICE Quad load_shared_of(u32, int) { __trap(); }
 #endif
 
@@ -126,6 +134,16 @@ HALVE_DEVICE Quad load_global(const void* from) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
                : "l"(from));
+  return v;
+}
+
+// What the kernel before this one wrote, perhaps while this one was running already: never by way of the read-only cache.
+HALVE_DEVICE Quad load_inputs_now(const void* from) {
+  Quad v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(from)
+               : "memory");
   return v;
 }
 

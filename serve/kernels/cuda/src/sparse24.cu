@@ -16,8 +16,13 @@
 //
 // What is under way. A memory that delivers 4.8 TB/s (H200) after 0.7 us has 3.4 MB under way, 25 KB on each of 132
 // processors, and loaded latencies are up to twice as long: 40 to 64 KB a processor are wanted. Copies go to shared memory in
-// the background, so they need no registers: a block of four warps has (Stages - 1) x 18 KB of weights under way, two
-// blocks fit on a processor of that size, which makes 110 KB at 4 stages and 73 KB at 3.
+// the background, so they need no registers. However a processor's shared memory is divided among blocks and groups, its
+// eight warps have (Stages - 1) x 36 KB of weights under way, 110 KB at 4 stages; what differs is how many blocks there are
+// to fill the processors evenly, and what it costs to add up their sums (`plan.py` chooses).
+//
+// Before and after. With programmatic dependent launch a block begins while the kernel before it still makes x: it fetches
+// the weights of the whole pipeline, waits for x, and lets the next kernel begin at once, which does the same as soon as a
+// processor has room.
 #ifndef HALVE_PRIMITIVES
 #include "primitives.cuh"
 #endif
@@ -83,19 +88,22 @@ HALVE_DEVICE void multiply(const Arguments& call) {
     for (int block = 0; block < 9; ++block) copy_weights(to + block * kBlockBytes, from + block * kBlockBytes, policy);
   };
 
-  // A row of a stage of x has 128 bytes, and its 16-byte chunks change places by its number, so that the rows of a matrix
-  // lie in different banks.
-  auto load_inputs = [&](int step) {
-    if (step >= steps) return;
+  // Where a lane's part of x of a step comes from and goes to, chunk by chunk. A row of a stage of x has 128 bytes, and its
+  // 16-byte chunks change places by its number, so that the rows of a matrix lie in different banks.
+  auto for_inputs = [&](int step, auto&& use) {
     const u32 inputs = stages + step % Stages * kStageBytes + Panels * kUnitBytes;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int index = i * 32 * Panels + member * 32 + lane, row = index >> 3, chunk = index & 7;
       const int column = (first + group + step * Groups) * kUnitColumns + chunk * 8;
       const bool there = row < call.rows && column < call.k;
-      copy_or_zero(inputs + row * 128 + ((chunk ^ (row & 7)) << 4),
-                   call.x + (there ? static_cast<u64>(row) * call.k + column : 0), there);
+      use(i, inputs + row * 128 + ((chunk ^ (row & 7)) << 4), call.x + (there ? static_cast<u64>(row) * call.k + column : 0),
+          there);
     }
+  };
+  auto load_inputs = [&](int step) {
+    if (step >= steps) return;
+    for_inputs(step, [](int, u32 to, const u16* from, bool there) { copy_or_zero(to, from, there); });
   };
 
   float sums[4][Tiles][4] = {};
@@ -124,15 +132,27 @@ HALVE_DEVICE void multiply(const Arguments& call) {
     }
   };
 
-  // No kernel writes a weight, so its first units are fetched while the kernel before this one still makes x. The rest comes
-  // after, because groups of copies end in order: x of the first step would wait for all that was begun before it.
-  const bool right = belongs(load_global(call.weight), call);
+  // No kernel writes a weight, so the whole pipeline of them is fetched while the kernel before this one still makes x. Groups
+  // of copies end in order: as copies, x of the first step would wait for all of these weights, so the first steps of x go
+  // through registers. The header is only looked at in the end: who compares it here waits for the memory before any copy.
+  const Quad header = load_global(call.weight);
 #pragma unroll
   for (int step = 0; step < Stages - 1; ++step) {
     load_weights(step);
-    if (step == 0) wait_for_kernel_before();
-    load_inputs(step);
     close_copies();
+  }
+  wait_for_kernel_before();
+  let_next_kernel_begin();
+  Quad held[Stages - 1][kChunks];
+#pragma unroll
+  for (int step = 0; step < Stages - 1; ++step) {
+    for_inputs(step, [&](int i, u32, const u16* from, bool there) {
+      held[step][i] = there && step < steps ? load_inputs_now(from) : Quad{};
+    });
+  }
+#pragma unroll
+  for (int step = 0; step < Stages - 1; ++step) {
+    for_inputs(step, [&](int i, u32 to, const u16*, bool) { store_shared(to, held[step][i]); });
   }
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<Stages - 2>();
@@ -142,7 +162,6 @@ HALVE_DEVICE void multiply(const Arguments& call) {
     close_copies();
     if (has_panel) compute(step);
   }
-  let_next_kernel_begin();
 
   // The sums of a group in shared memory, [row of x][row of the weight]. The distance of two rows of x, 4 more than a
   // multiple of 16, puts the 32 sums that a warp stores at a time into 32 banks.
@@ -163,6 +182,8 @@ HALVE_DEVICE void multiply(const Arguments& call) {
     }
   }
   sync_block();
+
+  const bool right = belongs(header, call);
 
   // Four neighbouring outputs at a time, first over the groups, then over the blocks of the cluster.
   constexpr int kFours = Panels * kUnitRows / 4;
@@ -208,7 +229,7 @@ HALVE_DEVICE void multiply(const Arguments& call) {
       }
     }
   }
-  if (call.splits > 1) sync_cluster();  // nobody leaves while others read its sums
+  if (call.splits > 1) leave_cluster();  // nobody leaves while others read its sums
 }
 
 // The dense weight [n, k] in y; a warp a unit.
@@ -242,9 +263,9 @@ HALVE_DEVICE void expand(const Arguments& call, int warps) {
 }
 
 // What is compiled is chosen by `plan.py`, which writes such lines under this file.
-#define HALVE_MULTIPLY(T, Tiles, Panels, Groups, Stages, Resident)                                     \
-  HALVE_KERNEL(32 * Panels * Groups, Resident) multiply_##Tiles(HALVE_BY_VALUE Arguments call) { \
-    multiply<T, Tiles, Panels, Groups, Stages>(call);                                                  \
+#define HALVE_MULTIPLY(Name, T, Tiles, Panels, Groups, Stages, Resident)                      \
+  HALVE_KERNEL(32 * Panels * Groups, Resident) Name(HALVE_BY_VALUE Arguments call) {          \
+    multiply<T, Tiles, Panels, Groups, Stages>(call);                                         \
   }
 #define HALVE_EXPAND(Warps) \
   HALVE_KERNEL(32 * Warps, 1) expand_weight(HALVE_BY_VALUE Arguments call) { expand(call, Warps); }
