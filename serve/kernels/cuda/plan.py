@@ -119,6 +119,11 @@ def stage_bytes(tiles: int, panels: int) -> int:
     return panels * UNIT_BYTES + tiles * 8 * UNIT * 2
 
 
+def shared_kib(capability: tuple[int, int]) -> int:
+    """Shared memory of a processor."""
+    return _SHARED_KIB.get(capability, 100)
+
+
 def has_clusters(capability: tuple[int, int]) -> bool:
     """Whether blocks can read each other's shared memory."""
     return capability >= (9, 0)
@@ -130,7 +135,7 @@ def forms(capability: tuple[int, int]) -> tuple[Form, ...]:
 
     Without clusters, x is shared by one panel alone: a small weight has few panels, and each wants a block.
     """
-    kib = _SHARED_KIB.get(capability, 100)
+    kib = shared_kib(capability)
     return tuple(form for tiles in _PANELS for form in _divisions(tiles, kib, has_clusters(capability)))
 
 
