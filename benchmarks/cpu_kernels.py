@@ -8,7 +8,7 @@ Sides, one call each in every round, in turn:
 - ``dense``: halve's own dense kernel, for as many rows as it is used for;
 - ``eager``: ``torch.nn.functional.linear``, what a dense layer of plain transformers runs;
 - ``frozen``: the operator that torch.compile with ``freezing`` calls (`frozen_operator` looks it up in a compiled
-  module's code), on weights that it packed before;
+  module's code), on weights that it packed before, on processors for which it does so;
 - ``wide``: the weight widened to float32 at each call and multiplied so, where the processor has no 16-bit products: what a
   dense layer of halve runs there (`compress.wide`).
 
@@ -88,14 +88,22 @@ class Weights:
         if rows <= StreamedLinear.MOST_ROWS and backend.path() != "portable":
             result["dense"] = lambda x: ops.dense_linear(x, next(self.dense), None)
         result["eager"] = lambda x: functional.linear(x, next(self.dense))
-        if self.dtype == torch.bfloat16:
-            mkldnn = torch.ops.mkldnn
-            weight = next(self.dense)
-            frozen = itertools.cycle([mkldnn._reorder_linear_weight(weight, rows) for _ in range(self.copies)])
-            result["frozen"] = lambda x: mkldnn._linear_pointwise(x, next(frozen), None, "none", [], "")
+        if self.dtype == torch.bfloat16 and (packed := self._frozen(rows)):
+            frozen = itertools.cycle(packed)
+            result["frozen"] = lambda x: torch.ops.mkldnn._linear_pointwise(x, next(frozen), None, "none", [], "")
         if wide.is_emulated(self.dtype, torch.device("cpu")):
             result["wide"] = lambda x: wide.linear(x, next(self.dense), None)
         return result
+
+    def _frozen(self, rows: int) -> list[Tensor]:
+        """Copies of the weight as torch's frozen linear packs them; none where it refuses the processor, as it does without AVX-512."""
+        weight = next(self.dense)
+        try:
+            return [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for _ in range(self.copies)]
+        except RuntimeError as error:
+            if "cpu support" not in str(error):
+                raise
+            return []
 
     def bytes_of(self, side: str) -> int:
         """What a side reads of the weight."""
