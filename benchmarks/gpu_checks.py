@@ -90,6 +90,11 @@ def product(kernels: backend.Kernels, x: Tensor, prepared: Tensor, bias: Tensor 
     return y
 
 
+def poison(count: int, dtype: torch.dtype) -> None:
+    """Leaves NaN in the memory that the next tensor of so many numbers gets."""
+    torch.full((count,), float("nan"), dtype=dtype, device="cuda")
+
+
 def loaded(dtype: torch.dtype) -> backend.Kernels:
     """The kernels for the current device."""
     if refusal := backend.why_not(torch.device("cuda"), dtype):
@@ -120,8 +125,17 @@ def rows() -> None:
             prepared, dense, bias = backend.prepare(weight), plain.expand(weight), random_input(1, n, dtype)[0]
             for count in ROWS:
                 x, added = random_input(count, k, dtype, count), bias if count % 2 else None
+                poison(count * n, dtype)
                 y = ops.sparse24_linear(x, prepared, added, n)
                 check(y, x, dense, added, f"{count} rows, weight [{n}, {k}], {dtype}")
+                if count > plan.MOST_ROWS and not torch.equal(y, ops.sparse24_linear(x, prepared, added, n)):
+                    raise WrongError(f"{count} rows, weight [{n}, {k}], {dtype}: another result than before")
+        n = k = 4096
+        weight = random_weight(n, k, dtype)
+        prepared, dense = backend.prepare(weight), plain.expand(weight)
+        for count in range(1, plan.MOST_ROWS + 1):
+            x = random_input(count, k, dtype, count)
+            check(product(loaded(dtype), x, prepared, None, n), x, dense, None, f"{count} rows, [{n}, {k}], {dtype}")
 
 
 def edges() -> None:
@@ -353,6 +367,10 @@ def pruning() -> None:
                 raise WrongError(
                     f"SparseGPT of [{n}, {k}], {pattern}: the loss is {losses[1]:.6g} instead of {losses[0]:.6g}"
                 )
+
+
+FIRST: tuple[Callable[[], None], ...] = (packing, every_way, chained_overlap, adversarial)
+"""Of `CHECKS`, those that are done soon and see most."""
 
 
 CHECKS: tuple[Callable[[], None], ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -18,19 +19,20 @@ def render(document: dict[str, Any]) -> str:
     wrong = [check for check in found if check["wrong"]]
     lines += ["", f"Checks against float64: {len(found) - len(wrong)} of {len(found)} right."]
     lines += [f"- WRONG {check['name']}: {check['wrong']}" for check in wrong]
-    if "tests" in document:
-        lines.append(f"Tests marked gpu: {document['tests']}.")
+    for row in document.get("proof", []):
+        overlap = "launches overlap" if row["overlap"] else "launches wait for each other"
+        lines.append(f"Kernels for {row['dtype']}: compiled, loaded and proven in {row['seconds']:.1f} s; {overlap}.")
     if copy := document.get("copy_gigabytes_per_second"):
         lines.append(f"A copy within the memory reaches {copy:.0f} GB/s (both ways counted).")
     if "decode" in document:
         lines += [
             "",
-            "| layer | rows of x | 2:4, us | cuBLAS, us | faster | quartiles | with overlap | 2:4, GB/s | of a copy | cuBLAS, GB/s |",
+            "| layer | rows of x | 2:4, us | dense, us | faster | quartiles | without overlap | 2:4, GB/s | of a copy | dense, GB/s |",
             "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
         ]
         for row in document["decode"]:
             us, gain, rate = row["microseconds"], row["speedup"], row["gigabytes_per_second"]
-            overlap = f"{gain['2:4 overlap']['median']:.2f}" if "2:4 overlap" in gain else ""
+            overlap = f"{gain['2:4 waiting']['median']:.2f}" if "2:4 waiting" in gain else ""
             share = f"{row['of_copy']:.0%}" if row["of_copy"] else ""
             lines.append(
                 f"| {row['n']} x {row['k']} | {row['rows']} | {us['2:4']:.2f} | {us['dense']:.2f} | "
@@ -47,9 +49,7 @@ def render(document: dict[str, Any]) -> str:
             lines += ["", "| " + " | ".join([title, *(f"{side}, us" for side in sides), "faster than dense"]) + " |"]
             lines.append("|---|" + "---:|" * (len(sides) + 1))
             for row in document[section]:
-                name = (
-                    f"{row['tokens']} tokens" if section == "block" else f"{row['n']} x {row['k']}, {row['rows']} rows"
-                )
+                name = row["name"] if section == "block" else f"{row['n']} x {row['k']}, {row['rows']} rows"
                 cells = [f"{row['microseconds'][side]:.1f}" if side in row["microseconds"] else "" for side in sides]
                 gains = ", ".join(f"{side} {gain['median']:.2f}" for side, gain in row["speedup"].items())
                 lines.append(f"| {name} | " + " | ".join([*cells, gains]) + " |")
@@ -61,14 +61,37 @@ def render(document: dict[str, Any]) -> str:
     for row in document.get("host", []):
         shown = ", ".join(f"{name} {us:.1f} us" for name, us in row["microseconds"].items())
         lines += ["", f"Time of the processor for a call, without a graph: {shown}."]
-    for section in ("splits", "forms"):
-        if section in document:
-            lines += ["", f"{section.capitalize()}, microseconds by the number of blocks that share a sum:", ""]
-            for row in document[section]:
-                what = row.get("form") or f"chosen {row['chosen']}"
-                shown = row.get("refused") or ", ".join(f"{s}: {us:.2f}" for s, us in row["microseconds"].items())
-                lines.append(f"- {row['n']} x {row['k']}, {row['rows']} rows, {what}: {shown}")
+    if "unsearched" in document:
+        shown = (
+            f"{row['n']} x {row['k']}, {row['rows']} rows: {row['microseconds']:.1f} us"
+            for row in document["unsearched"]
+        )
+        lines += ["", f"cuSPARSELt {document.get('cusparselt', '')} before its search: {'; '.join(shown)}."]
+    if "variants" in document:
+        lines += variants(document["variants"])
     lines += ["", *(f"Broken: {name}: {said}" for name, said in document["broken"].items())]
     if document["left_out"]:
         lines.append(f"Left out for want of time: {', '.join(document['left_out'])}.")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def variants(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The best ways for each product beside the chosen one, as Markdown."""
+    lines = ["", "Kernels, `multiply_tiles_panels_groups_stages_resident in blocks that share a sum`:", ""]
+    lines += ["| layer | rows of x | chosen | us | best | us | then |", "|---|---:|---|---:|---|---:|---|"]
+    for row in rows:
+        if "chosen" not in row:
+            continue
+        ranked = sorted(row["microseconds"].items(), key=lambda way: way[1])
+        if not ranked:
+            lines.append(f"| {row['n']} x {row['k']} | {row['rows']} | {row['chosen']} | | none is right | | |")
+            continue
+        (best, least), *others = ranked
+        chosen = row["microseconds"].get(row["chosen"])
+        then = ", ".join(f"{name} {us:.2f}" for name, us in others[:4])
+        lines.append(
+            f"| {row['n']} x {row['k']} | {row['rows']} | {row['chosen']} | {'' if chosen is None else f'{chosen:.2f}'} | "
+            f"{best} | {least:.2f} | {then} |"
+        )
+    wrong = {name: said for row in rows for name, said in row.get("wrong", {}).items()}
+    return [*lines, *(f"- WRONG {name}: {said}" for name, said in wrong.items())]

@@ -17,34 +17,49 @@ from serve.kernels import ops, plain
 from serve.kernels.cuda import backend
 
 COPIES_BYTES = 256 << 20
+LEAST_LAUNCHES = 32
+WARM_SECONDS = 0.05
+"""Before a set of sides is measured: an idle GPU's clock is a fifth of a busy one's."""
+LIBRARIES = ("cublas", "cublaslt")
+"""Of dense products; which one is faster differs by shape."""
 DTYPE = torch.bfloat16
 
 Call = Callable[[], Any]
 
 
 def captured(calls: list[Call]) -> torch.cuda.CUDAGraph:
-    """A graph of calls, each of which ran before."""
+    """A graph of calls, each of which ran before. Whatever a call raises leaves torch on the stream that it was on."""
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    finally:
+        torch.cuda.set_stream(current)
     return graph
 
 
 def times(sides: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[float]]:
     """Microseconds of one call, for each side and round."""
     graphs = {name: captured(calls) for name, calls in sides.items()}
-    for graph in graphs.values():
-        graph.replay()
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM_SECONDS:
+        for graph in graphs.values():
+            graph.replay()
+        torch.cuda.synchronize()
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in list(sides) if turn % 2 else reversed(sides):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graphs[
+                name
+            ].replay()  # while it runs, what is measured is put behind it, so nothing waits for the processor
             start.record()
             graphs[name].replay()
             end.record()
@@ -70,14 +85,27 @@ class Weights:
     def __init__(self, n: int, k: int, dtype: torch.dtype = DTYPE) -> None:
         self.n, self.k = n, k
         packed = gpu_checks.random_weight(n, k, dtype)
+        self.packed = packed
         self.bytes = {"2:4": packed.nbytes, "dense": n * k * dtype.itemsize}
         prepared, dense = backend.prepare(packed), plain.expand(packed)
         self.prepared = [prepared, *(prepared.clone() for _ in range(max(1, COPIES_BYTES // prepared.nbytes)))]
         self.dense = [dense, *(dense.clone() for _ in range(max(1, COPIES_BYTES // dense.nbytes)))]
         torch.cuda.synchronize()
 
-    def dense_calls(self, x: Tensor) -> list[Call]:
-        return [lambda w=w: functional.linear(x, w) for w in cycled(self.dense)]
+    def dense_calls(self, x: Tensor, library: str | None = None) -> list[Call]:
+        """By one of `LIBRARIES`, or by the one that torch takes."""
+
+        def call(w: Tensor) -> Tensor:
+            if library is None:
+                return functional.linear(x, w)
+            usual = torch.backends.cuda.preferred_blas_library()
+            torch.backends.cuda.preferred_blas_library(library)
+            try:
+                return functional.linear(x, w)
+            finally:
+                torch.backends.cuda.preferred_blas_library(usual)
+
+        return [lambda w=w: call(w) for w in cycled(self.dense)]
 
     def sparse_calls(self, x: Tensor) -> list[Call]:
         return [lambda w=w: ops.sparse24_linear(x, w, None, self.n) for w in cycled(self.prepared)]
@@ -92,9 +120,19 @@ class Weights:
         return [lambda w=w: call(w) for w in cycled(self.prepared)]
 
 
+def faster_dense(samples: dict[str, list[float]]) -> str:
+    """Puts the samples of the faster of `LIBRARIES` under the name of ``dense``, drops the other's, and says which it is."""
+    found = [name for name in LIBRARIES if name in samples]
+    best = min(found, key=lambda name: statistics.median(samples[name]))
+    samples["dense"] = samples[best]
+    for name in found:
+        del samples[name]
+    return best
+
+
 def cycled(copies: list[Tensor]) -> list[Tensor]:
-    """All copies in turn, at least 16 launches."""
-    rounds = -(-16 // len(copies))
+    """All copies in turn, at least `LEAST_LAUNCHES` times."""
+    rounds = -(-LEAST_LAUNCHES // len(copies))
     return list(itertools.chain.from_iterable([copies] * rounds))
 
 

@@ -83,25 +83,3 @@ def _times(kernels: backend.Kernels, weights: Weights, x: Tensor) -> dict[str, A
             else:
                 found[_name(form, splits)] = statistics.median(samples)
     return {"microseconds": found, "wrong": wrong}
-
-
-def render(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The best ways for each product beside the chosen one, as Markdown."""
-    lines = ["", "Kernels, `multiply_tiles_panels_groups_stages_resident in blocks that share a sum`:", ""]
-    lines += ["| layer | rows of x | chosen | us | best | us | then |", "|---|---:|---|---:|---|---:|---|"]
-    for row in rows:
-        if "chosen" not in row:
-            continue
-        ranked = sorted(row["microseconds"].items(), key=lambda way: way[1])
-        if not ranked:
-            lines.append(f"| {row['n']} x {row['k']} | {row['rows']} | {row['chosen']} | | none is right | | |")
-            continue
-        (best, least), *others = ranked
-        chosen = row["microseconds"].get(row["chosen"])
-        then = ", ".join(f"{name} {us:.2f}" for name, us in others[:4])
-        lines.append(
-            f"| {row['n']} x {row['k']} | {row['rows']} | {row['chosen']} | {'' if chosen is None else f'{chosen:.2f}'} | "
-            f"{best} | {least:.2f} | {then} |"
-        )
-    wrong = {name: said for row in rows for name, said in row.get("wrong", {}).items()}
-    return [*lines, *(f"- WRONG {name}: {said}" for name, said in wrong.items())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import gpu_variants
+from benchmarks import gpu_table, gpu_variants
 from serve.kernels.cuda import plan
 
 HOPPER = (9, 0)
@@ -28,7 +28,7 @@ def test_the_table_ranks_them() -> None:
         {"n": 64, "k": 128, "rows": 8, "chosen": "a in 1", "microseconds": {"b in 2": 2.0}, "wrong": {"a in 1": "3 outputs"}},
         {"n": 64, "k": 128, "rows": 9, "chosen": "a in 1", "microseconds": {}, "wrong": {"b in 2": "why"}},
     ]  # fmt: skip
-    text = "\n".join(gpu_variants.render(rows))
+    text = "\n".join(gpu_table.variants(rows))
     assert "| 64 x 128 | 1 | a in 1 | 3.00 | b in 2 | 2.00 | a in 1 3.00 |" in text
     assert "| 64 x 128 | 8 | a in 1 |  | b in 2 | 2.00 |  |" in text
     assert "| 64 x 128 | 9 | a in 1 | | none is right | | |" in text

@@ -1,0 +1,126 @@
+"""A decoder block of Llama-3-8B's shape with random weights, in every form that `benchmarks.gpu` compares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks import gpu_checks
+from benchmarks.gpu_timing import DTYPE, Call, stream
+from serve.kernels import ops, plain
+from serve.kernels.cuda import backend, cusparselt, prefill
+
+HEADS, KEY_HEADS, DEPTH, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336
+SHAPES = (
+    ((HEADS + 2 * KEY_HEADS) * DEPTH, HIDDEN),
+    (HIDDEN, HIDDEN),
+    (2 * INTERMEDIATE, HIDDEN),
+    (HIDDEN, INTERMEDIATE),
+)
+"""[N, K]: queries, keys and values; output; gate and up; down."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """``sequences`` of ``tokens`` each; one token attends to ``cached`` ones before it, several to each other."""
+
+    name: str
+    sequences: int
+    tokens: int
+    count: int  # of blocks in a row
+    cached: int = 1024
+
+
+CASES = (
+    Case("1 sequence, 1 token", 1, 1, 8),
+    Case("a prompt of 4096 tokens", 1, 4096, 2),
+    Case("16 sequences, 1 token", 16, 1, 8),
+)
+
+
+class Block:
+    """``form``: dense, 2:4, or compressed, which is cuSPARSELt's."""
+
+    def __init__(self, form: str, case: Case, library: cusparselt.CusparseLt | None = None) -> None:
+        self.form, self.case, self.library = form, case, library
+        packed = [gpu_checks.random_weight(n, k, DTYPE, seed) for seed, (n, k) in enumerate(SHAPES)]
+        if form == "2:4":
+            self.weights = [backend.prepare(weight) for weight in packed]
+        else:
+            self.weights = [plain.expand(weight) for weight in packed]
+        if form == "compressed":
+            assert library is not None
+            self.weights = [library.compress(weight, stream()) for weight in self.weights]
+            for weight, (n, k) in zip(self.weights, SHAPES, strict=True):
+                x = gpu_checks.random_input(case.sequences * case.tokens, k, DTYPE)
+                library.search(x, weight, n, stream())
+        self.norm = torch.ones(HIDDEN, device="cuda", dtype=DTYPE)
+        shape = (case.sequences, KEY_HEADS, case.cached, DEPTH)
+        self.keys, self.values = (torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(2))
+
+    def linear(self, index: int, x: Tensor) -> Tensor:
+        weight, n = self.weights[index], SHAPES[index][0]
+        if self.form == "2:4":
+            return ops.sparse24_linear(x, weight, None, n)
+        if self.form == "compressed":
+            assert self.library is not None
+            return self.library.multiply(x, weight, None, n, stream())
+        return functional.linear(x, weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [sequences times tokens, 4096] -> the same."""
+        rows, sequences = len(x), self.case.sequences
+        hidden = self.linear(0, functional.rms_norm(x, (HIDDEN,), self.norm))
+        parts = hidden.view(sequences, -1, HEADS + 2 * KEY_HEADS, DEPTH).transpose(1, 2)
+        query, key, value = parts.split((HEADS, KEY_HEADS, KEY_HEADS), dim=1)
+        one = self.case.tokens == 1
+        if one:
+            key, value = self.keys, self.values
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=not one, enable_gqa=True)
+        x = x + self.linear(1, mixed.transpose(1, 2).reshape(rows, HIDDEN))
+        gate, up = self.linear(2, functional.rms_norm(x, (HIDDEN,), self.norm)).split(INTERMEDIATE, dim=-1)
+        return x + self.linear(3, functional.silu(gate) * up)
+
+
+def kinds(case: Case, library: cusparselt.CusparseLt | None) -> dict[str, str]:
+    """Forms to compare, by the names that they are shown under. Prompts are also multiplied by the library, from halve's own
+    form and from its."""
+    found = {"2:4": "2:4", "dense": "dense"}
+    if case.tokens > 1 and library is not None:
+        found |= {"2:4 by cusparselt": "asked", "compressed": "compressed"}
+    return found
+
+
+@contextmanager
+def asking(for_prefill: str) -> Iterator[None]:
+    """HALVE_PREFILL for a while."""
+    before = os.environ.get(prefill.VARIABLE)
+    os.environ[prefill.VARIABLE] = for_prefill
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[prefill.VARIABLE]
+        else:
+            os.environ[prefill.VARIABLE] = before
+
+
+def calls(kind: str, case: Case, library: cusparselt.CusparseLt | None) -> list[Call]:
+    """A call for each of the blocks that follow each other."""
+    x = torch.randn(case.sequences * case.tokens, HIDDEN, device="cuda", dtype=DTYPE)
+    if kind != "asked":
+        return [lambda b=b: b(x) for b in [Block(kind, case, library) for _ in range(case.count)]]
+    with asking("cusparselt"):
+        blocks = [Block("2:4", case) for _ in range(case.count)]
+
+    def by_the_library(b: Block) -> Tensor:
+        with asking("cusparselt"):
+            return b(x)
+
+    return [lambda b=b: by_the_library(b) for b in blocks]
