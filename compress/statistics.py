@@ -10,8 +10,8 @@ that read the same input (q, k and v share one; gate and up share one).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -120,17 +120,27 @@ class Gram:
 
     panel = 128
     """Only the lower triangle is computed, in panels of this many columns: narrow ones compute less above the diagonal."""
+    gpu_panel = 2048
+    """A GPU is busy with wide ones only."""
 
     def __init__(self, features: int, device: torch.device, tokens: int) -> None:
         self._lower = torch.zeros(features, features, dtype=torch.float32, device=device)
 
     def update(self, x: Tensor) -> None:
-        stored = x.dtype
-        x = x.float()
+        stored, panel = x.dtype, self.gpu_panel if x.is_cuda else self.panel
+        wide = wide_product(x.device, stored)
+        x = x if wide else x.float()
         with exact_products(stored):
-            for start in range(0, x.shape[1], self.panel):
-                stop = start + self.panel
-                self._lower[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+            for start in range(0, x.shape[1], panel):
+                lower, left, right = (
+                    self._lower[start:, start : start + panel],
+                    x[:, start:].T,
+                    x[:, start : start + panel],
+                )
+                if wide:
+                    lower.add_(wide(left, right))
+                else:
+                    lower.addmm_(left, right)
 
     @property
     def value(self) -> Tensor:
@@ -144,6 +154,27 @@ class Gram:
 
     def permute(self, order: Tensor) -> None:
         self._lower = self.value[order][:, order]
+
+
+@cache
+def wide_product(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The product of two 16-bit matrices with sums and results in float32, on a GPU's tensor cores: several times faster than float32
+    ones, and as exact. None where torch has none (2.11 is the first that does), or one that is not exact."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+    random = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(2048, 96, generator=random).add(1).to(dtype)
+    try:
+        found = product(x.to(device)[:, 32:].T, x.to(device)[:, 32:64]).cpu()
+    except (TypeError, RuntimeError):
+        return None
+    exact = x.double()[:, 32:].T @ x.double()[:, 32:64]
+    size = x.double().abs()[:, 32:].T @ x.double().abs()[:, 32:64]
+    return product if bool(((found.double() - exact).abs() <= 1e-5 * size).all()) else None
 
 
 class Part(NamedTuple):

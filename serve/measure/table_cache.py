@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from compress.version import versions
 from serve.kernels.cpu import backend as cpu
 from serve.kernels.cpu import library
+from serve.kernels.cuda import prefill
 from serve.kernels.cuda.cache import directory
 from serve.measure.environment import environment
 from serve.measure.kernel_table import Entry, Shape
@@ -31,7 +33,8 @@ class Identity(BaseModel):
     """What a table holds for, and only for.
 
     Attributes:
-        kernels: the code path and a digest of the library on a processor, the compute capability on a GPU.
+        kernels: the code path and a digest of the library on a processor; the compute capability, a digest of the kernels'
+            sources and the way of products of many rows on a GPU.
         backend: what ``HALVE_BACKEND`` asked for.
     """
 
@@ -58,6 +61,9 @@ class Identity(BaseModel):
         )
 
 
+GPU_KERNELS = Path(cpu.__file__).parents[1]
+
+
 class KernelTable(BaseModel):
     """The content of a file."""
 
@@ -70,10 +76,21 @@ class KernelTable(BaseModel):
 
 def _kernels(device: torch.device) -> str:
     if device.type == "cuda":
-        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor} {sources_digest()} {prefill.wanted()}"
     if cpu.path() is None:
         return "none"
     return f"{cpu.path()} {hashlib.sha256(library.find().path.read_bytes()).hexdigest()[:16]}"
+
+
+@cache
+def sources_digest() -> str:
+    """Of all that decides how fast the kernels of GPUs are, but for what it is compiled with."""
+    files = [*sorted((GPU_KERNELS / "cuda").rglob("*.cu*")), *sorted(GPU_KERNELS.rglob("*.py"))]
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
 
 
 def path_of(identity: Identity) -> Path:

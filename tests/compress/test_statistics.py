@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress import statistics
 from compress.errors import NumericalError
 from compress.statistics import SAMPLE_TOKENS, Gram, InputStatistics, exact_products
 
@@ -62,6 +63,51 @@ def test_gram_over_several_panels() -> None:
     gram = gathered([x[:111], x[111:]], ("gram",)).gram
     assert gram_error(gram, x) < 1e-5
     assert torch.equal(gram, gram.T)
+
+
+def test_gram_by_products_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit operands, float32 results, a panel at a time: over several panels and calls, against float64."""
+    asked: list[torch.dtype] = []
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        asked.extend([a.dtype, b.dtype])
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(statistics, "wide_product", lambda device, dtype: product)
+    monkeypatch.setattr(statistics.Gram, "panel", 48)
+    x = torch.randn(300, 130, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    gram = statistics.Gram(130, torch.device("cpu"), 300)
+    for part in x.split(77):
+        gram.update(part)
+    exact = x.double().T @ x.double()
+    torch.testing.assert_close(gram.value.double(), exact, rtol=1e-5, atol=1e-4)
+    assert set(asked) == {torch.bfloat16}
+    assert len(asked) == 2 * 3 * 4
+
+
+@pytest.mark.parametrize("kind", ["right", "rounded", "missing", "unknown"])
+def test_products_of_a_gpu_are_used_where_they_are_exact(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert out_dtype is torch.float32
+        if kind == "missing":
+            raise RuntimeError("out_dtype is only supported for CUDA")
+        if kind == "unknown":
+            raise TypeError("mm() got an unexpected keyword argument 'out_dtype'")
+        found = a.float() @ b.float()
+        return found.to(torch.bfloat16).float() if kind == "rounded" else found
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda self, *how, to=torch.Tensor.to: self if isinstance(how[0], torch.device) else to(self, *how),
+    )
+    statistics.wide_product.cache_clear()
+    found = statistics.wide_product(torch.device("cuda"), torch.bfloat16)
+    assert (found is not None) == (kind == "right")
+    assert statistics.wide_product(torch.device("cuda"), torch.float32) is None
+    assert statistics.wide_product(torch.device("cpu"), torch.bfloat16) is None
+    statistics.wide_product.cache_clear()
 
 
 def test_gram_of_float32_inputs_is_not_rounded_to_bfloat16() -> None:

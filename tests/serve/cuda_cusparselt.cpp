@@ -61,6 +61,7 @@ uint16_t narrow(float value) {
 }  // namespace
 
 extern "C" {
+int fake_selections_alive = 0, fake_hopper = 0;
 int fake_plans_made = 0, fake_plans_alive = 0, fake_matrices_alive = 0, fake_products = 0, fake_algorithm = -1, fake_split = -1;
 void* fake_stream = nullptr;
 
@@ -116,11 +117,24 @@ int cusparseLtMatmulDescSetAttribute(const Handle* handle, Product* product, int
 int cusparseLtMatmulAlgSelectionInit(const Handle* handle, Selection* to, const Product* product, int algorithm) {
   if (!is(handle, kHandle) || !is(product, kProduct) || algorithm) return kRefused;
   *to = {kSelection, to, product, {0, 40, 5, 1, 0, 0}};
+  ++fake_selections_alive;
+  return 0;
+}
+int cusparseLtMatmulAlgSelectionDestroy(const Selection* which) {
+  if (!is(which, kSelection)) return kRefused;
+  const_cast<Selection*>(which)->tag = 0;
+  --fake_selections_alive;
   return 0;
 }
 int cusparseLtMatmulAlgSetAttribute(const Handle* handle, Selection* selection, int attribute, const void* data, size_t size) {
   if (!is(handle, kHandle) || !is(selection, kSelection) || attribute < 0 || attribute > 5 || attribute == 1 || size != 4)
     return kRefused;
+  int value;
+  std::memcpy(&value, data, 4);
+  // As the library's own messages say of SM90.
+  if (fake_hopper && attribute == 3 && value != 1 && value != -1) return kRefused;
+  if (fake_hopper && attribute == 5 && value != 0) return kRefused;
+  if (attribute == 4 && value != 1 && value != 2) return kRefused;
   std::memcpy(&selection->values[attribute], data, 4);
   return 0;
 }
@@ -199,8 +213,9 @@ int cusparseLtMatmul(const Handle* handle, const Plan* plan, const float* alpha,
 int cusparseLtMatmulSearch(const Handle* handle, Plan* plan, const float* alpha, const void* a, const uint16_t* b,
                            const float* beta, const void* c, uint16_t* d, void* workspace, void** streams, int32_t stream_count) {
   if (const int refused = cusparseLtMatmul(handle, plan, alpha, a, b, beta, c, d, workspace, streams, stream_count)) return refused;
-  const int best[6] = {17, 40, 5, 4, 1, 2};
-  std::memcpy(plan->selection->values, best, sizeof best);
+  const int usual[6] = {17, 40, 5, 4, 1, 2}, of_hopper[6] = {17, 40, 5, -1, 0, 0}, refused_later[6] = {17, 40, 5, 2, 0, 0};
+  const int* best = fake_hopper == 2 ? refused_later : fake_hopper ? of_hopper : usual;
+  std::memcpy(plan->selection->values, best, sizeof usual);
   return 0;
 }
 }

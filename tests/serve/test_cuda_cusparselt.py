@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -97,8 +98,48 @@ class TestPlans:
         assert torch.equal(library.multiply(x, compressed, None, 32, 0), before)
         assert (count(path, "algorithm"), count(path, "split")) == (17, 4)
         assert count(path, "plans_alive") == alive + 1
-        library.multiply(normal(40, 64, dtype=BFLOAT16), compressed, None, 32, 0)  # was not searched
+        library.multiply(normal(40, 64, dtype=BFLOAT16), compressed, None, 32, 0)  # was not searched: as the nearest
+        assert (count(path, "algorithm"), count(path, "split")) == (17, 4)
+        other = library.compress(dense(48, 64), 0)
+        library.multiply(normal(40, 64, dtype=BFLOAT16), other, None, 48, 0)  # of another shape
         assert (count(path, "algorithm"), count(path, "split")) == (0, 1)
+
+    @pytest.mark.parametrize(("kind", "split"), [(1, -1), (2, 1)])
+    def test_what_is_found_on_hopper_is_set_as_far_as_it_is_taken(
+        self, path: Path, kind: int, split: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """There, a mode that was not set is refused when it is set, and some splits are reported that are not taken."""
+        hopper = ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "fake_hopper")
+        hopper.value = kind
+        selections, matrices = count(path, "selections_alive"), count(path, "matrices_alive")
+        try:
+            library, weight = CusparseLt(str(path)), dense(32, 64)
+            compressed, x = library.compress(weight, 0), normal(24, 64, dtype=BFLOAT16)
+            library.search(x, compressed, 32, 0)
+            with caplog.at_level(logging.INFO, "halve.serve"):
+                y = library.multiply(x, compressed, None, 32, 0)
+            assert (count(path, "algorithm"), count(path, "split")) == (17, split)
+            torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=2**-8, atol=1e-4)
+            assert ("does not take what its search found" in caplog.text) == (kind == 2)
+        finally:
+            hopper.value = 0
+        plans = len(library._plans)
+        assert count(path, "selections_alive") - selections == plans
+        assert count(path, "matrices_alive") - matrices == 3 * plans
+
+    def test_what_fails_half_way_is_given_back(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        library = CusparseLt(str(path))
+        call, before = library.call, [count(path, f"{name}_alive") for name in ("selections", "matrices", "plans")]
+
+        def refuse(name: str, *arguments: object) -> None:
+            if name == "cusparseLtMatmulGetWorkspace":
+                raise CusparseLtError("refused")
+            call(name, *arguments)
+
+        monkeypatch.setattr(library, "call", refuse)
+        with pytest.raises(CusparseLtError):
+            library.compress(dense(32, 32), 0)
+        assert [count(path, f"{name}_alive") for name in ("selections", "matrices", "plans")] == before
 
     def test_refusals(self, path: Path) -> None:
         library = CusparseLt(str(path))
@@ -139,6 +180,22 @@ class TestPrefill:
             torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-4)
             assert (count(path, "plans_made") > before) == used
             assert (prefill.library_for(weight, rows) is library) == used
+
+    def test_the_search_is_done_once_for_a_shape_and_not_in_a_product(self, library: CusparseLt, path: Path) -> None:
+        weight = dense(32, 64)
+        prefill.search(weight, STREAM)
+        assert library.searched(32, 64, BFLOAT16)
+        assert {rows: found.number for rows, found in library._algorithms[32, 64, BFLOAT16].items()} == {
+            2048: 17,
+            8192: 17,
+        }
+        products = count(path, "products")
+        prefill.search(weight, STREAM)
+        assert count(path, "products") == products
+        prefill.linear(normal(2048, 64, dtype=BFLOAT16), weight, None, STREAM)
+        assert count(path, "algorithm") == 17
+        prefill.search(dense(40, 24), STREAM)  # which the library does not take
+        assert not library.searched(40, 24, BFLOAT16)
 
     def test_shapes_that_it_does_not_take_are_dense(self, library: CusparseLt) -> None:
         x, weight = normal(2048, 24, dtype=BFLOAT16), dense(40, 24)
@@ -247,6 +304,7 @@ def test_the_header_says_the_same() -> None:
             ("ALG_CONFIG_ID", "SPLIT_K", "SPLIT_K_MODE", "SPLIT_K_BUFFERS")] == [
         cusparselt._ALGORITHM, cusparselt._SPLIT_K, cusparselt._SPLIT_K_MODE, cusparselt._SPLIT_K_BUFFERS]  # fmt: skip
     assert enumeration("cusparseComputeType").index("CUSPARSE_COMPUTE_32F") == cusparselt._FLOAT_SUMS
+    assert re.search(rf"\b{cusparselt._DESTROY_SELECTION}\s*\(", text)
     sizes = [int(size) for size in re.findall(r"uint8_t data\[(\d+)\]", text)]
     assert len(sizes) == 5
     assert max(sizes) <= cusparselt._ROOM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,54 @@ def test_the_layers_are_those_that_the_engine_runs() -> None:
     kind = StreamedLinear if kernel_table._baseline(dense[0], 1).startswith("halve") else torch.nn.Linear
     assert all(isinstance(layer, kind) for layer in dense)
     assert isinstance(kernel_table._Pair(Shape(32, 64, True), torch.bfloat16, CPU).sides["sparse"][0], Sparse24Conv1D)
+
+
+def test_on_a_gpu_copies_of_the_smaller_form_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A side's replay goes through its own copies alone."""
+    monkeypatch.setattr(kernel_table, "last_cache_bytes", lambda device: 60 << 20)
+    for shape in (Shape(4096, 4096), Shape(1024, 4096), Shape(57344, 8192)):
+        found = kernel_table.copies(shape, torch.bfloat16, torch.device("cuda"))
+        packed = shape.n * shape.k * 2 * 9 // 16
+        assert found * packed >= 2 * (60 << 20)
+        assert found == 2 or (found - 1) * packed < 2 * (60 << 20)
+
+
+def test_replays_that_are_measured_stand_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each has some launches, whose mean counts."""
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, **how: Any) -> None:
+            pass
+
+        def record(self) -> None:
+            said.append("record")
+
+        def synchronize(self) -> None:
+            said.append("wait")
+
+        def elapsed_time(self, other: Any) -> float:
+            return 32.0  # milliseconds
+
+    class Graph:
+        def replay(self) -> None:
+            said.append("replay")
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    for name, fake in (("Event", Event), ("CUDAGraph", Graph), ("Stream", Stream), ("current_stream", Stream)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda what: contextlib.nullcontext())
+    calls: list[int] = []
+    layers: Any = [lambda x, i=i: calls.append(i) for i in range(3)]
+    timer = kernel_table._graph_timers({"dense": layers}, torch.zeros(1))["dense"]
+    assert calls == [0, 1, *[0, 1, 2] * 6]  # two to warm up, then 16 and more
+    said.clear()
+    assert timer() == pytest.approx(0.032 / 18)
+    assert said == ["replay", "record", "replay", "record", "wait"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

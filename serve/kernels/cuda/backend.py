@@ -280,9 +280,21 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     """The bytes of a packed weight [N, K] in the order of the kernels, [bytes] uint8; see `layout.prepare`."""
     prepared = layout.prepare(weight, name)
     prefill.prove(prepared.device, weight.values.dtype)
+    if prefill.wanted() == "cusparselt" and prepared.device.type == "cuda":
+        _search(weight, prepared)
     # A kernel may fetch the weight before what stands in front of it on its stream has ended.
     torch.cuda.current_stream(prepared.device).synchronize()
     return prepared
+
+
+def _search(weight: PackedWeight, prepared: Tensor) -> None:
+    """The library looks for its best algorithms for the expanded weight."""
+    index = prepared.device.index or 0
+    kernels = _kernels(index, weight.values.dtype)
+    if isinstance(kernels, Kernels) and all(weight.shape):
+        dense, stream = weight.values.new_empty(weight.shape), torch._C._cuda_getCurrentRawStream(index)
+        kernels.expand(prepared, dense, stream)
+        prefill.search(dense, stream)
 
 
 restore = layout.restore

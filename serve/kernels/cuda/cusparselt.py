@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 from collections import OrderedDict
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
@@ -59,6 +60,12 @@ _SIGNATURES = {
 }
 
 
+_DESTROY_SELECTION = "cusparseLtMatmulAlgSelectionDestroy"
+"""Came with 0.8; before, selections held nothing."""
+
+log = logging.getLogger("halve.serve")
+
+
 class CusparseLtError(Exception):
     """The library is not there, or refused; one line that says what."""
 
@@ -97,28 +104,71 @@ class Plan:
         kind = _TYPES[dtype]
         self._weight, self._input, self._output = Opaque(), Opaque(), Opaque()
         self._product, self.selection, self.plan = Opaque(), Opaque(), Opaque()
+        self._selected = False
+        self._alive: list[tuple[str, int]] = []  # what gives back what the library made, the first one first
+        try:
+            self._describe(rows, n, k, kind, bias)
+            self._select(algorithm)
+            size = c_size_t()
+            call("cusparseLtMatmulGetWorkspace", handle, self.plan.address, byref(size))
+        except CusparseLtError:
+            self.destroy()
+            raise
+        self.workspace_bytes = size.value
+
+    def _describe(self, rows: int, n: int, k: int, kind: int, bias: int | None) -> None:
+        """The operands and the product."""
+        call, handle = self._library.call, self._library.handle.address
         weight, inputs, output = self._weight.address, self._input.address, self._output.address
         call("cusparseLtStructuredDescriptorInit", handle, weight, n, k, k, _ALIGNMENT, kind, _ROW, _HALF_SPARSE)
+        self._alive.append(("cusparseLtMatDescriptorDestroy", weight))
         call("cusparseLtDenseDescriptorInit", handle, inputs, rows, k, k, _ALIGNMENT, kind, _ROW)
+        self._alive.append(("cusparseLtMatDescriptorDestroy", inputs))
         call("cusparseLtDenseDescriptorInit", handle, output, n, rows, n, _ALIGNMENT, kind, _COLUMN)
+        self._alive.append(("cusparseLtMatDescriptorDestroy", output))
         product = self._product.address
         call("cusparseLtMatmulDescriptorInit", handle, product, _AS_IT_IS, _TRANSPOSED, weight, inputs, output, output,
              _FLOAT_SUMS)  # fmt: skip
         if bias is not None:
             pointer = c_void_p(bias)
             call("cusparseLtMatmulDescSetAttribute", handle, product, _BIAS_POINTER, byref(pointer), 8)
+
+    def _select(self, algorithm: Algorithm | None) -> None:
+        """Makes the plan by that algorithm; where the library does not take it as it reported it, by its number alone, and then by
+        its own choice."""
+        ways: list[Algorithm | None] = [None]
+        if algorithm is not None:
+            ways = list(dict.fromkeys([algorithm, Algorithm(algorithm.number), None]))
+        for way in ways:
+            try:
+                self._plan_by(way)
+            except CusparseLtError as error:
+                if way is None:
+                    raise
+                log.info("cuSPARSELt does not take what its search found, %s: %s", way, error)
+            else:
+                return
+
+    def _plan_by(self, algorithm: Algorithm | None) -> None:
+        call, handle, product = self._library.call, self._library.handle.address, self._product.address
         selection = self.selection.address
         call("cusparseLtMatmulAlgSelectionInit", handle, selection, product, _DEFAULT_ALGORITHM)
-        if algorithm is not None:
-            self._set(_ALGORITHM, algorithm.number)
-            if algorithm.split_k != 1:
-                self._set(_SPLIT_K, algorithm.split_k)
-                self._set(_SPLIT_K_MODE, algorithm.split_k_mode)
-                self._set(_SPLIT_K_BUFFERS, algorithm.buffers)
-        call("cusparseLtMatmulPlanInit", handle, self.plan.address, product, selection)
-        size = c_size_t()
-        call("cusparseLtMatmulGetWorkspace", handle, self.plan.address, byref(size))
-        self.workspace_bytes = size.value
+        try:
+            if algorithm is not None:
+                self._set(_ALGORITHM, algorithm.number)
+                # (attributes that the search left at "none" are refused when they are set to it)
+                if algorithm.split_k != 1:
+                    self._set(_SPLIT_K, algorithm.split_k)
+                if algorithm.split_k_mode > 0:
+                    self._set(_SPLIT_K_MODE, algorithm.split_k_mode)
+                if algorithm.buffers > 0:
+                    self._set(_SPLIT_K_BUFFERS, algorithm.buffers)
+            call("cusparseLtMatmulPlanInit", handle, self.plan.address, product, selection)
+        except CusparseLtError:
+            self._library.destroy_selection(selection)
+            raise
+        self._selected = True
+        self._alive.insert(0, ("cusparseLtMatmulPlanDestroy", self.plan.address))
 
     def algorithm(self) -> Algorithm:
         """What is selected now."""
@@ -126,10 +176,12 @@ class Plan:
 
     def destroy(self) -> None:
         """Gives back what the library allocated."""
-        call = self._library.call
-        call("cusparseLtMatmulPlanDestroy", self.plan.address)
-        for descriptor in (self._weight, self._input, self._output):
-            call("cusparseLtMatDescriptorDestroy", descriptor.address)
+        for name, address in self._alive:
+            self._library.call(name, address)
+        self._alive = []
+        if self._selected:
+            self._library.destroy_selection(self.selection.address)
+            self._selected = False
 
     def _set(self, attribute: int, value: int) -> None:
         number, handle = c_int(value), self._library.handle.address
@@ -162,10 +214,13 @@ class CusparseLt:
             for name, arguments in _SIGNATURES.items():
                 getattr(self._library, name).argtypes = arguments
             self._library.cusparseLtGetErrorString.restype = c_char_p
+            self._destroy_selection = getattr(self._library, _DESTROY_SELECTION, None)
+            if self._destroy_selection is not None:
+                self._destroy_selection.argtypes = (c_void_p,)
         except (OSError, AttributeError) as error:
             raise CusparseLtError(f"cuSPARSELt cannot be used: {error}") from error
         self._plans: OrderedDict[tuple[int, int, int, torch.dtype, int | None], Plan] = OrderedDict()
-        self._algorithms: dict[tuple[int, int, int, torch.dtype], Algorithm] = {}
+        self._algorithms: dict[tuple[int, int, torch.dtype], dict[int, Algorithm]] = {}  # by rows
         self._most_plans = most_plans
         self._one, self._zero = c_float(1), c_float(0)
         self.handle = Opaque()
@@ -177,6 +232,11 @@ class CusparseLt:
         if refusal:
             said = self._library.cusparseLtGetErrorString(refusal)
             raise CusparseLtError(f"{name} refused: {said.decode() if said else refusal}")
+
+    def destroy_selection(self, address: int) -> None:
+        """Gives back what a selection of an algorithm holds, where it holds anything. Raises CusparseLtError: it refused."""
+        if self._destroy_selection is not None:
+            self.call(_DESTROY_SELECTION, address)
 
     def version(self) -> tuple[int, int, int]:
         number = c_int()
@@ -217,7 +277,8 @@ class CusparseLt:
         return y[:rows]
 
     def search(self, x: Tensor, compressed: Tensor, n: int, stream: int) -> Algorithm:
-        """Times the library's algorithms for that number of rows, and takes the best from now on. Takes a while, and waits.
+        """Times the library's algorithms for that number of rows, and takes the best from now on, also for other numbers of rows that
+        are nearer to it than to any that was searched for. Takes a while, and waits.
 
         Raises:
             CusparseLtError: the library refused.
@@ -225,24 +286,40 @@ class CusparseLt:
         x, k = _padded(x), x.shape[1]
         y = x.new_empty(len(x), n)
         plan = Plan(self, len(x), n, k, x.dtype, None, None)
-        self._run("cusparseLtMatmulSearch", plan, x, compressed, y, stream)
-        found = self._algorithms[len(x), n, k, x.dtype] = plan.algorithm()
-        plan.destroy()
-        for key in [key for key in self._plans if key[:4] == (len(x), n, k, x.dtype)]:
+        try:
+            self._run("cusparseLtMatmulSearch", plan, x, compressed, y, stream)
+            found = plan.algorithm()
+        finally:
+            plan.destroy()
+        self._algorithms.setdefault((n, k, x.dtype), {})[len(x)] = found
+        for key in [key for key in self._plans if key[1:4] == (n, k, x.dtype)]:
             self._plans.pop(key).destroy()
         return found
 
+    def searched(self, n: int, k: int, dtype: torch.dtype) -> bool:
+        """Whether there was a search for weights [n, k]."""
+        return (n, k, dtype) in self._algorithms
+
+    def _algorithm(self, rows: int, n: int, k: int, dtype: torch.dtype) -> Algorithm | None:
+        """What the search found for the nearest number of rows, by ratio."""
+        found = self._algorithms.get((n, k, dtype))
+        if not found:
+            return None
+        return found[min(found, key=lambda searched: max(searched, rows) / min(searched, rows))]
+
     def _run(self, name: str, plan: Plan, x: Tensor, compressed: Tensor, y: Tensor, stream: int) -> None:
-        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)
+        size = plan.workspace_bytes
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
+        room = None if workspace is None else workspace.data_ptr()
         streams = (c_void_p * 1)(stream)
         self.call(name, self.handle.address, plan.plan.address, byref(self._one), compressed.data_ptr(), x.data_ptr(),
-                  byref(self._zero), y.data_ptr(), y.data_ptr(), workspace.data_ptr(), streams, 1)  # fmt: skip
+                  byref(self._zero), y.data_ptr(), y.data_ptr(), room, streams, 1)  # fmt: skip
 
     def _plan(self, rows: int, n: int, k: int, dtype: torch.dtype, bias: int | None) -> Plan:
         key = (rows, n, k, dtype, bias)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = Plan(self, *key, self._algorithms.get((rows, n, k, dtype)))
+            plan = self._plans[key] = Plan(self, *key, self._algorithm(rows, n, k, dtype))
             if len(self._plans) > self._most_plans:
                 self._plans.popitem(last=False)[1].destroy()
         else:

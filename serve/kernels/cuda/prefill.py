@@ -32,6 +32,9 @@ LEAST_ROWS = 2048
 
 log = logging.getLogger("halve.serve")
 _one_at_a_time = threading.Lock()
+_tried: set[tuple[int, torch.dtype]] = set()
+SEARCHED_ROWS = (2048, 8192)
+"""For which the library's algorithms are timed when a weight is prepared; other numbers of rows take what was best for the nearer."""
 
 
 def wanted() -> str:
@@ -54,13 +57,32 @@ def library_for(dense: Tensor, rows: int) -> CusparseLt | None:
         or cusparselt.why_not(dense.shape[0], dense.shape[1], dense.dtype) is not None
     ):
         return None
-    return _proven(dense.device.index or 0, dense.dtype)
+    index = dense.device.index or 0
+    if dense.device.type == "cuda" and (index, dense.dtype) not in _tried and torch.cuda.is_current_stream_capturing():
+        return None  # it waits for the GPU when it proves itself, which a graph cannot hold
+    return _proven(index, dense.dtype)
 
 
 def prove(device: torch.device, dtype: torch.dtype) -> None:
     """Loads and tries the library where it is asked for: not in a product, which may be captured in a graph."""
     if wanted() == "cusparselt" and device.type == "cuda":
         _proven(device.index or 0, dtype)
+
+
+def search(dense: Tensor, stream: int) -> None:
+    """Lets the library find its best algorithms for weights like ``dense`` [n, k], once for each shape: when a weight is prepared and
+    not in a product. Does nothing where the library is not asked for, or not usable."""
+    library = library_for(dense, LEAST_ROWS)
+    n, k = dense.shape
+    if library is None or library.searched(n, k, dense.dtype):
+        return
+    try:
+        with _one_at_a_time:
+            compressed = library.compress(dense, stream)
+            for rows in SEARCHED_ROWS:
+                library.search(dense.new_ones(rows, k), compressed, n, stream)
+    except CusparseLtError as error:
+        log.info("cuSPARSELt's search for [%d, %d] failed, its own choice is taken: %s", n, k, error)
 
 
 def linear(x: Tensor, dense: Tensor, bias: Tensor | None, stream: int) -> Tensor:
@@ -82,6 +104,7 @@ def linear(x: Tensor, dense: Tensor, bias: Tensor | None, stream: int) -> Tensor
 @cache
 def _proven(index: int, dtype: torch.dtype) -> CusparseLt | None:
     """The library, once its products were right; the reason why it is not used is logged once."""
+    _tried.add((index, dtype))
     try:
         reason = _why_not(index, dtype)
         library = None if reason else cusparselt.on_device(index)
