@@ -43,7 +43,7 @@ def compiled(capability: tuple[int, int], dtype: str) -> tuple[bytes, str]:
 @needs_nvrtc
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [*((capability, "BFloat16") for capability in CAPABILITIES), ((8, 0), "Float16"), ((9, 0), "Float16")],
+    [*((capability, "BFloat16") for capability in CAPABILITIES), ((9, 0), "Float16")],
     ids=lambda value: NAMES.get(value, value),
 )
 class TestArchitectures:

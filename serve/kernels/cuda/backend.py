@@ -303,6 +303,9 @@ restore = layout.restore
 def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
     """x [..., K] times the transposed prepared weight [N, K] plus bias [N] -> [..., N], in x's dtype.
 
+    Where launches overlap, the weight is read while the kernel before this one on the stream still runs; so whoever writes a prepared
+    weight by a kernel waits for it before the first product, as `prepare` does. (Copies from the host are waited for anyway.)
+
     Raises:
         ValueError: x, the prepared weight and the bias do not belong together; says what is wrong. A weight of another
             dtype or another shape of the same size is found by the kernel, and gives NaN.
