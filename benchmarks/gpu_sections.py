@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from benchmarks import gpu, gpu_block, gpu_checks, gpu_variants
+from benchmarks.gpu_prefill import prefill
+from benchmarks.gpu_run import ROWS, SHAPES, Run, dense_sides
 from benchmarks.gpu_timing import (
     DTYPE,
-    LIBRARIES,
     Call,
     Weights,
-    captured,
     cycled,
-    faster_dense,
     host_microseconds,
     seconds,
     stream,
@@ -39,102 +31,8 @@ from compress.errors import one_line
 from compress.linalg import inverse_factor
 from compress.packed import PATTERN
 from serve.kernels import ops
-from serve.kernels.cuda import backend, compiler, cusparselt, plan
+from serve.kernels.cuda import backend, cusparselt, plan
 from serve.kernels.triton import backend as triton_backend
-
-SHAPES = ((4096, 4096), (28672, 4096), (6144, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672))
-"""Llama-3-8B's and 70B's: [N, K]."""
-ROWS = (1, 16, 64, 8, 32, 4)
-COPIES = 4
-"""Of a weight, for many rows."""
-
-
-class Run:
-    """The document that grows on the disk, and the time that is left."""
-
-    def __init__(self, directory: Path, until: float) -> None:
-        self.directory, self.until = directory, until
-        self.document: dict[str, Any] = {"left_out": [], "broken": {}, **gpu.read(directory)}
-        self.document.setdefault("environment", environment())
-
-    @property
-    def unproven(self) -> bool:
-        """Whether the kernels on sparse tensor cores refused to run, or took their process with them."""
-        return "refused" in self.document or "proof" in self.document["broken"]
-
-    def has_time(self, what: str, needed: float = 3) -> bool:
-        """Whether something that takes so many seconds can still be begun; what cannot is noted."""
-        if time.time() + needed < self.until:
-            return True
-        self.document["left_out"].append(what)
-        return False
-
-    def add(self, section: str, row: dict[str, Any]) -> None:
-        """Puts a figure into the document and onto the disk."""
-        self.document.setdefault(section, []).append(row)
-        print(section, json.dumps(row), flush=True)
-        self.write()
-
-    def write(self) -> None:
-        gpu.write(self.directory, self.document)
-
-    def attempt(self, name: str, call: Callable[[], Any]) -> Any:
-        """What a call gives, or None, and then it is noted under that name why."""
-        try:
-            return call()
-        except Exception as error:
-            self.document["broken"][name] = f"{type(error).__name__}: {one_line(error)}"
-            return None
-
-    def times(self, what: str, sides: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[float]]:
-        """`times`, without the sides that break; those of `LIBRARIES` become ``dense``."""
-        sound = {
-            name: calls
-            for name, calls in sides.items()
-            if self.attempt(f"{what}, {name}", lambda calls=calls: captured(calls)) is not None
-        }
-        samples = times(sound, rounds)
-        if any(name in samples for name in LIBRARIES):
-            faster_dense(samples)
-        return samples
-
-
-def environment() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "processors": properties.multi_processor_count,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or f"none, HIP {torch.version.hip}",
-        "nvrtc": _nvrtc(),
-        "python": platform.python_version(),
-        "system": _output(
-            "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv"
-        ),
-    }
-
-
-def _nvrtc() -> str:
-    try:
-        return ".".join(map(str, compiler.version()))
-    except compiler.CompilerError as error:
-        return f"none ({error})"
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip()
-
-
-def dense_sides(weights: Weights, x: Tensor, most: int | None = None) -> dict[str, list[Call]]:
-    """cuBLAS and cublasLt."""
-    return {name: weights.dense_calls(x, name)[:most] for name in LIBRARIES}
-
 
 # --- Sections -------------------------------------------------------------------------------------------------------
 
@@ -203,92 +101,6 @@ def variants(run: Run) -> None:
     """Every kernel in every cluster, beside the plan's choice."""
     for row in gpu_variants.measured(SHAPES[:5], (1, 16, 64, 32), lambda what: run.has_time(what, 20)):
         run.add("variants", row)
-
-
-def prefill(run: Run) -> None:
-    """Many rows. ``2:4``: halve's operator, which passes over the weight some times, and for more rows expands it and multiplies
-    densely; ``expanded``: that from the first row on. ``cusparselt``: its product with the algorithm that its search found, on a
-    weight in its own form; ``cusparselt unsearched``: with the library's first. ``cusparselt from ours``: from the weight as decoding
-    has it, expanded and compressed anew at each call, so that only one form is kept. ``torch``: its own operator.
-    """
-    kernels = None if run.unproven else gpu_checks.loaded(DTYPE)
-    library = run.attempt("cusparselt", lambda: cusparselt.on_device(torch.cuda.current_device()))
-    if library is not None:
-        run.document["cusparselt"] = ".".join(map(str, library.version()))
-    for n, k in (*SHAPES[:4], (8192, 8192), (57344, 8192)):
-        if not run.has_time(f"prefill {n}x{k}", 15):
-            continue
-        weights, what = Weights(n, k), f"prefill {n}x{k}"
-        dense = weights.dense[0]
-        semi = run.attempt(
-            f"{what}, torch", lambda w=dense: [torch.sparse.to_sparse_semi_structured(w) for _ in range(COPIES)]
-        )
-        compressed: list[Tensor] = []
-        if library is not None:
-            first = run.attempt(f"{what}, cusparselt", lambda w=dense: library.compress(w, stream()))
-            compressed = [] if first is None else [first, *(first.clone() for _ in range(COPIES - 1))]
-        for rows in (2048, 8192, 128, 256, 512):
-            x = gpu_checks.random_input(rows, k, DTYPE)
-            sides = dense_sides(weights, x, COPIES)
-            if kernels is not None:
-                sides = {"2:4": weights.sparse_calls(x)[:COPIES], **sides}
-                if rows <= 2 * plan.MOST_PASSES * plan.MOST_ROWS:
-
-                    def expanded(w: Tensor, x: Tensor = x, n: int = n, k: int = k, kernels: Any = kernels) -> Tensor:
-                        kernels.expand(w, to := x.new_empty(n, k), stream())
-                        return functional.linear(x, to)
-
-                    sides["expanded"] = [lambda w=w, f=expanded: f(w) for w in cycled(weights.prepared)[:COPIES]]
-            if semi is not None:
-                sides["torch"] = [lambda x=x, w=w: functional.linear(x, w) for w in semi]
-            if library is not None and compressed:
-                sides |= _by_cusparselt(run, f"{what}, {rows} rows", library, kernels, weights, compressed, x)
-            found = run.times(f"{what}, {rows} rows", sides, 7)
-            run.add("prefill", {"n": n, "k": k, "rows": rows, **summary(found)})
-        del weights, dense, semi, compressed
-
-
-def _by_cusparselt(
-    run: Run,
-    what: str,
-    library: cusparselt.CusparseLt,
-    kernels: backend.Kernels | None,
-    weights: Weights,
-    compressed: list[Tensor],
-    x: Tensor,
-) -> dict[str, list[Call]]:
-    """The ways to multiply by the library whose results are right. The first comes before the search, which changes what follows."""
-    n, dense = weights.n, weights.dense[0]
-    scratch = torch.empty_like(dense)
-
-    def ready(w: Tensor) -> Tensor:
-        return library.multiply(x, w, None, n, stream())
-
-    def from_ours(w: Tensor) -> Tensor:
-        assert kernels is not None
-        kernels.expand(w, scratch, stream())
-        return library.multiply(x, library.compress(scratch, stream()), None, n, stream())
-
-    def right(name: str, call: Callable[[Tensor], Tensor], w: Tensor) -> bool:
-        def checked() -> bool:
-            gpu_checks.check(call(w)[:16], x[:16], dense, None, f"{name}, {len(x)} rows, [{n}, {weights.k}]")
-            return True
-
-        return bool(run.attempt(f"{what}, {name}", checked))
-
-    sides: dict[str, list[Call]] = {}
-    if right("cusparselt unsearched", ready, compressed[0]):
-        calls: list[Call] = [lambda w=w: ready(w) for w in compressed]
-        if (found := run.attempt(f"{what}, cusparselt unsearched", lambda: times({"it": calls}, 5)["it"])) is not None:
-            run.document.setdefault("unsearched", []).append(
-                {"n": n, "k": weights.k, "rows": len(x), "microseconds": statistics.median(found)}
-            )
-    run.attempt(f"{what}, cusparselt's search", lambda: library.search(x, compressed[0], n, stream()))
-    if right("cusparselt", ready, compressed[0]):
-        sides["cusparselt"] = [lambda w=w: ready(w) for w in compressed]
-    if kernels is not None and right("cusparselt from ours", from_ours, weights.prepared[0]):
-        sides["cusparselt from ours"] = [lambda w=w: from_ours(w) for w in cycled(weights.prepared)[:COPIES]]
-    return sides
 
 
 def triton(run: Run) -> None:

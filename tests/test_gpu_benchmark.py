@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_pruning, gpu_sections, gpu_table, gpu_timing
+from benchmarks import gpu, gpu_checks, gpu_pruning, gpu_run, gpu_sections, gpu_table, gpu_timing
 from serve.kernels.cuda import backend
 from tests.runs import ROOT, beside
 
@@ -167,7 +167,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(gpu_sections, "environment", lambda: document()["environment"])
+    monkeypatch.setattr(gpu_run, "environment", lambda: document()["environment"])
     return monkeypatch
 
 
@@ -221,7 +221,7 @@ def test_an_error_of_the_gpu_ends_the_process(faked: pytest.MonkeyPatch, tmp_pat
 
 
 def test_what_is_optional_may_break(faked: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = gpu_sections.Run(tmp_path, time.time() + 60)
+    run = gpu_run.Run(tmp_path, time.time() + 60)
 
     def refuses() -> None:
         raise gpu_checks.WrongError("3 outputs are wrong")
@@ -229,7 +229,7 @@ def test_what_is_optional_may_break(faked: pytest.MonkeyPatch, tmp_path: Path) -
     assert run.attempt("prefill 64x64, cusparselt", refuses) is None
     assert run.attempt("prefill 64x64, torch", lambda: 7) == 7
     assert run.document["broken"] == {"prefill 64x64, cusparselt": "WrongError: 3 outputs are wrong"}
-    assert not gpu_sections.Run(tmp_path, time.time() + 1).has_time("anything", 5)
+    assert not gpu_run.Run(tmp_path, time.time() + 1).has_time("anything", 5)
 
 
 def test_a_check_that_breaks_does_not_hide_the_next() -> None:
