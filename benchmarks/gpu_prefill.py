@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import gpu_checks
-from benchmarks.gpu_run import COPIES, SHAPES, Run, dense_sides
+from benchmarks.gpu_run import COPIES, MANY_SHAPES, Run, dense_sides
 from benchmarks.gpu_timing import DTYPE, Call, Weights, cycled, stream, summary, times
 from serve.kernels.cuda import backend, cusparselt, plan
+
+ROWS = (2048, 8192, 128, 256, 512)
 
 
 def prefill(run: Run) -> None:
@@ -26,7 +28,7 @@ def prefill(run: Run) -> None:
     library = run.attempt("cusparselt", lambda: cusparselt.on_device(torch.cuda.current_device()))
     if library is not None:
         run.document["cusparselt"] = ".".join(map(str, library.version()))
-    for n, k in (*SHAPES[:4], (8192, 8192), (57344, 8192)):
+    for n, k in MANY_SHAPES:
         if not run.has_time(f"prefill {n}x{k}", 15):
             continue
         weights, what = Weights(n, k), f"prefill {n}x{k}"
@@ -38,7 +40,7 @@ def prefill(run: Run) -> None:
         if library is not None:
             first = run.attempt(f"{what}, cusparselt", lambda w=dense: library.compress(w, stream()))
             compressed = [] if first is None else [first, *(first.clone() for _ in range(COPIES - 1))]
-        for rows in (2048, 8192, 128, 256, 512):
+        for rows in ROWS:
             x = gpu_checks.random_input(rows, k, DTYPE)
             sides = dense_sides(weights, x, COPIES)
             if kernels is not None:

@@ -24,6 +24,8 @@ SHAPES = ((4096, 4096), (28672, 4096), (6144, 4096), (4096, 14336), (8192, 8192)
 ROWS = (1, 16, 64, 8, 32, 4)
 COPIES = 4
 """Of a weight, for many rows."""
+MANY_SHAPES = (*SHAPES[:4], (8192, 8192), (57344, 8192))
+"""For many rows."""
 
 
 class Run:

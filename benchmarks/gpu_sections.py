@@ -37,6 +37,11 @@ from serve.kernels.triton import backend as triton_backend
 # --- Sections -------------------------------------------------------------------------------------------------------
 
 
+COPIED_BYTES = 1 << 30
+PRUNED = ((6144, 4096), (28672, 4096), (4096, 14336))
+"""[N, K]"""
+
+
 def proof(run: Run) -> None:
     """Compiles and loads the kernels of both dtypes, which prove themselves; how long that takes."""
     for dtype in gpu_checks.DTYPES:
@@ -70,7 +75,7 @@ def _check(run: Run, some: Iterable[Callable[[], None]]) -> None:
 
 def bandwidth(run: Run) -> None:
     """What a copy of 1 GB within the memory reaches, both ways counted."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     microseconds = statistics.median(times({"copy": [lambda: target.copy_(source)] * 4})["copy"])
     run.document["copy_gigabytes_per_second"] = 2 * source.nbytes / 1e3 / microseconds
@@ -131,7 +136,7 @@ def pruning(run: Run) -> None:
     kernels = fused.on(torch.device("cuda"), "columns")
     if kernels is None:
         run.document["broken"]["pruning"] = "there are no fused kernels; the log says why"
-    for n, k in ((6144, 4096), (28672, 4096), (4096, 14336)):
+    for n, k in PRUNED:
         if not run.has_time(f"pruning {n}x{k}", 20):
             continue
         columns, gram, upper = gpu_checks.pruning_problem(n, k)

@@ -1,0 +1,175 @@
+"""All sections of `benchmarks.gpu`, run on a processor: the kernels by the emulator, cuSPARSELt by the one that stands for it, and a
+torch that takes the processor for its GPU. What they measure is nothing; that they run is what counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import gpu, gpu_block, gpu_checks, gpu_prefill, gpu_run, gpu_sections, gpu_timing, gpu_variants
+from serve.kernels import ops
+from serve.kernels.cpu import build
+from serve.kernels.cuda import backend, cusparselt, driver, plan
+from serve.kernels.cuda.driver import Driver
+from tests.serve.cuda_emulation import DTYPES, NAMES, compile_emulator, needs_compiler
+
+pytestmark = needs_compiler
+
+HOPPER = (9, 0)
+FORMS = tuple(form for form in plan.forms(HOPPER) if form.groups == 1)
+SHAPES = ((128, 128), (64, 192))
+
+
+class OnTheProcessor(TorchFunctionMode):
+    """Whatever is made on a GPU is made here."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def here(value: Any) -> Any:
+            is_gpu = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+            return torch.device("cpu") if is_gpu else value
+
+        kwargs = {name: here(value) for name, value in (kwargs or {}).items()}
+        return func(*map(here, args), **kwargs)
+
+
+class Stream:
+    cuda_stream = 0
+
+    def wait_stream(self, other: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class Event:
+    def __init__(self, **how: Any) -> None: ...
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, other: Any) -> float:
+        return 1.0
+
+
+class Graph:
+    def replay(self) -> None: ...
+
+
+@pytest.fixture
+def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    directory = tmp_path_factory.mktemp("gpu")
+    forms = (*FORMS, *(form for form in gpu_variants.ALTERNATIVES if form.groups == 1))
+    emulator = compile_emulator(directory / "emulator", HOPPER, forms=forms)
+    sources = directory / "library" / "src"
+    sources.mkdir(parents=True)
+    shutil.copy(Path(__file__).parent / "serve" / "cuda_cusparselt.cpp", sources)
+    build.compile_library(directory / "libcusparseLt.so.0", sources=sources, sanitize=())
+    device, loaded = plan.Device(HOPPER, 4), backend.load
+
+    def load(device: plan.Device, dtype: torch.dtype, driver: Driver, forms: Any) -> backend.Kernels:
+        monkeypatch.setattr(backend.compiler, "architecture", lambda capability: 90)
+        monkeypatch.setattr(backend.compiler, "version", lambda: (13, 0))
+        monkeypatch.setattr(backend.disk, "cubin", lambda *how: NAMES[dtype].encode())
+        return loaded(device, dtype, driver, forms)
+
+    emulated = Driver(str(emulator.path))
+    kernels = {dtype: load(device, dtype, emulated, FORMS) for dtype in DTYPES}
+    for dtype in DTYPES:
+        kernels[dtype].overlap = True
+    ctypes.c_int.in_dll(emulator.library, "emulated_blocks_at_once").value = 8
+    library = cusparselt.CusparseLt(str(directory / "libcusparseLt.so.0"))
+
+    properties = SimpleNamespace(name="None", major=9, minor=0, multi_processor_count=4)
+    for name, fake in {
+        "is_available": lambda: True,
+        "current_device": lambda: None,
+        "current_stream": lambda *device: Stream(),
+        "get_device_properties": lambda index: properties,
+        "get_device_capability": lambda *index: HOPPER,
+        "max_memory_allocated": lambda: 1,
+        "Stream": Stream,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        **{
+            name: lambda *what: None for name in ("synchronize", "empty_cache", "set_stream", "reset_peak_memory_stats")
+        },
+        **{name: lambda *what: contextlib.nullcontext() for name in ("stream", "graph", "device")},
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda name=None: "cublas")
+    monkeypatch.setattr(torch, "Generator", lambda *device, make=torch.Generator: make("cpu"))
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight)
+    monkeypatch.setattr(backend, "why_not", lambda device, dtype: None)
+    monkeypatch.setattr(backend, "_kernels", lambda index, dtype: kernels[dtype])
+    monkeypatch.setattr(backend, "load", load)
+    monkeypatch.setattr(driver, "default", lambda: emulated)
+    monkeypatch.setattr(plan, "forms", lambda capability: FORMS)
+    monkeypatch.setattr(gpu_variants, "ALTERNATIVES", forms[len(FORMS) :])
+    monkeypatch.setattr(cusparselt, "on_device", lambda index: library)
+    monkeypatch.setattr(ops, "sparse24_linear", backend.linear)
+    monkeypatch.setattr(gpu_sections.fused, "on", lambda device, kind: None)
+    monkeypatch.setattr(gpu_sections.triton_backend, "why_not", lambda device, dtype: "there is no Triton")
+    # Everything small.
+    monkeypatch.setattr(gpu_timing, "LEAST_LAUNCHES", 2)
+    monkeypatch.setattr(gpu_timing, "COPIES_BYTES", 1 << 12)
+    monkeypatch.setattr(gpu_timing, "WARM_SECONDS", 0.0)
+    for module in (gpu_run, gpu_sections):
+        monkeypatch.setattr(module, "SHAPES", SHAPES)
+    monkeypatch.setattr(gpu_sections, "ROWS", (1, 64))
+    monkeypatch.setattr(gpu_prefill, "ROWS", (80, 300))
+    monkeypatch.setattr(gpu_prefill, "MANY_SHAPES", SHAPES)
+    monkeypatch.setattr(gpu_sections, "PRUNED", ((64, 64),))
+    monkeypatch.setattr(gpu_sections, "COPIED_BYTES", 1 << 16)
+    for name in ("host_microseconds", "seconds"):
+        monkeypatch.setattr(gpu_sections, name, lambda call: (call(), 1.0)[1])
+    monkeypatch.setattr(gpu_checks, "FIRST", (gpu_checks.packing,))
+    monkeypatch.setattr(gpu_checks, "CHECKS", (gpu_checks.packing, gpu_checks.adversarial))
+    for name, value in {"HEADS": 4, "KEY_HEADS": 2, "DEPTH": 16, "HIDDEN": 64, "INTERMEDIATE": 128}.items():
+        monkeypatch.setattr(gpu_block, name, value)
+    monkeypatch.setattr(gpu_block, "SHAPES", ((128, 64), (64, 64), (256, 64), (64, 128)))
+    cases = [gpu_block.Case("one", 1, 1, 1, 8), gpu_block.Case("many", 1, 96, 1), gpu_block.Case("some", 3, 1, 1, 8)]
+    monkeypatch.setattr(gpu_block, "CASES", cases)
+    with OnTheProcessor():
+        yield monkeypatch
+    ctypes.c_int.in_dll(emulator.library, "emulated_blocks_at_once").value = 264
+
+
+def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine.setattr("sys.argv", ["gpu_sections", str(tmp_path), str(time.time() + 600), *gpu.SECTIONS])
+    assert gpu_sections.main() == 0
+    document = gpu.read(tmp_path)
+    assert document["broken"] == {
+        "pruning": "there are no fused kernels; the log says why",
+        "triton": "there is no Triton",
+    }
+    assert document["left_out"] == []
+    assert [check["wrong"] for check in document["checks"]] == [None, None]
+    assert {(row["n"], row["k"], row["rows"]) for row in document["decode"]} == {
+        (*s, r) for s in SHAPES for r in (1, 64)
+    }
+    assert all(set(row["speedup"]) == {"2:4", "2:4 waiting"} for row in document["decode"])
+    first = document["prefill"][0]
+    every = {"2:4", "expanded", "torch", "cusparselt", "cusparselt from ours"}
+    assert set(first["speedup"]) == every
+    assert {row["name"]: set(row["speedup"]) for row in document["block"]} == {
+        "one": {"2:4"}, "some": {"2:4"}, "many": {"2:4", "2:4 by cusparselt", "compressed"},
+    }  # fmt: skip
+    assert [list(row["microseconds"]) for row in document["host"]] == [
+        ["operator, 1 rows", "dense, 1 rows", "launch, 1 rows"],
+        *[[f"{side}, {rows} rows" for side in ("operator", "dense", "cusparselt")] for rows in (300, 2048)],
+    ]
+    clusters, *variants = document["variants"]
+    assert set(clusters["clusters"]) > set(clusters["usual"]) == {form.name for form in FORMS}
+    assert all(row["chosen"] in row["microseconds"] and not row["wrong"] for row in variants)
+    assert len(document["unsearched"]) == 4
+    page = (tmp_path / "gpu.md").read_text()
+    assert "| 128 x 128 | 1 | multiply_" in page
+    assert document["copy_gigabytes_per_second"] == pytest.approx(2 * 65536 * 4 / 1e6)
