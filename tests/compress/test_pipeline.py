@@ -20,6 +20,7 @@ from compress.files import check_digest
 from compress.journal import Journal
 from compress.recipe import Recipe
 from compress.verify import verify
+from compress.wide import is_emulated
 from serve.linear import Sparse24Linear
 from serve.loading import linear_bytes
 from tests import tiny_models
@@ -54,10 +55,15 @@ def both(model: Path, directory: Path, **settings: Any) -> tuple[Path, Path]:
 
 
 def assert_same_model(packed: Path, dense: Path) -> None:
-    """The packed model computes what the dense one with zeros does, to the bit."""
+    """The packed model computes what the dense one with zeros does, to the bit. Where torch emulates the dtype's products, nearly: with
+    AVX2 alone its results were seen to depend on where in the memory the operands lie, and a layer here expands its weight anew."""
     ours, plain = load(packed), load(dense)
     assert ours.dtype == plain.dtype
     assert not any(isinstance(module, Sparse24Linear) for module in plain.modules())
+    if is_emulated(plain.dtype, torch.device("cpu")):
+        found, expected = logits(ours).float(), logits(plain).float()
+        assert float((found - expected).abs().max()) <= 0.02 * float(expected.abs().max())
+        return
     assert identical(logits(ours), logits(plain))
     assert torch.equal(generated(ours), generated(plain))
 

@@ -74,11 +74,10 @@ class TestArchitectures:
             assert len(copies) >= 9 * form.stages
             assert all(".BYPASS" in line and ".128" in line for line in copies)
             # Nothing waits for the memory before the first weights are asked for, the header of the weight least of all.
-            first = instructions.index(copies[0])
-            early = {name for line in instructions[:first] for name in loaded_by(line)}
-            assert not early & {
-                name for line in instructions[:first] for name in re.findall(r"\bR\d+\b", used_by(line))
-            }
+            waited_for: set[str] = set()
+            for line in instructions[: instructions.index(copies[0])]:
+                assert not waited_for & set(re.findall(r"\bR\d+\b", used_by(line))), line
+                waited_for |= set(loaded_by(line))
             assert len([line for line in instructions if "LDSM" in line and ".4 " in line]) % (2 * form.tiles) == 0
         for name, instructions in code.items():
             assert not [line for line in instructions if re.search(r"\b(LDL|STL)\b", line)], name
