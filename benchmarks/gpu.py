@@ -20,6 +20,7 @@ cublasLt, whichever is faster. GB/s counts the bytes of the weight in its own fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -46,9 +47,13 @@ SECTIONS = (
 )
 ON_ANY_GPU = ("bandwidth", "pruning", "triton")
 """The sections that do not need the kernels on sparse tensor cores."""
+TIME_OVER = "the time was over"
 QUIET_SECONDS = 100.0
 """Without a new figure for so long, a section counts as hanging; Triton compiles for a minute."""
 LAST_WORDS = 400
+END_SECONDS = 20.0
+"""For a process that is killed to be gone: one whose GPU hangs may stay, and must not be waited for."""
+MOST_FALSE_STARTS = 2
 NO_GPU = 2
 
 
@@ -70,32 +75,45 @@ def watch(
         until: seconds since the epoch.
 
     Returns:
-        The document. ``broken`` has what became of sections that ended their process.
+        The document. ``broken`` has what became of sections that ended their process, ``left_out`` those that there was no time for.
 
     Raises:
         SystemExit: there is no GPU.
     """
-    left = list(names)
-    while left and time.time() < until:
+    left, false_starts = list(names), 0
+    while left and time.time() < until and false_starts < MOST_FALSE_STARTS:
+        document = read(directory)
+        if document.pop("running", None) is not None:  # what ends from now on ended in another section
+            write(directory, document)
         with tempfile.TemporaryFile("w+") as said:
             child = subprocess.Popen([*command, *left], cwd=ROOT, stderr=said)
             why = _wait(child, directory, until, quiet)
-            if child.returncode == NO_GPU:
+            if child.returncode == NO_GPU and not document:
                 said.seek(0)
                 print(said.read().strip(), file=sys.stderr)
                 raise SystemExit(NO_GPU)
             if why is None:
+                left = []
                 break
             said.seek(0)
             words = said.read().strip()
             print(words, file=sys.stderr)
         document = read(directory)
-        running = document.get("running", left[0])
-        document.setdefault("broken", {})[running] = f"{why}: {' '.join(words.split())[-LAST_WORDS:]}".rstrip(": ")
+        running = document.get("running")
+        if why == TIME_OVER and running is not None:
+            document.setdefault("left_out", []).append(f"the rest of {running}")
+        elif why != TIME_OVER:
+            reason = f"{why}: {' '.join(words.split())[-LAST_WORDS:]}".rstrip(": ")
+            document.setdefault("broken", {})[running or "start"] = reason
         write(directory, document)
-        left = left[left.index(running) + 1 :] if running in left else left[1:]
+        if running is None:
+            false_starts += 1
+        else:
+            left, false_starts = left[left.index(running) + 1 :], 0
     document = read(directory)
     document.pop("running", None)
+    document.setdefault("broken", {})
+    document.setdefault("left_out", []).extend(left)
     return document
 
 
@@ -109,8 +127,9 @@ def _wait(child: subprocess.Popen[bytes], directory: Path, until: float, quiet: 
             seen, since = stamp, now
         if now - since > quiet or now > until:
             child.kill()
-            child.wait()
-            return f"no figure for {quiet:.0f} s" if now - since > quiet else "the time was over"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(END_SECONDS)
+            return f"no figure for {quiet:.0f} s" if now - since > quiet else TIME_OVER
     if child.returncode < 0:
         return f"its process was ended by signal {-child.returncode}"
     return f"its process ended with code {child.returncode}" if child.returncode else None

@@ -199,6 +199,17 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
 }
 
 
+def works() -> bool:
+    """Whether the GPU still does anything for this process. A kernel that faulted ends that, and whoever asks next is told: the
+    driver, torch, cuBLAS, Triton, each by an error of its own kind."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
 def main() -> int:
     directory, until, *names = sys.argv[1:]
     if not torch.cuda.is_available():
@@ -222,8 +233,8 @@ def main() -> int:
                 traceback.print_exc()
                 run.document["broken"][name] = f"{type(error).__name__}: {one_line(error)}"
                 run.write()
-                if isinstance(error, torch.AcceleratorError):
-                    return 3  # nothing works in this process any more; the next one goes on
+                if not works():
+                    return 3  # nothing will in this process; the next one goes on
             run.write()
     return 0
 

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import gpu, gpu_checks, gpu_pruning, gpu_run, gpu_sections, gpu_table, gpu_timing
 from serve.kernels.cuda import backend
+from serve.kernels.cuda.driver import DriverError
 from tests.runs import ROOT, beside
 
 
@@ -55,6 +56,10 @@ SECTION = """
 import json, os, pathlib, signal, sys, time
 directory, *names = sys.argv[1:]
 file = pathlib.Path(directory, "gpu.json")
+once = pathlib.Path(directory, "once")
+if once.exists() or names == ["never"]:
+    once.unlink(missing_ok=True)
+    sys.exit("the driver is not ready")
 for name in names:
     document = json.loads(file.read_text()) if file.is_file() else {"environment": {}, "broken": {}, "left_out": []}
     document["running"] = name
@@ -68,6 +73,9 @@ for name in names:
         sys.exit(3)
     if name == "hangs":
         time.sleep(60)
+    if name == "once":
+        pathlib.Path(directory, "once").touch()
+        sys.exit(3)
 """
 """Stands for `gpu_sections`."""
 
@@ -105,7 +113,35 @@ def test_a_section_that_hangs_is_ended(watched: Any) -> None:
 def test_when_the_time_is_over_nothing_is_begun(watched: Any) -> None:
     document = watched("hangs", "next", seconds=2)
     assert document["ran"] == ["hangs"]
-    assert document["broken"] == {"hangs": "the time was over"}
+    assert document["broken"] == {}
+    assert document["left_out"] == ["the rest of hangs", "next"]
+
+
+def test_a_process_that_ends_before_its_first_section_is_started_again(watched: Any) -> None:
+    """Nothing of what the one before it said is lost, and no section."""
+    document = watched("once", "next")
+    assert document["ran"] == ["once", "next"]
+    assert document["broken"] == {
+        "once": "its process ended with code 3",
+        "start": "its process ended with code 1: the driver is not ready",
+    }
+    document = watched("never")
+    assert document["left_out"] == ["never"]
+
+
+def test_a_process_that_cannot_be_ended_is_left_behind(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose GPU hangs; the time goes to what is left."""
+    monkeypatch.setattr(gpu, "END_SECONDS", 0.2)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: survivors.append(process))
+    survivors: list[subprocess.Popen[bytes]] = []
+    try:
+        document = watched("hangs", "next", quiet=1)
+    finally:
+        for process in survivors:
+            process.terminate()
+            process.wait()
+    assert document["ran"] == ["hangs", "next"]
+    assert document["broken"] == {"hangs": "no figure for 1 s"}
 
 
 def test_the_one_that_watches_needs_nothing_but_python() -> None:
@@ -210,14 +246,21 @@ def test_a_section_that_breaks_does_not_hide_the_next(faked: pytest.MonkeyPatch,
 
 
 def test_an_error_of_the_gpu_ends_the_process(faked: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing works in it afterwards; what is left to do is done in the next one."""
+    """Nothing works in it afterwards; what is left to do is done in the next one. Whoever was the first to be told, as the driver."""
+    faulted: list[bool] = []
 
     def faults(run: Any) -> None:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        faulted.append(True)
+        raise DriverError("the driver could not launch a kernel: CUDA_ERROR_ILLEGAL_ADDRESS")
 
+    def synchronize() -> None:
+        if faulted:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    faked.setattr(torch.cuda, "synchronize", synchronize)
     code, ran = sections(faked, tmp_path, checks=faults)
     assert (code, ran) == (3, ["proof", "checks"])
-    assert "illegal memory access" in gpu.read(tmp_path)["broken"]["checks"]
+    assert "ILLEGAL_ADDRESS" in gpu.read(tmp_path)["broken"]["checks"]
 
 
 def test_what_is_optional_may_break(faked: pytest.MonkeyPatch, tmp_path: Path) -> None:
