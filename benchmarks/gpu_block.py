@@ -1,4 +1,7 @@
-"""A decoder block of Llama-3-8B's shape with random weights, in every form that `benchmarks.gpu` compares."""
+"""A decoder block of Llama-3-8B's shape with random weights, in every form that `benchmarks.gpu` compares.
+
+Rotary embeddings and the writing of keys and values are left out: engines fuse them into one small kernel.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import gpu_checks
-from benchmarks.gpu_timing import DTYPE, Call, stream
+from benchmarks.gpu_run import Run
+from benchmarks.gpu_timing import DTYPE, LIBRARIES, Call, by, stream
 from serve.kernels import ops, plain
 from serve.kernels.cuda import backend, cusparselt, prefill
 
@@ -88,15 +92,6 @@ class Block:
         return x + self.linear(3, functional.silu(gate) * up)
 
 
-def kinds(case: Case, library: cusparselt.CusparseLt | None) -> dict[str, str]:
-    """Forms to compare, by the names that they are shown under. Prompts are also multiplied by the library, from halve's own
-    form and from its."""
-    found = {"2:4": "2:4", "dense": "dense"}
-    if case.tokens > 1 and library is not None:
-        found |= {"2:4 by cusparselt": "asked", "compressed": "compressed"}
-    return found
-
-
 @contextmanager
 def asking(for_prefill: str) -> Iterator[None]:
     """HALVE_PREFILL for a while."""
@@ -111,8 +106,8 @@ def asking(for_prefill: str) -> Iterator[None]:
             os.environ[prefill.VARIABLE] = before
 
 
-def calls(kind: str, case: Case, library: cusparselt.CusparseLt | None) -> list[Call]:
-    """A call for each of the blocks that follow each other."""
+def calls(kind: str, case: Case, library: cusparselt.CusparseLt | None = None) -> list[Call]:
+    """A call for each of the blocks that follow each other. ``kind``: a form, or asked: 2:4 with HALVE_PREFILL=cusparselt."""
     x = torch.randn(case.sequences * case.tokens, HIDDEN, device="cuda", dtype=DTYPE)
     if kind != "asked":
         return [lambda b=b: b(x) for b in [Block(kind, case, library) for _ in range(case.count)]]
@@ -124,3 +119,27 @@ def calls(kind: str, case: Case, library: cusparselt.CusparseLt | None) -> list[
             return b(x)
 
     return [lambda b=b: by_the_library(b) for b in blocks]
+
+
+def measure(run: Run, case: Case, kinds: dict[str, str], library: cusparselt.CusparseLt | None = None) -> None:
+    """Kinds of blocks, by the names that they are shown under, against the faster dense one."""
+    what = f"block, {case.name}"
+    if not run.has_time(what, 12):
+        return
+    sides: dict[str, list[Call]] = {}
+    for name, kind in kinds.items():
+        made = run.attempt(f"{what}, {name}", lambda kind=kind: calls(kind, case, library))
+        if made is not None:
+            sides[name] = made
+    dense = calls("dense", case)
+
+    def through(name: str, call: Call) -> Call:
+        def called() -> Tensor:
+            with by(name):
+                return call()
+
+        return called
+
+    for name in LIBRARIES:
+        sides[name] = [through(name, call) for call in dense]
+    run.add("block", {"name": case.name, **run.compare(what, sides, 9)})

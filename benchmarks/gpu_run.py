@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu
-from benchmarks.gpu_timing import LIBRARIES, Call, Weights, captured, faster_dense, times
+from benchmarks import gpu, gpu_checks
+from benchmarks.gpu_timing import LIBRARIES, Call, Weights, captured, clock, faster_dense, summary, times
 from compress.errors import one_line
 from serve.kernels.cuda import compiler
 
 SHAPES = ((4096, 4096), (28672, 4096), (6144, 4096), (4096, 14336), (8192, 8192), (57344, 8192), (8192, 28672))
 """Llama-3-8B's and 70B's: [N, K]."""
 ROWS = (1, 16, 64, 8, 32, 4)
+MANY_ROWS = 1024
+"""Of x, from which on a product takes so long that `COPIES` launches are enough."""
 COPIES = 4
-"""Of a weight, for many rows."""
 MANY_SHAPES = (*SHAPES[:4], (8192, 8192), (57344, 8192))
 """For many rows."""
 
@@ -65,17 +66,29 @@ class Run:
             self.document["broken"][name] = f"{type(error).__name__}: {one_line(error)}"
             return None
 
-    def times(self, what: str, sides: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[float]]:
-        """`times`, without the sides that break; those of `LIBRARIES` become ``dense``."""
+    def compare(self, what: str, sides: dict[str, list[Call]], rounds: int = 15) -> dict[str, Any]:
+        """`summary` of the sides that do not break. The faster of `LIBRARIES` is ``dense``, and ``dense_by`` says which that was;
+        ``sm_mhz`` is the clock at the end."""
         sound = {
             name: calls
             for name, calls in sides.items()
             if self.attempt(f"{what}, {name}", lambda calls=calls: captured(calls)) is not None
         }
         samples = times(sound, rounds)
-        if any(name in samples for name in LIBRARIES):
-            faster_dense(samples)
-        return samples
+        library, mhz = faster_dense(samples), clock()
+        return {**summary(samples), "dense_by": library, "sm_mhz": mhz}
+
+    def right(self, what: str, call: Callable[[], Tensor], x: Tensor, dense: Tensor) -> bool:
+        """Whether what a call gives is x [rows, k] times ``dense`` [n, k], as far as its first and its last rows tell; if not, it is
+        noted why."""
+
+        def checked() -> bool:
+            y = call()
+            for some in (slice(16), slice(-16, None)):
+                gpu_checks.check(y[some], x[some], dense, None, what)
+            return True
+
+        return bool(self.attempt(what, checked))
 
 
 def environment() -> dict[str, Any]:
@@ -110,6 +123,11 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def dense_sides(weights: Weights, x: Tensor, most: int | None = None) -> dict[str, list[Call]]:
+def dense_sides(weights: Weights, x: Tensor) -> dict[str, list[Call]]:
     """cuBLAS and cublasLt."""
-    return {name: weights.dense_calls(x, name)[:most] for name in LIBRARIES}
+    return {name: enough(weights.dense_calls(x, name), x) for name in LIBRARIES}
+
+
+def enough(calls: list[Call], x: Tensor) -> list[Call]:
+    """Of calls that go through copies of a weight, as many as a time needs."""
+    return calls[:COPIES] if len(x) >= MANY_ROWS else calls

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu, gpu_block, gpu_checks, gpu_variants
-from benchmarks.gpu_prefill import prefill
-from benchmarks.gpu_run import ROWS, SHAPES, Run, dense_sides
+from benchmarks.gpu_prefill import libraries, prefill
+from benchmarks.gpu_run import ROWS, SHAPES, Run, dense_sides, enough
 from benchmarks.gpu_timing import (
     DTYPE,
     Call,
@@ -22,7 +22,6 @@ from benchmarks.gpu_timing import (
     host_microseconds,
     seconds,
     stream,
-    summary,
     times,
 )
 from compress import fused
@@ -91,13 +90,16 @@ def decode(run: Run) -> None:
         weights = Weights(n, k)
         for rows in ROWS:
             x = gpu_checks.random_input(rows, k, DTYPE)
-            sides = {"2:4": weights.sparse_calls(x), **dense_sides(weights, x)}
-            if kernels.overlap:
-                sides["2:4 waiting"] = weights.direct_calls(kernels, x, overlap=False)
-            found = summary(run.times(f"decode {n}x{k}, {rows} rows", sides))
+            what, sides = f"decode {n}x{k}, {rows} rows", dense_sides(weights, x)
+            calls = weights.sparse_calls(x)
+            if run.right(f"{what}, 2:4", calls[0], x, weights.dense[0]):
+                sides = {"2:4": calls, **sides}
+                if kernels.overlap:
+                    sides["2:4 waiting"] = weights.direct_calls(kernels, x, overlap=False)
+            found = run.compare(what, sides)
             rates = {name: weights.bytes[name.split()[0]] / 1e3 / us for name, us in found["microseconds"].items()}
             copy = run.document.get("copy_gigabytes_per_second")
-            share = rates["2:4"] / copy if copy else None
+            share = rates["2:4"] / copy if copy and "2:4" in rates else None
             run.add("decode", {"n": n, "k": k, "rows": rows, **found, "gigabytes_per_second": rates, "of_copy": share})
         del weights
 
@@ -122,8 +124,10 @@ def triton(run: Run) -> None:
         for rows in (1, 16, 64, 256, 512, 2048):
             x = gpu_checks.random_input(rows, k, DTYPE)
             calls: list[Call] = [lambda w=w, x=x, n=n: ops.sparse24_linear(x, w, None, n) for w in cycled(copies)]
-            found = run.times(f"triton {n}x{k}, {rows} rows", {"triton": calls, **dense_sides(weights, x)}, 7)
-            run.add("triton", {"n": n, "k": k, "rows": rows, **summary(found)})
+            what, sides = f"triton {n}x{k}, {rows} rows", dense_sides(weights, x)
+            if rows > triton_backend.MOST_ROWS or run.right(what, calls[0], x, weights.dense[0]):
+                sides = {"triton": enough(calls, x), **sides}
+            run.add("triton", {"n": n, "k": k, "rows": rows, **run.compare(what, sides, 7)})
         del weights, copies
     small = triton_backend.prepare(gpu_checks.random_weight(256, 256, DTYPE))
     x = gpu_checks.random_input(1, 256, DTYPE)
@@ -178,24 +182,13 @@ def host(run: Run) -> None:
 
 def block(run: Run) -> None:
     """Whole decoder blocks, as many of them in a row as exceed the second cache."""
-    library = run.attempt("cusparselt", lambda: cusparselt.on_device(torch.cuda.current_device()))
     for case in gpu_block.CASES:
-        if not run.has_time(f"block, {case.name}", 12):
-            continue
-        sides = {}
-        for name, kind in gpu_block.kinds(case, library).items():
-            calls = run.attempt(
-                f"block, {case.name}, {name}", lambda kind=kind, case=case: gpu_block.calls(kind, case, library)
-            )
-            if calls is not None:
-                sides[name] = calls
-        found = run.times(f"block, {case.name}", sides, 9)
-        run.add("block", {"name": case.name, **summary(found)})
+        gpu_block.measure(run, case, {"2:4": "2:4"})
 
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
     one.__name__: one
-    for one in (proof, checks, bandwidth, decode, block, prefill, host, variants, pruning, triton, rest)
+    for one in (proof, checks, bandwidth, decode, block, prefill, libraries, host, variants, pruning, triton, rest)
 }
 
 
@@ -219,7 +212,7 @@ def main() -> int:
     run = Run(Path(directory), float(until))
     with torch.inference_mode():
         for name in names:
-            if run.unproven and name not in (*gpu.ON_ANY_GPU, "prefill"):
+            if run.unproven and name not in gpu.ON_ANY_GPU:
                 run.document["left_out"].append(name)
                 run.write()
                 continue

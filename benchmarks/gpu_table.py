@@ -32,16 +32,16 @@ def render(document: dict[str, Any]) -> str:
         ]
         for row in document["decode"]:
             us, gain, rate = row["microseconds"], row["speedup"], row["gigabytes_per_second"]
-            overlap = f"{gain['2:4 waiting']['median']:.2f}" if "2:4 waiting" in gain else ""
-            share = f"{row['of_copy']:.0%}" if row["of_copy"] else ""
-            lines.append(
-                f"| {row['n']} x {row['k']} | {row['rows']} | {us['2:4']:.2f} | {us['dense']:.2f} | "
-                f"{gain['2:4']['median']:.2f} | {gain['2:4']['p25']:.2f} to {gain['2:4']['p75']:.2f} | {overlap} | "
-                f"{rate['2:4']:.0f} | {share} | {rate['dense']:.0f} |"
-            )
+            ours, waiting = gain.get("2:4"), gain.get("2:4 waiting")
+            cells = [f"{row['n']} x {row['k']}", row["rows"], _shown(us.get("2:4")), _shown(us.get("dense"))]
+            cells += [f"{ours['median']:.2f}", f"{ours['p25']:.2f} to {ours['p75']:.2f}"] if ours else ["", ""]
+            cells += [f"{waiting['median']:.2f}" if waiting else "", _shown(rate.get("2:4"), 0)]
+            cells += [f"{row['of_copy']:.0%}" if row["of_copy"] else "", _shown(rate.get("dense"), 0)]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     for section, title in (
         ("block", "decoder block of Llama-3-8B's shape"),
         ("prefill", "many rows"),
+        ("libraries", "many rows, by libraries"),
         ("triton", "Triton"),
     ):
         if section in document:
@@ -69,10 +69,23 @@ def render(document: dict[str, Any]) -> str:
         lines += ["", f"cuSPARSELt {document.get('cusparselt', '')} before its search: {'; '.join(shown)}."]
     if "variants" in document:
         lines += variants(document["variants"])
+    if clocks := [
+        row["sm_mhz"] for rows in document.values() if isinstance(rows, list) for row in rows if _has_clock(row)
+    ]:
+        lines += ["", f"Clock of the processors while this was measured: {min(clocks)} to {max(clocks)} MHz."]
     lines += ["", *(f"Broken: {name}: {said}" for name, said in document["broken"].items())]
     if document["left_out"]:
         lines.append(f"Left out for want of time: {', '.join(document['left_out'])}.")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _has_clock(row: Any) -> bool:
+    return isinstance(row, dict) and bool(row.get("sm_mhz"))
+
+
+def _shown(figure: float | None, digits: int = 2) -> str:
+    """A side that broke has none."""
+    return "" if figure is None else f"{figure:.{digits}f}"
 
 
 def variants(rows: Sequence[dict[str, Any]]) -> list[str]:

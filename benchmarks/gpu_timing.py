@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from serve.kernels import ops, plain
 from serve.kernels.cuda import backend
 
 COPIES_BYTES = 256 << 20
-LEAST_LAUNCHES = 32
+LEAST_LAUNCHES = 64
+"""In a graph, of a weight of less than `LARGE_BYTES`; a quarter of them of a larger one, which takes that much longer."""
+LARGE_BYTES = 64 << 20
 WARM_SECONDS = 0.05
 """Before a set of sides is measured: an idle GPU's clock is a fifth of a busy one's."""
 LIBRARIES = ("cublas", "cublaslt")
@@ -57,11 +60,10 @@ def times(sides: dict[str, list[Call]], rounds: int = 15) -> dict[str, list[floa
     for turn in range(rounds):
         for name in list(sides) if turn % 2 else reversed(sides):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            graphs[
-                name
-            ].replay()  # while it runs, what is measured is put behind it, so nothing waits for the processor
+            graph = graphs[name]
+            graph.replay()  # while it runs, what is measured is put behind it, so nothing waits for the processor
             start.record()
-            graphs[name].replay()
+            graph.replay()
             end.record()
             end.synchronize()
             found[name].append(1e3 * start.elapsed_time(end) / len(sides[name]))
@@ -98,12 +100,8 @@ class Weights:
         def call(w: Tensor) -> Tensor:
             if library is None:
                 return functional.linear(x, w)
-            usual = torch.backends.cuda.preferred_blas_library()
-            torch.backends.cuda.preferred_blas_library(library)
-            try:
+            with by(library):
                 return functional.linear(x, w)
-            finally:
-                torch.backends.cuda.preferred_blas_library(usual)
 
         return [lambda w=w: call(w) for w in cycled(self.dense)]
 
@@ -120,9 +118,31 @@ class Weights:
         return [lambda w=w: call(w) for w in cycled(self.prepared)]
 
 
-def faster_dense(samples: dict[str, list[float]]) -> str:
-    """Puts the samples of the faster of `LIBRARIES` under the name of ``dense``, drops the other's, and says which it is."""
+@contextmanager
+def by(library: str) -> Iterator[None]:
+    """Dense products by one of `LIBRARIES`, as far as it has them. A captured graph keeps what was asked for then."""
+    usual = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(library)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(usual)
+
+
+def clock() -> int | None:
+    """Of the processors, in MHz, over the last fraction of a second; None where the system does not say."""
+    try:
+        return torch.cuda.clock_rate()
+    except Exception:  # pynvml is not there, or raises what only it has; a figure counts without its clock
+        return None
+
+
+def faster_dense(samples: dict[str, list[float]]) -> str | None:
+    """Puts the samples of the faster of `LIBRARIES` under the name of ``dense``, drops the other's, and says which it is; None where
+    there is none."""
     found = [name for name in LIBRARIES if name in samples]
+    if not found:
+        return None
     best = min(found, key=lambda name: statistics.median(samples[name]))
     samples["dense"] = samples[best]
     for name in found:
@@ -131,8 +151,9 @@ def faster_dense(samples: dict[str, list[float]]) -> str:
 
 
 def cycled(copies: list[Tensor]) -> list[Tensor]:
-    """All copies in turn, at least `LEAST_LAUNCHES` times."""
-    rounds = -(-LEAST_LAUNCHES // len(copies))
+    """All copies in turn, some times: so many launches that the resolution of an event and a wave of the clock do not matter."""
+    least = LEAST_LAUNCHES if copies[0].nbytes < LARGE_BYTES else LEAST_LAUNCHES // 4
+    rounds = -(-least // len(copies))
     return list(itertools.chain.from_iterable([copies] * rounds))
 
 

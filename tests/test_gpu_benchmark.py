@@ -29,6 +29,7 @@ def document() -> dict[str, Any]:
         "proof": [{"dtype": "torch.bfloat16", "seconds": 9.25, "overlap": True}],
         "block": [{"name": "1 sequence, 1 token", **times}],
         "prefill": [{"n": 64, "k": 128, "rows": 2048, **times}],
+        "libraries": [{"n": 64, "k": 128, "rows": 2048, "sm_mhz": 1980, **times}, {"n": 64, "k": 128, "rows": 128, "sm_mhz": 345, **times}],
         "triton": [{"n": 64, "k": 128, "rows": 16, **times}],
         "pruning": [{"n": 64, "k": 128, "seconds": {"fused": 0.25, "torch": 0.5}, "peak_bytes": 3e9}],
         "host": [{"microseconds": {"operator": 9.0}}],
@@ -171,6 +172,8 @@ def test_the_table_says_all_that_was_measured() -> None:
         "- 64 x 128: fused 0.250 s, torch 0.500 s; peak memory 3.0 GB",
         "operator 9.0 us",
         "| 64 x 128 | 1 | a in 1 | 3.00 | b in 2 | 2.00 | a in 1 3.00 |",
+        "| many rows, by libraries | 2:4, us |",
+        "345 to 1980 MHz",
         "Broken: host: RuntimeError: why",
         "Left out for want of time: rest",
     ):
@@ -185,6 +188,16 @@ def test_any_part_of_the_document_makes_a_table() -> None:
         assert gpu_table.render({**needed, name: value}).startswith("# 2:4 on None")
 
 
+def test_a_table_is_made_of_sides_that_broke_too() -> None:
+    """Otherwise nothing would be written from there on."""
+    whole = document()
+    for side in ("2:4", "dense"):
+        row = {**whole["decode"][0], "speedup": {}, "of_copy": None}
+        row["microseconds"], row["gigabytes_per_second"] = {side: 2.0}, {side: 750.0}
+        text = gpu_table.render({**whole, "decode": [row]})
+        assert "| 64 x 128 | 1 | 2.00 |  |  |  |  | 750 |  |  |" in text or "| 64 x 128 | 1 |  | 2.00 |" in text
+
+
 def test_ratios_are_within_a_round() -> None:
     found = gpu_timing.summary({"2:4": [1.0, 2.0, 4.0], "dense": [2.0, 3.0, 4.0]})
     assert found["microseconds"] == {"2:4": 2.0, "dense": 3.0}
@@ -195,6 +208,16 @@ def test_the_faster_dense_product_is_what_counts() -> None:
     samples = {"2:4": [1.0, 1.0], "cublas": [3.0, 3.0], "cublaslt": [2.0, 2.0]}
     assert gpu_timing.faster_dense(samples) == "cublaslt"
     assert samples == {"2:4": [1.0, 1.0], "dense": [2.0, 2.0]}
+    assert gpu_timing.faster_dense({"2:4": [1.0]}) is None
+
+
+def test_small_weights_are_launched_more_often() -> None:
+    small, large = (
+        torch.empty(1, dtype=torch.uint8),
+        torch.empty(gpu_timing.LARGE_BYTES, dtype=torch.uint8, device="meta"),
+    )
+    assert len(gpu_timing.cycled([small] * 3)) == 66
+    assert len(gpu_timing.cycled([large] * 3)) == 18
 
 
 @pytest.fixture
@@ -228,9 +251,9 @@ def test_where_the_sparse_kernels_do_not_run_the_others_are_measured(faked: pyte
     faked.setattr(backend, "why_not", lambda device, dtype: "this torch is built without CUDA")
     code, ran = sections(faked, tmp_path, proof=gpu_sections.proof)
     assert code == 0
-    assert ran == ["proof", "bandwidth", "prefill", "pruning", "triton"]
+    assert ran == ["proof", "bandwidth", "libraries", "pruning", "triton"]
     assert "Broken: cuda: this torch is built without CUDA" in (tmp_path / "gpu.md").read_text()
-    assert gpu.read(tmp_path)["left_out"] == ["checks", "decode", "block", "host", "variants", "rest"]
+    assert gpu.read(tmp_path)["left_out"] == ["checks", "decode", "block", "prefill", "host", "variants", "rest"]
 
 
 def test_a_section_that_breaks_does_not_hide_the_next(faked: pytest.MonkeyPatch, tmp_path: Path) -> None:
