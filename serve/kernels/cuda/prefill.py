@@ -6,7 +6,7 @@ call. Both are passes over the weight, 6.25 bytes for each of its numbers: by th
 nearly half of a dense product of 2,048 rows, and a ninth of one of 8,192. Others measured that the library saves about two
 fifths of a product of that size.
 
-It is not the default because it never ran. `benchmarks.gpu` times it (prefill, "cusparselt from ours").
+It is not the default because it never ran. `benchmarks.gpu` times it (libraries, "cusparselt from ours").
 """
 
 from __future__ import annotations
