@@ -28,7 +28,8 @@ from compress.metrics import METRICS
 from compress.metrics.wanda import wanda
 from compress.patterns import NMPattern
 from compress.reconstruction import RECONSTRUCTIONS
-from compress.statistics import ACCUMULATORS, InputStatistics, SumOfSquares
+from compress.statistics import ACCUMULATORS, InputStatistics
+from compress.sums import SumOfSquares
 from serve.measure.environment import environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from compress.bias import mean_correction
 from compress.damping import FEW_TOKENS, chosen_damping
+from compress.gram import Part
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Options, Reconstructed
 from compress.refit import Refit, joint_refit
-from compress.statistics import Part
 
 FIRST_GRID = (-2, -3, -4)
 """Dampings that are tried first, in half decades: 0.1, 0.032, 0.01."""

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.statistics import ACCUMULATORS, InputStatistics, MeanAndVariance, Split, SumOfSquares
+from compress.gram import Split
+from compress.statistics import ACCUMULATORS, InputStatistics
+from compress.sums import MeanAndVariance, SumOfSquares
 
 OUTPUT_NEEDS = frozenset({"output_sum_of_squares"})
 GRADIENT_NEEDS = frozenset({"gradient_l1", "gradient_l2"})

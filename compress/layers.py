@@ -12,13 +12,13 @@ from torch import Tensor
 from compress.bias import NO_BIAS, mean_correction
 from compress.damping import gram_notes
 from compress.errors import NumericalError
+from compress.gram import exact_products
 from compress.layer_statistics import GRAM_NEEDS, LayerStatistics
 from compress.methods import Metric, Pruning, parse_options
 from compress.metrics.wanda import WANDA
 from compress.packed import canonical, require_finite
 from compress.patterns import NMPattern, Pattern
 from compress.recipe import Recipe
-from compress.statistics import exact_products
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from compress.layer_statistics import OUTPUT_NEEDS, PLACE_NEEDS
 from compress.norms import NormOutputs
 from compress.products import Products
 from compress.stages import BLOCK_OUTPUT, Tap, Taps
-from compress.statistics import ACCUMULATORS, InputStatistics, SumOfSquares
+from compress.statistics import ACCUMULATORS, InputStatistics
+from compress.sums import SumOfSquares
 
 
 class InputObserver:

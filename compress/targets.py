@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 from compress.activations import Growing
 from compress.errors import NumericalError
+from compress.gram import exact_products
 from compress.layer_statistics import LayerStatistics
 from compress.methods import Options
 from compress.stages import BLOCK_OUTPUT, Stage, Tap, Taps
-from compress.statistics import exact_products
 
 TARGET_NEEDS = frozenset({"gram", "sum"})
 TENSORS_OF_TARGETS = 3

@@ -12,7 +12,8 @@ from torch import Tensor
 from compress.layer_statistics import GRADIENT_NEEDS, PLACE_NEEDS, LayerStatistics
 from compress.methods import parse_options
 from compress.metrics import METRICS
-from compress.statistics import ACCUMULATORS, InputStatistics, SumOfSquares
+from compress.statistics import ACCUMULATORS, InputStatistics
+from compress.sums import SumOfSquares
 
 ALL_NEEDS = frozenset(ACCUMULATORS) | {"output_sum_of_squares", "regional_gradient"} | GRADIENT_NEEDS | PLACE_NEEDS
 

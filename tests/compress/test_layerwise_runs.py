@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from compress.statistics import held_out_period
+from compress.gram import held_out_period
 from tests import tiny_models
 from tests.compress.test_resume import interrupted
 from tests.runs import LENGTH, SAMPLES, Halve, block_linears, compress, flags, kept_in_groups, load, tree

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import NumericalError
-from compress.statistics import HELD_OUT_WINDOWS, InputStatistics, Part, held_out_period
+from compress.gram import HELD_OUT_WINDOWS, Part, held_out_period
+from compress.statistics import InputStatistics
 
 
 def plain(t: int, k: int, seed: int = 0) -> Tensor:

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress import statistics
+from compress import gram as gram_module
 from compress.errors import NumericalError
-from compress.statistics import SAMPLE_TOKENS, Gram, InputStatistics, exact_products
+from compress.gram import Gram, exact_products
+from compress.statistics import SAMPLE_TOKENS, InputStatistics
 
 EVERYTHING = ("sum", "sum_of_squares", "moments", "gram", "sample")
 """But "split_gram", which stands for "gram" where it is gathered: see `test_split_gram`."""
@@ -73,10 +74,10 @@ def test_gram_by_products_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.extend([a.dtype, b.dtype])
         return a.float() @ b.float()
 
-    monkeypatch.setattr(statistics, "wide_product", lambda device, dtype: product)
-    monkeypatch.setattr(statistics.Gram, "panel", 48)
+    monkeypatch.setattr(gram_module, "wide_product", lambda device, dtype: product)
+    monkeypatch.setattr(gram_module.Gram, "panel", 48)
     x = torch.randn(300, 130, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    gram = statistics.Gram(130, torch.device("cpu"), 300)
+    gram = gram_module.Gram(130, torch.device("cpu"), 300)
     for part in x.split(77):
         gram.update(part)
     exact = x.double().T @ x.double()
@@ -102,12 +103,12 @@ def test_products_of_a_gpu_are_used_where_they_are_exact(monkeypatch: pytest.Mon
         "to",
         lambda self, *how, to=torch.Tensor.to: self if isinstance(how[0], torch.device) else to(self, *how),
     )
-    statistics.wide_product.cache_clear()
-    found = statistics.wide_product(torch.device("cuda"), torch.bfloat16)
+    gram_module.wide_product.cache_clear()
+    found = gram_module.wide_product(torch.device("cuda"), torch.bfloat16)
     assert (found is not None) == (kind == "right")
-    assert statistics.wide_product(torch.device("cuda"), torch.float32) is None
-    assert statistics.wide_product(torch.device("cpu"), torch.bfloat16) is None
-    statistics.wide_product.cache_clear()
+    assert gram_module.wide_product(torch.device("cuda"), torch.float32) is None
+    assert gram_module.wide_product(torch.device("cpu"), torch.bfloat16) is None
+    gram_module.wide_product.cache_clear()
 
 
 def test_gram_of_float32_inputs_is_not_rounded_to_bfloat16() -> None:

@@ -168,9 +168,7 @@ def choose(active: Active, rows: int, n: int, k: int, device: Device) -> tuple[F
     the fastest. Of equals, the fewer blocks.
     """
     units = ceil_div(k, UNIT)
-    ways = [
-        (form, splits) for form in for_rows(active, rows) for splits in active[form] if splits <= max(units, 1)
-    ]  # fmt: skip
+    ways = [(form, splits) for form in for_rows(active, rows) for splits in active[form] if splits <= max(units, 1)]
     return min(
         ways, key=lambda way: (microseconds(*way, active[way[0]][way[1]], n, k, device), way[1], way[0].resident)
     )
