@@ -18,7 +18,7 @@ from benchmarks import gpu_checks
 from benchmarks.gpu_run import Run
 from benchmarks.gpu_timing import DTYPE, LIBRARIES, Call, by, stream
 from serve.kernels import ops, plain
-from serve.kernels.cuda import backend, cusparselt, prefill
+from serve.kernels.cuda import backend, cusparselt
 
 HEADS, KEY_HEADS, DEPTH, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336
 SHAPES = (
@@ -93,32 +93,44 @@ class Block:
 
 
 @contextmanager
-def asking(for_prefill: str) -> Iterator[None]:
-    """HALVE_PREFILL for a while."""
-    before = os.environ.get(prefill.VARIABLE)
-    os.environ[prefill.VARIABLE] = for_prefill
+def asking(**wishes: str) -> Iterator[None]:
+    """HALVE_PREFILL and others for a while."""
+    names = {f"HALVE_{name.upper()}": wish for name, wish in wishes.items()}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[prefill.VARIABLE]
-        else:
-            os.environ[prefill.VARIABLE] = before
+        for name, was in before.items():
+            if was is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = was
 
 
 def calls(kind: str, case: Case, library: cusparselt.CusparseLt | None = None) -> list[Call]:
-    """A call for each of the blocks that follow each other. ``kind``: a form, or asked: 2:4 with HALVE_PREFILL=cusparselt."""
+    """A call for each of the blocks that follow each other.
+
+    Args:
+        kind: a form; or 2:4 with HALVE_PREFILL=cusparselt, asked, and with HALVE_KEEP_BOTH=1 as well, kept.
+    """
     x = torch.randn(case.sequences * case.tokens, HIDDEN, device="cuda", dtype=DTYPE)
-    if kind != "asked":
-        return [lambda b=b: b(x) for b in [Block(kind, case, library) for _ in range(case.count)]]
-    with asking("cusparselt"):
-        blocks = [Block("2:4", case) for _ in range(case.count)]
+    if kind == "kept":
+        with asking(prefill="cusparselt", keep_both="1"):
+            blocks = [Block("2:4", case) for _ in range(case.count)]
+    elif kind == "asked":
+        with asking(prefill="cusparselt"):
+            blocks = [Block("2:4", case) for _ in range(case.count)]
+    else:
+        blocks = [Block(kind, case, library) for _ in range(case.count)]
 
     def by_the_library(b: Block) -> Tensor:
-        with asking("cusparselt"):
+        with asking(prefill="cusparselt"):
             return b(x)
 
-    return [lambda b=b: by_the_library(b) for b in blocks]
+    if kind == "asked":
+        return [lambda b=b: by_the_library(b) for b in blocks]
+    return [lambda b=b: b(x) for b in blocks]
 
 
 def measure(run: Run, case: Case, kinds: dict[str, str], library: cusparselt.CusparseLt | None = None) -> None:

@@ -46,7 +46,7 @@ def prefill(run: Run) -> None:
 def libraries(run: Run) -> None:
     """What others have. ``cusparselt``: its product with the algorithm that its search found, on a weight in its own form; ``cusparselt
     unsearched``: with the library's first. ``cusparselt from ours``: from the weight as decoding has it, expanded and compressed
-    anew at each call, so that only one form is kept. ``torch``: its own operator. Then a block of a prompt by the library.
+    anew at each call, so that only one form is kept. ``torch``: its own operator. Then a block of a prompt by the library, from either.
     """
     kernels = None if run.unproven else gpu_checks.loaded(DTYPE)
     library = run.attempt("cusparselt", lambda: cusparselt.on_device(torch.cuda.current_device()))
@@ -57,7 +57,7 @@ def libraries(run: Run) -> None:
     if library is not None and kernels is not None:
         for case in gpu_block.CASES:
             if case.tokens > 1:
-                kinds = {"2:4 by cusparselt": "asked", "compressed": "compressed"}
+                kinds = {"2:4 by cusparselt": "asked", "2:4, both kept": "kept", "compressed": "compressed"}
                 gpu_block.measure(run, case, kinds, library)
     for n, k in MANY_SHAPES[4:]:
         _by_libraries(run, library, kernels, n, k)

@@ -159,7 +159,7 @@ def pruning(run: Run) -> None:
 
 def host(run: Run) -> None:
     """How long a call keeps the processor, without graphs, on a layer so small that the GPU keeps up: halve's operator, the launch
-    alone, torch's dense linear, and the library's product."""
+    alone, torch's dense linear, the library's product, and the plan that it needs for each number of rows that is new."""
     kernels = gpu_checks.loaded(DTYPE)
     weights = Weights(256, 256)
     library = run.attempt("cusparselt", lambda: cusparselt.on_device(torch.cuda.current_device()))
@@ -172,12 +172,18 @@ def host(run: Run) -> None:
             own = run.attempt("cusparselt", lambda: library.compress(weights.dense[0], stream()))
             if own is not None:
                 sides["cusparselt"] = lambda x=x, own=own: library.multiply(x, own, None, 256, stream())
+                padded = rows + -rows % cusparselt.ROW_MULTIPLE
+                sides["cusparselt's plan"] = lambda rows=padded: _plan_made(library, rows)
         found = {
             name: run.attempt(f"host, {name}", lambda call=call: host_microseconds(call))
             for name, call in sides.items()
         }
         shown = {f"{name}, {rows} rows": us for name, us in found.items() if us is not None}
         run.add("host", {"microseconds": shown})
+
+
+def _plan_made(library: cusparselt.CusparseLt, rows: int) -> None:
+    cusparselt.Plan(library, rows, 256, 256, DTYPE, None, None).destroy()
 
 
 def block(run: Run) -> None:

@@ -163,12 +163,15 @@ def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert set(document["prefill"][0]["speedup"]) == {"2:4", "expanded"}
     assert all(set(row["speedup"]) == {"torch", "cusparselt", "cusparselt from ours"} for row in document["libraries"])
     assert [(row["name"], set(row["speedup"])) for row in document["block"]] == [
-        ("one", {"2:4"}), ("many", {"2:4"}), ("some", {"2:4"}), ("many", {"2:4 by cusparselt", "compressed"}),
+        ("one", {"2:4"}), ("many", {"2:4"}), ("some", {"2:4"}), ("many", {"2:4 by cusparselt", "2:4, both kept", "compressed"}),
     ]  # fmt: skip
     assert {row["dense_by"] for row in document["decode"] + document["block"]} <= {"cublas", "cublaslt"}
     assert [list(row["microseconds"]) for row in document["host"]] == [
         ["operator, 1 rows", "dense, 1 rows", "launch, 1 rows"],
-        *[[f"{side}, {rows} rows" for side in ("operator", "dense", "cusparselt")] for rows in (300, 2048)],
+        *[
+            [f"{side}, {rows} rows" for side in ("operator", "dense", "cusparselt", "cusparselt's plan")]
+            for rows in (300, 2048)
+        ],
     ]
     clusters, *variants = document["variants"]
     assert set(clusters["clusters"]) > set(clusters["usual"]) == {form.name for form in FORMS}

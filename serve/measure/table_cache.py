@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from compress.version import versions
 from serve.kernels.cpu import backend as cpu
 from serve.kernels.cpu import library
-from serve.kernels.cuda import prefill
+from serve.kernels.cuda import beside, prefill
 from serve.kernels.cuda.cache import directory
 from serve.measure.environment import environment
 from serve.measure.kernel_table import Entry, Shape
@@ -77,7 +77,7 @@ class KernelTable(BaseModel):
 def _kernels(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{major}{minor} {sources_digest()} {prefill.wanted()}"
+        return f"sm_{major}{minor} {sources_digest()} {prefill.wanted()}{' kept' if beside.wanted() else ''}"
     if cpu.path() is None:
         return "none"
     return f"{cpu.path()} {hashlib.sha256(library.find().path.read_bytes()).hexdigest()[:16]}"

@@ -3,8 +3,8 @@
 `halve tune` (and `halve bench --kernels`, and `halve advise`) leave a table of sparse against dense behind, for this very
 device, versions and threads (`serve.measure.table_cache`). When a model is loaded for serving, a packed layer is expanded,
 once, if the table says that dense is faster for its shape at every number of rows at which sequences are decoded. Both forms
-of a weight are never kept, so a layer that gains at some numbers of rows and loses at others stays packed: what it saves in
-memory is sure. Without a table, and where ``HALVE_BACKEND`` asks for a backend, nothing is decided here.
+of a weight are only kept where that is asked for (``HALVE_KEEP_BOTH``, on NVIDIA's GPUs), so a layer that gains at some numbers of rows
+and loses at others stays packed: what it saves in memory is sure. Without a table, and where ``HALVE_BACKEND`` asks for a backend, nothing is decided here.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def test_what_is_prepared_is_restored(n: int, k: int, dtype: torch.dtype) -> Non
     weight = random_weight(n, k, dtype)
     prepared = layout.prepare(weight)
     assert len(prepared) == layout.prepared_bytes(n, k)
-    assert layout.describe(prepared) == (dtype, n, k)
+    assert layout.describe(prepared) == (dtype, n, k, None)
     restored = layout.restore(prepared)
     assert torch.equal(restored.values.view(torch.int16), weight.values.view(torch.int16))
     assert torch.equal(restored.mask, weight.mask)

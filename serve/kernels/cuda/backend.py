@@ -1,7 +1,8 @@
 """Multiplies packed weights on NVIDIA GPUs with the kernels of `src/sparse24.cu`.
 
 Up to `plan.MOST_ROWS` rows of x, the weight is read once, 9/16 of the dense bytes, straight into the sparse tensor cores. For up
-to `plan.MOST_PASSES` times as many, it is read again for each such part of x. Above, a kernel expands it, and the product is dense or, where it is asked for, cuSPARSELt's (`prefill.py`).
+to `plan.MOST_PASSES` times as many, it is read again for each such part of x. Above, a kernel expands it, and the product is dense or,
+where it is asked for, cuSPARSELt's (`prefill.py`). Where a second form is kept (`beside.py`), that takes all above `plan.MOST_ROWS`.
 
 Everything that takes time or may fail is done when a weight is prepared: kernels are found in the cache or compiled, and
 loaded. A product then is some launches on torch's current stream, one for up to `plan.MOST_ROWS` rows, without synchronization
@@ -26,8 +27,8 @@ from compress.errors import one_line
 from compress.packed import PackedWeight, pack
 from serve import support
 from serve.kernels.aligned import aligned
+from serve.kernels.cuda import beside, compiler, driver, layout, plan, prefill
 from serve.kernels.cuda import cache as disk
-from serve.kernels.cuda import compiler, driver, layout, plan, prefill
 from serve.kernels.cuda.compiler import CompilerError
 from serve.kernels.cuda.driver import Config, Driver, DriverError
 from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS, Active, Device, Form
@@ -269,32 +270,41 @@ def reason(dtype: torch.dtype, rows: int) -> str:
     """What is done with so many rows of x."""
     if rows <= MOST_ROWS:
         return f"sparse tensor cores, the weight is read once past {rows} rows of x"
+    by_library = prefill.wanted() == "cusparselt"
+    if beside.wanted():
+        how = "cuSPARSELt where it can, else dense" if by_library else "dense"
+        return f"{how}, by a second form of the weight; {beside.VARIABLE} asks for it"
     if rows <= MOST_PASSES * MOST_ROWS:
         return f"sparse tensor cores, the weight is read once for each {MOST_ROWS} rows of x"
-    if prefill.wanted() == "cusparselt" and rows >= prefill.LEAST_ROWS:
+    if by_library and rows >= prefill.LEAST_ROWS:
         return "cuSPARSELt where it can, on the weight expanded and compressed anew; HALVE_PREFILL asks for it"
     return f"the weight is expanded, then multiplied densely: sparse kernels take up to {MOST_PASSES * MOST_ROWS} rows of x"
 
 
 def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
-    """The bytes of a packed weight [N, K] in the order of the kernels, [bytes] uint8; see `layout.prepare`."""
+    """The bytes of a packed weight [N, K] in the order of the kernels, [bytes] uint8; see `layout.prepare`. What many rows are multiplied
+    by follows, where it is asked for (`beside.py`)."""
     prepared = layout.prepare(weight, name)
-    prefill.prove(prepared.device, weight.values.dtype)
-    if prefill.wanted() == "cusparselt" and prepared.device.type == "cuda":
-        _search(weight, prepared)
+    index, dtype = prepared.device.index or 0, weight.values.dtype
+    prefill.prove(prepared.device, dtype)
+    if prepared.device.type == "cuda" and (beside.wanted() or prefill.wanted() == "cusparselt"):
+        kernels = _kernels(index, dtype)
+        if isinstance(kernels, Kernels) and all(weight.shape):
+            prepared = _for_many_rows(kernels, prepared, weight.shape, torch._C._cuda_getCurrentRawStream(index))
     # A kernel may fetch the weight before what stands in front of it on its stream has ended.
     torch.cuda.current_stream(prepared.device).synchronize()
     return prepared
 
 
-def _search(weight: PackedWeight, prepared: Tensor) -> None:
-    """The library looks for its best algorithms for the expanded weight."""
-    index = prepared.device.index or 0
-    kernels = _kernels(index, weight.values.dtype)
-    if isinstance(kernels, Kernels) and all(weight.shape):
-        dense, stream = weight.values.new_empty(weight.shape), torch._C._cuda_getCurrentRawStream(index)
-        kernels.expand(prepared, dense, stream)
+def _for_many_rows(kernels: Kernels, prepared: Tensor, shape: tuple[int, int], stream: int) -> Tensor:
+    """The prepared weight [N, K], with its second form where that is asked for. The library looks for its best algorithms."""
+    dense = torch.empty(shape, dtype=kernels.dtype, device=prepared.device)
+    kernels.expand(prepared, dense, stream)
+    if not beside.wanted():
         prefill.search(dense, stream)
+        return prepared
+    prefill.search(dense, stream, beside.SEARCHED_ROWS)
+    return beside.keep(prepared, dense, stream)
 
 
 restore = layout.restore
@@ -317,8 +327,11 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
     device = x.device
     if x.dtype not in _TYPES or not k or k % 8 or prepared.device != device:
         raise ValueError(f"x is {_described(x)}, the prepared weight {_described(prepared)}")
-    if prepared.dtype is not torch.uint8 or prepared.numel() != layout.prepared_bytes(n, k) or prepared.data_ptr() % 16:
+    behind = prepared.numel() - layout.prepared_bytes(n, k)
+    if prepared.dtype is not torch.uint8 or behind < 0 or prepared.data_ptr() % 16:
         raise ValueError(f"{_described(prepared)} is no prepared weight [{n}, {k}]")
+    if behind:
+        beside.find(prepared, n, k, x.dtype)
     if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.device != device):
         raise ValueError(f"a bias of {n} numbers in {x.dtype} on {device} is needed, this is {_described(bias)}")
     kernels = _kernels(device.index, x.dtype)
@@ -332,18 +345,20 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
     shape = x.shape
-    rows = x.numel() // shape[-1]
+    rows, k = x.numel() // shape[-1], shape[-1]
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
     bias = bias if bias is None else bias.contiguous()
+    if rows > MOST_ROWS and prepared.numel() > layout.prepared_bytes(n, k):
+        return beside.linear(aligned(x).view(rows, k), prepared, bias, n, stream).view(*shape[:-1], n)
     try:
         if rows > MOST_PASSES * MOST_ROWS:
-            dense = x.new_empty(n, shape[-1])
+            dense = x.new_empty(n, k)
             if n:
                 kernels.expand(prepared, dense, stream)
             return prefill.linear(aligned(x).view(rows, -1), dense, bias, stream).view(*shape[:-1], n)
         y = x.new_empty(*shape[:-1], n)
         if y.numel():
-            flat, result = aligned(x).view(rows, shape[-1]), y.view(rows, n)
+            flat, result = aligned(x).view(rows, k), y.view(rows, n)
             if rows <= MOST_ROWS:
                 kernels.multiply(flat, prepared, bias, result, stream)
             else:

@@ -104,6 +104,8 @@ class Plan:
         kind = _TYPES[dtype]
         self._weight, self._input, self._output = Opaque(), Opaque(), Opaque()
         self._product, self.selection, self.plan = Opaque(), Opaque(), Opaque()
+        self._tensors = tuple(c_void_p() for _ in range(4))  # weight, x, y, room
+        self._streams = (c_void_p * 1)()
         self._selected = False
         self._alive: list[tuple[str, int]] = []  # what gives back what the library made, the first one first
         try:
@@ -115,6 +117,28 @@ class Plan:
             self.destroy()
             raise
         self.workspace_bytes = size.value
+        # Made once: to convert eleven arguments takes longer than all else of a call.
+        weight, x, y, room = self._tensors
+        self._arguments = (
+            *(c_void_p(handle), c_void_p(self.plan.address), library.one, weight, x, library.zero, y, y, room),
+            *(self._streams, 1),
+        )
+
+    def multiply(self, x: Tensor, compressed: Tensor, y: Tensor, stream: int, *, search: bool = False) -> None:
+        """y [rows, n] = x [rows, k] times the weight; or, to ``search``, again and again by all algorithms.
+
+        Raises:
+            CusparseLtError: the library refused.
+        """
+        weight, from_, to, room = self._tensors
+        weight.value, from_.value, to.value = compressed.data_ptr(), x.data_ptr(), y.data_ptr()
+        self._streams[0] = stream
+        if self.workspace_bytes:
+            workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=x.device)
+            room.value = workspace.data_ptr()
+        library = self._library
+        if refusal := (library.search_ready if search else library.multiply_ready)(*self._arguments):
+            raise library.error("cusparseLtMatmulSearch" if search else "cusparseLtMatmul", refusal)
 
     def _describe(self, rows: int, n: int, k: int, kind: int, bias: int | None) -> None:
         """The operands and the product."""
@@ -214,6 +238,9 @@ class CusparseLt:
             for name, arguments in _SIGNATURES.items():
                 getattr(self._library, name).argtypes = arguments
             self._library.cusparseLtGetErrorString.restype = c_char_p
+            # (looked up by [] these are other objects, without types to convert to: `Plan` has its arguments ready)
+            self.multiply_ready = self._library["cusparseLtMatmul"]
+            self.search_ready = self._library["cusparseLtMatmulSearch"]
             self._destroy_selection = getattr(self._library, _DESTROY_SELECTION, None)
             if self._destroy_selection is not None:
                 self._destroy_selection.argtypes = (c_void_p,)
@@ -222,16 +249,20 @@ class CusparseLt:
         self._plans: OrderedDict[tuple[int, int, int, torch.dtype, int | None], Plan] = OrderedDict()
         self._algorithms: dict[tuple[int, int, torch.dtype], dict[int, Algorithm]] = {}  # by rows
         self._most_plans = most_plans
-        self._one, self._zero = c_float(1), c_float(0)
+        self._factors = (c_float(1), c_float(0))
+        self.one, self.zero = (c_void_p(ctypes.addressof(factor)) for factor in self._factors)
         self.handle = Opaque()
         self.call("cusparseLtInit", self.handle.address)
 
     def call(self, name: str, *arguments: object) -> None:
         """One function of the library. Raises CusparseLtError: it refused."""
-        refusal = getattr(self._library, name)(*arguments)
-        if refusal:
-            said = self._library.cusparseLtGetErrorString(refusal)
-            raise CusparseLtError(f"{name} refused: {said.decode() if said else refusal}")
+        if refusal := getattr(self._library, name)(*arguments):
+            raise self.error(name, refusal)
+
+    def error(self, name: str, refusal: int) -> CusparseLtError:
+        """What to raise when a function refused."""
+        said = self._library.cusparseLtGetErrorString(refusal)
+        return CusparseLtError(f"{name} refused: {said.decode() if said else refusal}")
 
     def destroy_selection(self, address: int) -> None:
         """Gives back what a selection of an algorithm holds, where it holds anything. Raises CusparseLtError: it refused."""
@@ -269,12 +300,13 @@ class CusparseLt:
             CusparseLtError: the library refused.
         """
         rows, k = x.shape
-        x = _padded(x)
-        pointer = None if bias is None else bias.data_ptr()
-        plan = self._plan(len(x), n, k, x.dtype, pointer)
-        y = x.new_empty(len(x), n)
-        self._run("cusparseLtMatmul", plan, x, compressed, y, stream)
-        return y[:rows]
+        missing = -rows % ROW_MULTIPLE
+        if missing:
+            x = _padded(x)
+        plan = self._plan(rows + missing, n, k, x.dtype, None if bias is None else bias.data_ptr())
+        y = x.new_empty(rows + missing, n)
+        plan.multiply(x, compressed, y, stream)
+        return y[:rows] if missing else y
 
     def search(self, x: Tensor, compressed: Tensor, n: int, stream: int) -> Algorithm:
         """Times the library's algorithms for that number of rows, and takes the best from now on, also for other numbers of rows that
@@ -287,7 +319,7 @@ class CusparseLt:
         y = x.new_empty(len(x), n)
         plan = Plan(self, len(x), n, k, x.dtype, None, None)
         try:
-            self._run("cusparseLtMatmulSearch", plan, x, compressed, y, stream)
+            plan.multiply(x, compressed, y, stream, search=True)
             found = plan.algorithm()
         finally:
             plan.destroy()
@@ -306,14 +338,6 @@ class CusparseLt:
         if not found:
             return None
         return found[min(found, key=lambda searched: max(searched, rows) / min(searched, rows))]
-
-    def _run(self, name: str, plan: Plan, x: Tensor, compressed: Tensor, y: Tensor, stream: int) -> None:
-        size = plan.workspace_bytes
-        workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
-        room = None if workspace is None else workspace.data_ptr()
-        streams = (c_void_p * 1)(stream)
-        self.call(name, self.handle.address, plan.plan.address, byref(self._one), compressed.data_ptr(), x.data_ptr(),
-                  byref(self._zero), y.data_ptr(), y.data_ptr(), room, streams, 1)  # fmt: skip
 
     def _plan(self, rows: int, n: int, k: int, dtype: torch.dtype, bias: int | None) -> Plan:
         key = (rows, n, k, dtype, bias)

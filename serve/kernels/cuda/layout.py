@@ -11,12 +11,15 @@ columns 0 and 1 of a group are kept). A unit is what a warp multiplies in one st
   4 q + 1 have row q (low half) and q + 8 (high half) of the upper fragment, 16 columns each, which sparsity selector 0
   takes; lanes 4 q + 2 and 4 q + 3 have those of the lower one, for selector 1.
 
-``[header 512 bytes][panels of 64 rows][units along K]`` is a prepared weight.
+``[header 512 bytes][panels of 64 rows][units along K]`` is a prepared weight. Where two forms are kept (`beside.py`), the second one
+follows, at a multiple of 512 bytes, and the header says what and how long it is.
 """
 
 from __future__ import annotations
 
 import struct
+from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +36,7 @@ UNIT_BYTES = 4608
 HEADER_BYTES = 512
 _VALUE_BYTES = 4096
 _MAGIC = 0x47326868
-_HEADER = struct.Struct("<4I")  # magic, code of the dtype, N, K
+_HEADER = struct.Struct("<4I2Q")  # magic, code of the dtype, N, K; what is behind, 0 nothing, and how many bytes
 
 _NIBBLES = {1 << low | 1 << high: low | high << 2 for low in range(4) for high in range(low + 1, 4)}
 _NOT_TWO = 0
@@ -43,8 +46,24 @@ _TO_BITS = [next((bits for bits, nibble in _NIBBLES.items() if nibble == wanted)
 _PAD_NIBBLE = _NIBBLES[0b0011]
 
 
+class Second(IntEnum):
+    """What is behind a prepared weight; the number is what the header says."""
+
+    DENSE = 1
+    CUSPARSELT = 2
+
+
+class Described(NamedTuple):
+    """What the header of a prepared weight says."""
+
+    dtype: torch.dtype
+    n: int
+    k: int
+    second: Second | None
+
+
 def prepared_bytes(n: int, k: int) -> int:
-    """How long a prepared weight [n, k] is."""
+    """How long a prepared weight [n, k] is, without what is kept behind it; a multiple of 512."""
     return HEADER_BYTES + ceil_div(n, UNIT) * ceil_div(k, UNIT) * UNIT_BYTES
 
 
@@ -77,14 +96,28 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     return prepared
 
 
+def append(prepared: Tensor, second: Second, behind: Tensor) -> Tensor:
+    """A prepared weight with a second form, [bytes] uint8, behind it, in memory of its own.
+
+    Raises:
+        ValueError: this is no prepared weight, or a damaged one, or has a second form already.
+    """
+    described = describe(prepared)
+    if described.second is not None:
+        raise ValueError("there is a second form behind this prepared weight already")
+    both = torch.cat([prepared, behind])
+    both[:HEADER_BYTES] = _header(*described[:3], second, len(behind)).to(both.device)
+    return both
+
+
 def restore(prepared: Tensor) -> PackedWeight:
     """The packed weight that was prepared, to the bit.
 
     Raises:
         ValueError: this is no prepared weight, or a damaged one.
     """
-    dtype, n, k = describe(prepared)
-    body = prepared[HEADER_BYTES:].view(ceil_div(n, UNIT), ceil_div(k, UNIT), UNIT_BYTES)
+    dtype, n, k, _ = describe(prepared)
+    body = prepared[HEADER_BYTES : prepared_bytes(n, k)].view(ceil_div(n, UNIT), ceil_div(k, UNIT), UNIT_BYTES)
     values = _from_fragments(body[..., :_VALUE_BYTES].contiguous().view(torch.int16))[:n, : k // 2]
     nibbles = _from_words(body[..., _VALUE_BYTES:].contiguous().view(torch.int16))[:n, : k // 4]
     bits = torch.tensor(_TO_BITS, dtype=torch.uint8, device=prepared.device)[nibbles.int()].view(n, k // 8, 2)
@@ -93,8 +126,8 @@ def restore(prepared: Tensor) -> PackedWeight:
     return PackedWeight(values.contiguous().view(dtype), bits[..., 0] | bits[..., 1] << 4)
 
 
-def describe(prepared: Tensor) -> tuple[torch.dtype, int, int]:
-    """dtype, N and K of a prepared weight. Reads its first bytes, which waits for the GPU.
+def describe(prepared: Tensor) -> Described:
+    """What a prepared weight is. Reads its first bytes, which waits for the GPU.
 
     Raises:
         ValueError: this is no prepared weight, or a damaged one.
@@ -102,14 +135,15 @@ def describe(prepared: Tensor) -> tuple[torch.dtype, int, int]:
     if prepared.dtype is not torch.uint8 or prepared.ndim != 1 or not prepared.is_contiguous():
         raise ValueError(f"a prepared weight is bytes in a row, this is {prepared.dtype} {list(prepared.shape)}")
     if len(prepared) >= HEADER_BYTES:
-        magic, code, n, k = _HEADER.unpack(bytes(prepared[: _HEADER.size].tolist()))
-        if magic == _MAGIC and code in _DTYPES and len(prepared) == prepared_bytes(n, k):
-            return _DTYPES[code], n, k
+        magic, code, n, k, kind, behind = _HEADER.unpack(bytes(prepared[: _HEADER.size].tolist()))
+        is_whole = len(prepared) == prepared_bytes(n, k) + behind and bool(kind) == bool(behind)
+        if magic == _MAGIC and code in _DTYPES and is_whole and kind in (0, *Second):
+            return Described(_DTYPES[code], n, k, Second(kind) if kind else None)
     raise ValueError("the prepared weight is damaged, or no prepared weight at all")
 
 
-def _header(dtype: torch.dtype, n: int, k: int) -> Tensor:
-    text = _HEADER.pack(_MAGIC, CODES[dtype], n, k)
+def _header(dtype: torch.dtype, n: int, k: int, kind: int = 0, behind: int = 0) -> Tensor:
+    text = _HEADER.pack(_MAGIC, CODES[dtype], n, k, kind, behind)
     return torch.frombuffer(bytearray(text.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
 

@@ -4,7 +4,7 @@ By default the weight is expanded and multiplied densely. ``HALVE_PREFILL=cuspar
 instead: the weight, of which only the form for few rows is kept, is expanded and compressed into the library's own form at each
 call. Both are passes over the weight, 6.25 bytes for each of its numbers: by the data sheet of an H100 (3.35 TB/s, 989 TFLOP/s) as long as
 nearly half of a dense product of 2,048 rows, and a ninth of one of 8,192. Others measured that the library saves about two
-fifths of a product of that size.
+fifths of a product of that size. Where memory is no concern, ``HALVE_KEEP_BOTH=1`` keeps what is made (`beside.py`).
 
 It is not the default because it never ran. `benchmarks.gpu` times it (libraries, "cusparselt from ours").
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -31,7 +32,8 @@ LEAST_ROWS = 2048
 """For which the sparse product may make up for the passes."""
 
 log = logging.getLogger("halve.serve")
-_one_at_a_time = threading.Lock()
+one_at_a_time = threading.Lock()
+"""Whoever calls the library holds it."""
 _tried: set[tuple[int, torch.dtype]] = set()
 SEARCHED_ROWS = (2048, 8192)
 """For which the library's algorithms are timed when a weight is prepared; other numbers of rows take what was best for the nearer."""
@@ -69,7 +71,7 @@ def prove(device: torch.device, dtype: torch.dtype) -> None:
         _proven(device.index or 0, dtype)
 
 
-def search(dense: Tensor, stream: int) -> None:
+def search(dense: Tensor, stream: int, rows_of_x: Sequence[int] = SEARCHED_ROWS) -> None:
     """Lets the library find its best algorithms for weights like ``dense`` [n, k], once for each shape: when a weight is prepared and
     not in a product. Does nothing where the library is not asked for, or not usable."""
     library = library_for(dense, LEAST_ROWS)
@@ -77,9 +79,9 @@ def search(dense: Tensor, stream: int) -> None:
     if library is None or library.searched(n, k, dense.dtype):
         return
     try:
-        with _one_at_a_time:
+        with one_at_a_time:
             compressed = library.compress(dense, stream)
-            for rows in SEARCHED_ROWS:
+            for rows in rows_of_x:
                 library.search(dense.new_ones(rows, k), compressed, n, stream)
     except CusparseLtError as error:
         log.info("cuSPARSELt's search for [%d, %d] failed, its own choice is taken: %s", n, k, error)
@@ -95,7 +97,7 @@ def linear(x: Tensor, dense: Tensor, bias: Tensor | None, stream: int) -> Tensor
     if library is None:
         return functional.linear(x, dense, bias)
     try:
-        with _one_at_a_time:
+        with one_at_a_time:
             return library.multiply(x, library.compress(dense, stream), bias, len(dense), stream)
     except CusparseLtError as error:
         raise RuntimeError(f"{error}; {VARIABLE}=dense does without it") from error
