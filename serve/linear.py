@@ -29,9 +29,13 @@ class Sparse24Linear(nn.Module):
     The parameters have the names and layout of the checkpoint, so state dicts go in and out unchanged. `prepare` puts
     the weight into the form of the backend that is best for it (``weight_prepared``) and lets go of the packed one;
     state dicts, `packed` and moves to another device or dtype make it anew.
+
+    Attributes:
+        preferred: the backend to prepare for, where it can run; None: the best by what is known without a measurement.
     """
 
     weight_prepared: Tensor | None
+    preferred: str | None = None
 
     def __init__(
         self,
@@ -89,7 +93,8 @@ class Sparse24Linear(nn.Module):
         values = self.weight_packed
         if self._backend is not None or values.device.type == "meta":
             return
-        backend = choose(values.device, values.dtype, 1, self.out_features, self.in_features).backend
+        shape = (self.out_features, self.in_features)
+        backend = choose(values.device, values.dtype, 1, *shape, self.preferred).backend
         if backend.prepare is None:
             return
         self.weight_prepared = backend.prepare(self.packed, name)
@@ -204,7 +209,8 @@ def backends(model: nn.Module, rows: Mapping[str, int]) -> list[dict[str, Any]]:
     for module in model.modules():
         for phase, count in rows.items():
             if isinstance(module, Sparse24Linear):
-                choice = choose(module.device, module.dtype, count, module.out_features, module.in_features)
+                shape = (module.out_features, module.in_features)
+                choice = choose(module.device, module.dtype, count, *shape, module.preferred)
                 counted[phase, choice.backend.name, choice.reason] += 1
             elif (reason := getattr(module, WHY_DENSE, None)) is not None:
                 counted[phase, "dense", reason] += 1

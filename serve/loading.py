@@ -17,7 +17,7 @@ from compress.own_code import NEVER, explain
 from compress.quiet import quiet_transformers
 from compress.sources import read_config
 from serve.linear import prepare_for_serving
-from serve.measure.tuned import serve_dense_where_faster
+from serve.measure.tuned import serve_as_measured
 
 
 def load_model(
@@ -55,7 +55,7 @@ def load_model(
             f"{directory}: {name} is {list(stored)}, and config.json says {list(expected)}; they do not belong together"
         )
     torch.nn.Module.to(model, torch.device(device))
-    serve_dense_where_faster(model)
+    serve_as_measured(model)
     prepare_for_serving(model)
     return model.eval().requires_grad_(False)
 

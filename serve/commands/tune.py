@@ -20,8 +20,8 @@ def tune(
 ) -> None:
     """Time 2:4 against dense for the layer shapes of a model on this device, and serve dense what 2:4 makes slower.
 
-    The times go into a table of this machine, which `halve serve` and vLLM read when they load a model: a layer whose
-    shape is slower 2:4 at every number of sequences up to 64 is expanded then. The layers that vLLM makes of several are
+    The times go into a table of this machine, which `halve serve` and vLLM read when they load a model: of several kernels that run
+    here the fastest is taken, and a layer whose shape is slower 2:4 at every number of sequences up to 64 is expanded. The layers that vLLM makes of several are
     measured, too. `halve serve --tune` does it before it loads a model.
     """
     from serve.measure import model_kernels

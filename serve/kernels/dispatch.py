@@ -60,16 +60,35 @@ BACKENDS = tuple({backend.name: backend for backend in (CPU, CUDA, TRITON, PLAIN
 """In the order of the table of support: the best first; the last one runs everywhere."""
 
 
-def choose(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int) -> Choice:
+def able(device: torch.device, dtype: torch.dtype) -> list[Backend]:
+    """The backends with a form of their own that could multiply such weights, the one first that is chosen where nothing was measured.
+
+    Raises:
+        UsageError: ``HALVE_BACKEND`` names none, or one that cannot run this.
+    """
+    if os.environ.get("HALVE_BACKEND", "auto") != "auto":
+        found = [choose(device, dtype, 1, 0, 0).backend]
+    else:
+        found = [backend for backend in BACKENDS if backend.why_not(device, dtype) is None]
+    return [backend for backend in found if backend.prepare is not None]
+
+
+def choose(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, preferred: str | None = None) -> Choice:
     """The backend for ``rows`` rows of x against a weight [n, k] on that device in that dtype.
 
     ``HALVE_BACKEND`` names one to use instead of the best.
 
+    Args:
+        preferred: the one that was measured to be the fastest for such weights there; taken if it can run.
+
     Raises:
-        UsageError: it names none, or one that cannot run this.
+        UsageError: ``HALVE_BACKEND`` names none, or one that cannot run this.
     """
     wish = os.environ.get("HALVE_BACKEND", "auto")
     if wish == "auto":
+        for backend in BACKENDS:
+            if backend.name == preferred and backend.why_not(device, dtype) is None:
+                return Choice(backend, f"{backend.reason(dtype, rows)}; measured to be the fastest here")
         refusals = []
         for backend in BACKENDS:
             refusal = backend.why_not(device, dtype)

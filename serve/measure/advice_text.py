@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -113,6 +113,8 @@ def print_kernels(document: Mapping[str, Any]) -> None:
     out.print(table(title, "layer", "rows of x", "dense, ms", "2:4, ms", "2:4 is", rows=rows))
     for shape, wins in document["wins"].items():
         out.print(f"{shape}: 2:4 is faster at rows: {wins}", highlight=False, markup=False)
+    for line in others_of(document["other_backends"]):
+        out.print(line, highlight=False, markup=False)
     for line in dict.fromkeys(f"{e['backend']}: {e['reason']}; dense: {e['baseline']}" for e in document["kernels"]):
         out.print(line, highlight=False, markup=False)
     for layer in document["layers"]:
@@ -120,6 +122,17 @@ def print_kernels(document: Mapping[str, Any]) -> None:
             out.print(f"{layer['name']} stays dense: {layer['why_dense']}", highlight=False, markup=False)
     for note in document["notes"]:
         out.print(f"note: {note}", highlight=False, markup=False)
+
+
+def others_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each shape and backend that could serve it, and is not the fastest."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for e in entries:
+        shown = f"{e['ratio']['median']:.2f} at {e['rows']}"
+        found.setdefault((f"{e['n']} x {e['k']}", e["backend"]), []).append(shown)
+    return [
+        f"{shape} by {backend}, times as fast by rows: {', '.join(shown)}" for (shape, backend), shown in found.items()
+    ]
 
 
 def print_check(document: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Sparse against dense, one layer at a time: for each shape of a model and each number of rows of x.
 
-What is timed are the very modules that the transformers engine runs, as `prepare_for_serving` leaves them: a packed layer, and
+What is timed are the very modules that the transformers engine runs, as `prepare_for_serving` leaves them: a packed layer for each
+backend that can run it, and
 the dense one in its place (on a processor, halve's own dense kernel up to 16 rows, torch's product above, in float32 where the
-processor has no other). Both take turns in
+processor has no other). All take turns in
 every round, on copies of the weight that are more than the last cache holds together; a figure is the median over the rounds
 of the ratio within a round, with the quartiles. On a GPU one replay of a CUDA graph runs all copies, so that what is timed is
 the kernels and not Python's calls.
@@ -26,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.packed import PackedWeight
 from compress.wide import is_emulated
-from serve.kernels import choose
+from serve.kernels import able, choose
 from serve.linear import LinearModule, Sparse24Linear, StreamedLinear, prepare_for_serving, replacement
 from serve.measure.speed import ratio
 
@@ -39,6 +40,7 @@ WINS = 1.03
 _ROUNDS = (5, 41)  # fewest, most
 _SECONDS = 0.4  # for one shape and number of rows, if the fewest rounds take less
 _UNKNOWN_CACHE = 128 << 20
+_DENSE = "dense"
 
 Progress = Callable[[int, int, str], None]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -68,11 +70,11 @@ class Spread(BaseModel):
 
 
 class Entry(BaseModel):
-    """One layer shape at one number of rows.
+    """One layer shape at one number of rows, by one backend.
 
     Attributes:
         ratio: how many times as fast sparse is as dense.
-        backend: what multiplied the packed weight, and ``reason``: what it does with so many rows, and why no other did.
+        backend: what multiplied the packed weight, and ``reason``: what it does with so many rows.
         baseline: what multiplied the dense one.
     """
 
@@ -122,7 +124,7 @@ def measure(
         budget: seconds; each shape gets its share of what is left, and what does not fit is not begun.
 
     Returns:
-        What was measured, and what there was no time for.
+        What was measured, for each backend that can run it, and what there was no time for.
     """
     by_shape: dict[Shape, list[int]] = {}
     for shape, rows in wanted:
@@ -137,14 +139,15 @@ def measure(
             skipped += [(shape, rows) for rows in rows_of_x]
             continue
         share = now + (deadline - now) / (len(by_shape) - index)
-        pair = _Pair(shape, dtype, device)
+        sides = _Sides(shape, dtype, device)
         for rows in rows_of_x:
             done += 1
             if time.monotonic() >= share:
                 skipped.append((shape, rows))
                 continue
-            entries.append(pair.measure(rows, share))
-            progress(done, total, f"{shape}, {rows} rows: {entries[-1].ratio.median:.2f} times as fast")
+            found = sides.measure(rows, share)
+            entries += found
+            progress(done, total, f"{shape}, {rows} rows: {max(e.ratio.median for e in found):.2f} times as fast")
     return entries, skipped
 
 
@@ -163,19 +166,24 @@ LEAST_LAUNCHES = 16
 """In a graph: fewer would be over before the next one is put behind them."""
 
 
-class _Pair:
-    """Copies of a packed and of a dense layer, enough of them that no weight is in a cache when its turn comes."""
+class _Sides:
+    """Copies of a dense layer, and of a packed one for each backend, enough of them that no weight is in a cache when its turn comes."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.copies = copies(shape, dtype, device)
-        dense = nn.ModuleList(_dense(shape, dtype, device) for _ in range(self.copies))
-        sparse = nn.ModuleList(_sparse(shape, dtype, device) for _ in range(self.copies))
-        for modules in (dense, sparse):
-            prepare_for_serving(modules)
-        self.sides = {"dense": list(dense), "sparse": list(sparse)}
+        chosen = choose(device, dtype, 1, shape.n, shape.k).backend
+        self.backends = [backend.name for backend in able(device, dtype)] or [chosen.name]
+        self.sides: dict[str, list[nn.Module]] = {_DENSE: [_dense(shape, dtype, device) for _ in range(self.copies)]}
+        for name in self.backends:
+            self.sides[name] = [_sparse(shape, dtype, device, name) for _ in range(self.copies)]
+        for side, modules in self.sides.items():
+            prepared = nn.ModuleList(modules)
+            prepare_for_serving(prepared)
+            self.sides[side] = list(prepared)
 
-    def measure(self, rows: int, deadline: float) -> Entry:
+    def measure(self, rows: int, deadline: float) -> list[Entry]:
+        """One entry for each backend."""
         x = torch.randn(rows, self.shape.k, device=self.device).to(self.dtype)
         timers = (_graph_timers if self.device.type == "cuda" else _call_timers)(self.sides, x)
         seconds: dict[str, list[float]] = {name: [] for name in timers}
@@ -185,20 +193,25 @@ class _Pair:
                 seconds[name].append(timers[name]())
             if turn + 1 >= _ROUNDS[0] and time.monotonic() >= until:
                 break
-        choice = choose(self.device, self.dtype, rows, self.shape.n, self.shape.k)
+        return [self._entry(name, rows, seconds[name], seconds[_DENSE]) for name in self.backends]
+
+    def _entry(self, backend: str, rows: int, sparse: list[float], dense: list[float]) -> Entry:
+        is_first = backend == self.backends[0]  # whose reason also says why no better one can
+        shape = (self.shape.n, self.shape.k)
+        choice = choose(self.device, self.dtype, rows, *shape, None if is_first else backend)
         return Entry(
             n=self.shape.n,
             k=self.shape.k,
             conv1d=self.shape.conv1d,
             dtype=dtype_name(self.dtype),
             rows=rows,
-            ratio=Spread(**ratio(seconds["sparse"], seconds["dense"])),
-            sparse_seconds=statistics.median(seconds["sparse"]),
-            dense_seconds=statistics.median(seconds["dense"]),
-            backend=choice.backend.name,
-            reason=choice.reason,
-            baseline=_baseline(self.sides["dense"][0], rows),
-            rounds=len(seconds["dense"]),
+            ratio=Spread(**ratio(sparse, dense)),
+            sparse_seconds=statistics.median(sparse),
+            dense_seconds=statistics.median(dense),
+            backend=backend,
+            reason=choice.reason if is_first else choice.backend.reason(self.dtype, rows),
+            baseline=_baseline(self.sides[_DENSE][0], rows),
+            rounds=len(dense),
             date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         )
 
@@ -260,8 +273,10 @@ def _dense(shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearModu
     return layer
 
 
-def _sparse(shape: Shape, dtype: torch.dtype, device: torch.device) -> Sparse24Linear:
-    return random_packed(empty_layer(shape, dtype, torch.device("meta")), dtype, device)
+def _sparse(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str) -> Sparse24Linear:
+    layer = random_packed(empty_layer(shape, dtype, torch.device("meta")), dtype, device)
+    layer.preferred = backend
+    return layer
 
 
 def empty_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearModule:

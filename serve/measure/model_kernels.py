@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from compress.device import choose_device
+from serve.kernels import able
 from serve.measure import kernel_table, shapes, table_cache, tuned
 from serve.measure.environment import environment
 from serve.measure.kernel_table import ROWS, Entry, Shape
@@ -38,29 +39,42 @@ def kernels(
         fused: also the layers that vLLM makes of several.
 
     Returns:
-        The entries, and what there is to say about them.
+        The entries, one for each backend that can run a layer, and what there is to say about them.
     """
     identity = table_cache.Identity.of(device)
     dtype = kernel_table.dtype_name(model.dtype)
     known, why = table_cache.load(identity)
     said = [why] if why else []
     wanted = [(shape, rows) for shape in shapes_of(model, fused) for rows in (rows_of(load) if load else ROWS)]
-    found = {} if fresh else {key: e for key in wanted if (e := table_cache.find(known, *key, dtype))}
+    able_here = {backend.name for backend in able(device, model.dtype)}
+    found = {} if fresh else {key: entries for key in wanted if (entries := table_cache.find(known, *key, dtype))}
+    found = {key: entries for key, entries in found.items() if able_here <= {entry.backend for entry in entries}}
+    dates = sorted({entry.date for entries in found.values() for entry in entries})
     missing = [key for key in wanted if key not in found]
     if missing and budget > 0:
         new, skipped = kernel_table.measure(missing, dtype=model.dtype, device=device, budget=budget, progress=progress)
-        found.update({(entry.shape, entry.rows): entry for entry in new})
+        for entry in new:
+            found.setdefault((entry.shape, entry.rows), []).append(entry)
         if new and (problem := table_cache.save(identity, new)):
             said.append(problem)
         if skipped:
             said.append(
                 f"{len(skipped)} of {len(wanted)} shapes and row counts were not measured: the budget of {budget:.0f} s is spent"
             )
-    if dates := sorted({entry.date for key, entry in found.items() if key not in missing}):
+    if dates:
         said.append(
             f"kernel times of {' to '.join(dict.fromkeys((dates[0], dates[-1])))} are from {table_cache.path_of(identity)}"
         )
-    return [found[key] for key in wanted if key in found], said
+    return [entry for key in wanted for entry in found.get(key, [])], said
+
+
+def fastest(entries: Sequence[Entry]) -> list[Entry]:
+    """Of each shape those of the backend that serves it (`tuned.fastest`), in order."""
+    chosen = {
+        shape: {entry.backend for entry in tuned.fastest([e for e in entries if e.shape == shape])}
+        for shape in {entry.shape for entry in entries}
+    }
+    return [entry for entry in entries if entry.backend in chosen[entry.shape]]
 
 
 def document(
@@ -70,7 +84,8 @@ def document(
     advise` and for serving; ``fresh``: measured now, even what the table knows; ``fused``: see `kernels`."""
     place, _ = choose_device(device)
     model = shapes.read(str(directory))
-    entries, notes = kernels(model, device=place, budget=budget, fresh=fresh, fused=fused, progress=progress)
+    found, notes = kernels(model, device=place, budget=budget, fresh=fresh, fused=fused, progress=progress)
+    entries = fastest(found)
     by_shape = {shape: [entry for entry in entries if entry.shape == shape] for shape in shapes_of(model, fused)}
     return {
         "kind": "kernels",
@@ -89,6 +104,7 @@ def document(
             for layers in (*model.layers, *(model.fused if fused else ()))
         ],
         "kernels": kernel_table.document_of(entries),
+        "other_backends": kernel_table.document_of([entry for entry in found if entry not in entries]),
         "wins": {str(shape): kernel_table.wins_at(found) for shape, found in by_shape.items()},
         "served_dense": {str(shape): why for shape, found in by_shape.items() if (why := tuned.loses(found))},
         "notes": notes,

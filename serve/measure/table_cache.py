@@ -119,7 +119,7 @@ def load(identity: Identity) -> tuple[list[Entry], str | None]:
 
 
 def save(identity: Identity, entries: Iterable[Entry]) -> str | None:
-    """Adds entries to the table, in the place of older ones for the same shape; gives the reason if that cannot be."""
+    """Adds entries to the table, in the place of older ones for the same shape and backend; gives the reason if that cannot be."""
     path = path_of(identity)
     kept = {_key(entry): entry for entry in load(identity)[0]}
     kept.update({_key(entry): entry for entry in entries})
@@ -140,8 +140,9 @@ def save(identity: Identity, entries: Iterable[Entry]) -> str | None:
     return None
 
 
-def find(entries: Sequence[Entry], shape: Shape, rows: int, dtype: str) -> Entry | None:
-    return next((e for e in entries if e.shape == shape and e.rows == rows and e.dtype == dtype), None)
+def find(entries: Sequence[Entry], shape: Shape, rows: int, dtype: str) -> list[Entry]:
+    """What is known of a shape at a number of rows, one entry for each backend."""
+    return [e for e in entries if e.shape == shape and e.rows == rows and e.dtype == dtype]
 
 
 def _parse(content: bytes) -> KernelTable | None:
@@ -159,5 +160,5 @@ def _digest(table: object) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
-def _key(entry: Entry) -> tuple[Shape, int, str]:
-    return entry.shape, entry.rows, entry.dtype
+def _key(entry: Entry) -> tuple[Shape, int, str, str]:
+    return entry.shape, entry.rows, entry.dtype, entry.backend

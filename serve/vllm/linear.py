@@ -217,9 +217,10 @@ class SparseLinearMethod(LinearMethodBase):
 def _form_of(weight: PackedWeight) -> Form:
     """What multiplies a 2:4 weight best here."""
     device, dtype = weight.values.device, weight.values.dtype
-    if reason := tuned.why_dense(device, dtype, *weight.shape):
-        return Form(None, reason, "halve: some 2:4 layers are served dense, as `halve tune` measured")
-    choice = choose(device, dtype, 1, *weight.shape)
+    measured = tuned.decision(device, dtype, *weight.shape)
+    if measured is not None and measured.why_dense is not None:
+        return Form(None, measured.why_dense, "halve: some 2:4 layers are served dense, as `halve tune` measured")
+    choice = choose(device, dtype, 1, *weight.shape, None if measured is None else measured.backend)
     if choice.backend.prepare is None:
         return Form(
             None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from compress.packed import unpack, validate
+from serve.kernels import dispatch
 from serve.kernels.cpu import library
 from serve.linear import Sparse24Conv1D, Sparse24Linear, StreamedLinear
 from serve.measure import kernel_table, table_cache
@@ -64,7 +66,9 @@ def test_the_ratio_is_dense_over_sparse(monkeypatch: pytest.MonkeyPatch) -> None
     import time
 
     def timers(sides: Any, x: torch.Tensor) -> dict[str, Any]:
-        return {"dense": lambda: time.sleep(0) or 0.006, "sparse": lambda: 0.004}
+        dense, sparse = sides
+        assert dense == "dense"
+        return {dense: lambda: time.sleep(0) or 0.006, sparse: lambda: 0.004}
 
     monkeypatch.setattr(kernel_table, "_call_timers", timers)
     (found,), _ = measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)
@@ -80,15 +84,44 @@ def test_what_there_is_no_time_for_is_named() -> None:
 
 
 @needs_kernels
+def test_every_backend_that_can_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on layers of its own, all in turn."""
+    other = replace(dispatch.CPU, name="triton", reason=lambda dtype, rows: f"as well, {rows} rows")
+    monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.CPU, other, dispatch.PLAIN))
+    seen: list[dict[str, list[str]]] = []
+
+    def timers(sides: dict[str, list[Any]], x: torch.Tensor) -> dict[str, Any]:
+        seen.append(
+            {name: [layer._backend.name for layer in copies] for name, copies in sides.items() if name != "dense"}
+        )
+        return {name: lambda name=name: {"dense": 6.0, "cpu": 4.0, "triton": 3.0}[name] for name in sides}
+
+    monkeypatch.setattr(kernel_table, "_call_timers", timers)
+    wanted = [(SMALL, 1), (SMALL, 8)]
+    entries, skipped = measure(wanted, dtype=torch.bfloat16, device=CPU, budget=60)
+    assert not skipped
+    assert [(e.rows, e.backend, e.ratio.median) for e in entries] == [
+        (1, "cpu", 1.5), (1, "triton", 2.0), (8, "cpu", 1.5), (8, "triton", 2.0),
+    ]  # fmt: skip
+    assert entries[3].reason == "as well, 8 rows"
+    assert set(seen[0]["cpu"]) == {"cpu"}
+    assert set(seen[0]["triton"]) == {"triton"}
+    monkeypatch.setenv("HALVE_BACKEND", "triton")
+    (found,), _ = measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)
+    assert found.backend == "triton"
+    assert "HALVE_BACKEND asks for it" in found.reason
+
+
+@needs_kernels
 def test_the_layers_are_those_that_the_engine_runs() -> None:
-    pair = kernel_table._Pair(SMALL, torch.bfloat16, CPU)
-    dense, sparse = pair.sides["dense"], pair.sides["sparse"]
-    assert len(dense) == len(sparse) == pair.copies == -(-2 * (1 << 16) // (64 * 128 * 3))
+    sides = kernel_table._Sides(SMALL, torch.bfloat16, CPU)
+    dense, sparse = sides.sides["dense"], sides.sides["cpu"]
+    assert len(dense) == len(sparse) == sides.copies == -(-2 * (1 << 16) // (64 * 128 * 3))
     assert all(isinstance(layer, Sparse24Linear) and layer.weight_prepared is not None for layer in sparse)
-    assert len({layer.weight_prepared.data_ptr() for layer in sparse}) == pair.copies  # pyright: ignore
+    assert len({layer.weight_prepared.data_ptr() for layer in sparse}) == sides.copies  # pyright: ignore
     kind = StreamedLinear if kernel_table._baseline(dense[0], 1).startswith("halve") else torch.nn.Linear
     assert all(isinstance(layer, kind) for layer in dense)
-    assert isinstance(kernel_table._Pair(Shape(32, 64, True), torch.bfloat16, CPU).sides["sparse"][0], Sparse24Conv1D)
+    assert isinstance(kernel_table._Sides(Shape(32, 64, True), torch.bfloat16, CPU).sides["cpu"][0], Sparse24Conv1D)
 
 
 def test_on_a_gpu_copies_of_the_smaller_form_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +203,11 @@ def test_a_table_is_kept_and_found_again() -> None:
         (2, "bfloat16", 3.0),
         (4, "float16", 1.5),
     }
-    assert table_cache.find(kept, SMALL, 4, "bfloat16") is None
-    found = table_cache.find(kept, SMALL, 2, "bfloat16")
-    assert found is not None
-    assert found.ratio.median == 3.0
+    assert table_cache.find(kept, SMALL, 4, "bfloat16") == []
+    assert [found.ratio.median for found in table_cache.find(kept, SMALL, 2, "bfloat16")] == [3.0]
+    table_cache.save(me, [entry(2, 2.0, backend="triton")])
+    found = table_cache.find(table_cache.load(me)[0], SMALL, 2, "bfloat16")
+    assert [(e.backend, e.ratio.median) for e in found] == [("cpu", 3.0), ("triton", 2.0)]
     assert not list(table_cache.path_of(me).parent.glob("*.partial"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from compress.packed import unpack
 from serve import server
 from serve.engines import vllm
-from serve.linear import Sparse24Conv1D, Sparse24Linear, backends
+from serve.kernels import dispatch
+from serve.linear import Sparse24Conv1D, Sparse24Linear, backends, prepare_for_serving
 from serve.loading import load_model
 from serve.measure import first_load, kernel_table, model_kernels, shapes, table_cache, tuned
 from serve.measure.first_load import measure_unknown
@@ -36,11 +38,13 @@ def _own_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kernel_table, "_SECONDS", 0.01)
 
 
-def entry(rows: int, median: float, shape: Shape = DOWN, dtype: str = "bfloat16", spread: float = 0.01) -> Entry:
+def entry(
+    rows: int, median: float, shape: Shape = DOWN, dtype: str = "bfloat16", spread: float = 0.01, backend: str = "cpu"
+) -> Entry:
     return Entry(
         n=shape.n, k=shape.k, conv1d=shape.conv1d, dtype=dtype, rows=rows,
         ratio=Spread(median=median, p25=median * (1 - spread), p75=median * (1 + spread)),
-        sparse_seconds=1e-3, dense_seconds=1e-3 * median, backend="cpu", reason="because",
+        sparse_seconds=1e-3 / median, dense_seconds=1e-3, backend=backend, reason="because",
         baseline="torch's product", rounds=5, date="2026-01-01",
     )  # fmt: skip
 
@@ -140,15 +144,115 @@ def test_another_dtype_shape_machine_or_wish_decides_nothing(tmp_path: Path, mon
 def test_a_layer_that_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM's layers are; the table is read once."""
     keep(0.8)
-    tuned._slow_shapes_once.cache_clear()
+    tuned._decisions_once.cache_clear()
     try:
-        assert "dense is faster" in (tuned.why_dense(CPU, torch.bfloat16, DOWN.n, DOWN.k) or "")
-        assert tuned.why_dense(CPU, torch.float16, DOWN.n, DOWN.k) is None
-        assert tuned.why_dense(CPU, torch.bfloat16, DOWN.k, DOWN.n) is None
+        found = tuned.decision(CPU, torch.bfloat16, DOWN.n, DOWN.k)
+        assert found is not None
+        assert "dense is faster" in (found.why_dense or "")
+        assert tuned.decision(CPU, torch.float16, DOWN.n, DOWN.k) is None
+        assert tuned.decision(CPU, torch.bfloat16, DOWN.k, DOWN.n) is None
         monkeypatch.setattr(table_cache, "load", lambda identity: pytest.fail("read again"))
-        assert tuned.why_dense(CPU, torch.bfloat16, DOWN.n, DOWN.k) is not None
+        assert tuned.decision(CPU, torch.bfloat16, DOWN.n, DOWN.k) == found
     finally:
-        tuned._slow_shapes_once.cache_clear()
+        tuned._decisions_once.cache_clear()
+
+
+class TestBackends:
+    """Where several can run a layer, the fastest does."""
+
+    @pytest.fixture(autouse=True)
+    def _two(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of which the first is taken where nothing was measured."""
+        second = replace(dispatch.CPU, name="triton")
+        monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.CPU, second, dispatch.PLAIN))
+        if dispatch.CPU.why_not(CPU, torch.bfloat16) is not None:
+            pytest.skip("the CPU kernels are not built")
+
+    @pytest.mark.parametrize(
+        ("first", "second", "best"),
+        [
+            ({1: 1.2, 64: 1.0}, {1: 1.5, 64: 1.3}, "triton"),
+            ({1: 1.2, 64: 1.0}, {1: 1.22, 64: 1.01}, "cpu"),  # within noise
+            ({1: 1.5, 64: 1.0}, {1: 1.0, 64: 1.5}, "cpu"),
+            ({1: 1.5, 64: 1.0}, {1: 1.2, 64: 1.6}, "triton"),
+            ({1: 1.5, 1024: 1.0}, {1: 1.2, 1024: 9.0}, "cpu"),  # prompts do not count
+            ({1: 1.5, 64: 0.5}, {1: 1.6}, "triton"),  # only what both were measured at
+            ({1: 1.5}, {64: 1.6}, "cpu"),
+            ({}, {1: 0.9}, "triton"),
+        ],
+    )
+    def test_the_fastest(self, first: dict[int, float], second: dict[int, float], best: str) -> None:
+        entries = [entry(rows, ratio, backend="triton") for rows, ratio in second.items()]
+        entries += [entry(rows, ratio, backend="cpu") for rows, ratio in first.items()]
+        found = tuned.fastest(entries)
+        assert {e.backend for e in found} == {best}
+        assert {e.rows: e.ratio.median for e in found} == (second if best == "triton" else first)
+        assert tuned.fastest([]) == []
+
+    def test_a_layer_is_prepared_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def prepared() -> Sparse24Linear:
+            layers = nn.ModuleList([random_packed(nn.Linear(DOWN.k, DOWN.n, bias=False), torch.bfloat16, CPU)])
+            tuned.serve_as_measured(layers)
+            prepare_for_serving(layers)
+            [layer] = layers
+            assert isinstance(layer, Sparse24Linear)
+            assert layer._backend is not None
+            assert [told["backend"] for told in backends(layers, {"decode": 1})] == [layer._backend.name]
+            return layer
+
+        assert prepared()._backend.name == "cpu"  # pyright: ignore[reportOptionalMemberAccess]
+        keep(1.2)
+        keep(1.5, backend="triton")
+        layer = prepared()
+        assert layer._backend.name == "triton"  # pyright: ignore[reportOptionalMemberAccess]
+        assert "measured to be the fastest here" in backends(layer, {"decode": 1})[0]["reason"]
+        monkeypatch.setenv("HALVE_BACKEND", "cpu")
+        assert prepared()._backend.name == "cpu"  # pyright: ignore[reportOptionalMemberAccess]
+
+    def test_one_that_no_longer_runs_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        keep(1.2)
+        keep(1.5, backend="triton")
+        monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.CPU, dispatch.PLAIN))
+        layers = nn.ModuleList([random_packed(nn.Linear(DOWN.k, DOWN.n, bias=False), torch.bfloat16, CPU)])
+        tuned.serve_as_measured(layers)
+        prepare_for_serving(layers)
+        assert layers[0]._backend.name == "cpu"  # pyright: ignore
+
+    def test_dense_has_to_beat_the_fastest(self) -> None:
+        keep(0.8)
+        assert tuned.decisions(CPU)[DOWN, "bfloat16"].why_dense is not None
+        keep(1.2, backend="triton")
+        assert tuned.decisions(CPU)[DOWN, "bfloat16"] == tuned.Decision("triton", None)
+        keep(0.9, backend="triton")
+        found = tuned.decisions(CPU)[DOWN, "bfloat16"]
+        assert "2:4 is 0.90 to 0.90 times as fast" in (found.why_dense or "")
+
+    def test_the_command_shows_both(self, halve: Halve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_models.build("llama", tmp_path / "model", layers=1)
+
+        def measure(wanted: Any, **more: Any) -> tuple[list[Entry], list[Any]]:
+            made = [entry(rows, ratio, shape, backend=name) for shape, rows in wanted for name, ratio in RATIOS.items()]
+            return made, []
+
+        monkeypatch.setattr(kernel_table, "measure", measure)
+        document = halve("tune", model, "--json").document
+        assert {e["backend"] for e in document["kernels"]} == {"triton"}
+        assert {e["backend"] for e in document["other_backends"]} == {"cpu"}
+        assert len(document["other_backends"]) == len(document["kernels"])
+        shown = halve("tune", model)
+        assert f"{DOWN} by cpu, times as fast by rows: 1.10 at 1, 1.10 at 2" in " ".join(shown.stdout.split())
+
+    def test_what_one_was_not_measured_at_is_missing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        model = shapes.read(str(tiny_models.build("llama", tmp_path / "model", layers=1)))
+        keep(1.2)
+        keep(1.5, rows=ROWS[:2], backend="triton")
+        wanted: list[tuple[Shape, int]] = []
+        monkeypatch.setattr(kernel_table, "measure", lambda missing, **more: (wanted.extend(missing), ([], []))[1])
+        model_kernels.kernels(model, device=CPU, budget=1, fresh=False)
+        assert {rows for shape, rows in wanted if shape == DOWN} == set(ROWS[2:])
+
+
+RATIOS = {"cpu": 1.1, "triton": 1.4}
 
 
 def test_a_module_of_modules_and_a_bias() -> None:
@@ -158,7 +262,7 @@ def test_a_module_of_modules_and_a_bias() -> None:
     )
     x = torch.randn(5, DOWN.k).bfloat16()
     expected = [layer(x) for layer in layers]
-    replaced = tuned.serve_dense_where_faster(layers)
+    replaced = tuned.serve_as_measured(layers)
     assert set(replaced) == {"0", "1"}
     [told] = backends(layers, {"decode": 1})
     assert (told["phase"], told["backend"], told["layers"]) == ("decode", "dense", 2)
@@ -300,11 +404,12 @@ class TestBeforeServing:
         assert Shape(2 * tiny_models.INTERMEDIATE, tiny_models.HIDDEN) in {shape for shape, _ in measured}
 
 
-def slow_layers(packed: Path) -> dict[str, str]:
-    """What is served dense of a checkpoint."""
+def slow_layers(packed: Path) -> bool:
+    """Whether all of a checkpoint is served dense, as the table says."""
     model = load_model(packed)
     assert not any(isinstance(module, Sparse24Linear) for module in model.modules())
-    return tuned.slow_shapes(CPU)  # type: ignore[return-value]
+    found = tuned.decisions(CPU).values()
+    return bool(found) and all(decision.why_dense for decision in found)
 
 
 def test_the_layers_that_vllm_makes_of_several(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from compress.errors import CorruptCheckpointError, SourceError
 from compress.packed import PATTERN, pack
 from serve.kernels.cpu import library
 from serve.measure import tuned
+from serve.measure.tuned import Decision
 from serve.vllm import stored
 from serve.vllm.stored import DENSE, Stored
 from tests.serve import vllm_checkpoints as checkpoints
@@ -89,11 +90,11 @@ def test_a_dense_layer_takes_sparse_weights_and_stays_dense(plugin: ModuleType) 
 
 def test_what_decided_may_change_in_between(plugin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """`halve tune` beside a server that runs: the form that the layer has stays."""
-    monkeypatch.setattr(tuned, "why_dense", lambda *shape: "dense is faster here")
+    monkeypatch.setattr(tuned, "decision", lambda *shape: Decision("cpu", "dense is faster here"))
     layer = layer_of(plugin)
     layer.read({"weight": drawn(0, is_sparse=True)})
     assert list(layer._parameters) == ["weight"]
-    monkeypatch.setattr(tuned, "why_dense", lambda *shape: None)
+    monkeypatch.setattr(tuned, "decision", lambda *shape: None)
     again = drawn(1, is_sparse=True)
     layer.read_anew({"weight": again})
     assert list(layer._parameters) == ["weight"]
@@ -187,7 +188,7 @@ def test_a_kept_graph_is_not_taken_for_layers_of_another_form(
     """`halve tune` between two starts, and weights in the same place that are no longer 2:4."""
     x, weight = drawn(9, is_sparse=False, rows=3), drawn(0, is_sparse=True)
     decided: list[str | None] = [None]
-    monkeypatch.setattr(tuned, "why_dense", lambda *shape: decided[0])
+    monkeypatch.setattr(tuned, "decision", lambda *shape: Decision("cpu", decided[0]))
     for reason, values, is_kept in (
         (None, weight, False),
         ("dense is faster here", weight, False),
