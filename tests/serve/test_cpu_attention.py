@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -23,10 +23,10 @@ from serve.kernels.cpu import backend, library
 from serve.loading import load_model
 from tests import tiny_models
 
-pytestmark = pytest.mark.skipif(not kernel.available(), reason="needs the library and AVX-512")
+pytestmark = pytest.mark.skipif(not kernel.available(), reason="needs the library and AVX2")
 
 
-@pytest.fixture(scope="module", params=["avx512", "avx512bf16"], autouse=True)
+@pytest.fixture(scope="module", params=["avx2", "avx512", "avx512bf16"], autouse=True)
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Everything with each code path that has a kernel."""
     if request.param not in library.paths():
@@ -168,6 +168,7 @@ def test_a_token_that_is_decoded(shared: tuple[int, int], depth: int) -> None:
     check(q, k, v, depth**-0.5, False)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 3),
     st.sampled_from([(1, 1), (4, 1), (4, 2), (9, 3), (6, 6)]),
@@ -344,9 +345,9 @@ def test_scales_that_are_none(scale: float) -> None:
 
 
 def test_another_path_has_none() -> None:
-    with backend.using("avx2"):
+    with backend.using("portable"):
         q = heads(1, 1, 20, 32, 0)
-        assert "avx2 has no attention" in (kernel.why_not(q, q, q) or "")
+        assert "portable has no attention" in (kernel.why_not(q, q, q) or "")
 
 
 def test_the_plain_backend_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

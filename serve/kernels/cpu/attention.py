@@ -1,6 +1,6 @@
 """Softmax attention of bfloat16 with the C++ kernels, of a prompt as of one token, and its gradients.
 
-For processors with AVX-512, with or without its bfloat16 products; ``benchmarks/cpu_attention.py`` measures it against torch's own.
+For processors with AVX2, with AVX-512, and with its bfloat16 products; ``benchmarks/cpu_attention.py`` measures it against torch's own.
 """
 
 from __future__ import annotations

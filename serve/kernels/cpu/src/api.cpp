@@ -95,20 +95,36 @@ void run_dense(void* context, int64_t first, int64_t last) {
   pass.run(*pass.call, first * kDenseUnit, end);
 }
 
-bool has_attention([[maybe_unused]] int path) {
 #if defined(__x86_64__)
-  return (path == kAvx512 || path == kAvx512Bf16) && can_run(path);
+// For many queries, for few, and the backward pass.
+struct Attentions {
+  const AttentionKernel *many, *few;
+  const AttentionBackward* backward;
+};
+
+Attentions attentions(int path) {
+  if (!can_run(path)) return {};
+  switch (path) {
+    case kAvx2: return {&kAvx2Attention, &kAvx2FewAttention, &kAvx2AttentionBackward};
+    case kAvx512: return {&kAvx512Attention, &kAvx512FewAttention, &kAvx512AttentionBackward};
+    case kAvx512Bf16: return {&kAvx512Bf16Attention, &kAvx512Bf16FewAttention, &kAvx512Bf16AttentionBackward};
+    default: return {};
+  }
+}
+#endif
+
+const AttentionKernel* attention_of([[maybe_unused]] int path, [[maybe_unused]] const AttentionCall& call) {
+#if defined(__x86_64__)
+  const bool few = call.queries <= kFewQueries && call.heads / call.kv_heads * call.queries <= kFewRows;
+  return few ? attentions(path).few : attentions(path).many;
 #else
-  return false;
+  return nullptr;
 #endif
 }
 
-const AttentionKernel* attention_of(int path, [[maybe_unused]] const AttentionCall& call) {
-  if (!has_attention(path)) return nullptr;
+const AttentionBackward* attention_backward_of([[maybe_unused]] int path) {
 #if defined(__x86_64__)
-  const bool few = call.queries <= kFewQueries && call.heads / call.kv_heads * call.queries <= kFewRows;
-  if (path == kAvx512) return few ? &kAvx512FewAttention : &kAvx512Attention;
-  return few ? &kAvx512Bf16FewAttention : &kAvx512Bf16Attention;
+  return attentions(path).backward;
 #else
   return nullptr;
 #endif
@@ -121,14 +137,6 @@ Strided strided(const void* data, const int64_t* strides) {
 void place(AttentionCall& call, const void* q, const void* k, const void* v, const void* out, const int64_t* strides) {
   call.q = strided(q, strides), call.k = strided(k, strides + 3), call.v = strided(v, strides + 6);
   call.out = strided(out, strides + 9);
-}
-
-const AttentionBackward* attention_backward_of(int path) {
-#if defined(__x86_64__)
-  if (has_attention(path)) return path == kAvx512 ? &kAvx512AttentionBackward : &kAvx512Bf16AttentionBackward;
-#endif
-  (void)path;
-  return nullptr;
 }
 
 struct GradientPass {
@@ -281,7 +289,7 @@ HALVE_EXPORT int halve_dense_linear(int path, int dtype, const void* weight, int
 }
 
 // Whether a path has a kernel for attention (of bfloat16).
-HALVE_EXPORT int halve_cpu_has_attention(int path) { return has_attention(path); }
+HALVE_EXPORT int halve_cpu_has_attention(int path) { return attention_backward_of(path) != nullptr; }
 
 // Bytes of scratch (aligned to a cache line) of an attention; `shape` as in `read_attention`.
 HALVE_EXPORT int64_t halve_attention_scratch_bytes(int path, const int64_t* shape) {

@@ -65,9 +65,10 @@ struct AttentionBackward {
   void (*key_run)(const AttentionGradients&, int64_t first, int64_t last);
 };
 #if defined(__x86_64__)
+extern const AttentionKernel kAvx2Attention, kAvx2FewAttention;
 extern const AttentionKernel kAvx512Attention, kAvx512FewAttention;
 extern const AttentionKernel kAvx512Bf16Attention, kAvx512Bf16FewAttention;
-extern const AttentionBackward kAvx512AttentionBackward, kAvx512Bf16AttentionBackward;
+extern const AttentionBackward kAvx2AttentionBackward, kAvx512AttentionBackward, kAvx512Bf16AttentionBackward;
 #endif
 
 }  // namespace halve

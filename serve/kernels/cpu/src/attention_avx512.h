@@ -15,6 +15,18 @@ namespace {
 
 #include "avx512_transpose.inc"
 
+// Rounds to bfloat16, to nearest even; NaN stays NaN.
+INLINE __m256i narrow(__m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i whole = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(whole, 16));
+}
+
+#include "attention_floats_avx512.inc"
+
 // The numbers in the low halves of words, or those in the high ones.
 template <bool High>
 INLINE __m512 widened(__m512i words) {
@@ -23,7 +35,7 @@ INLINE __m512 widened(__m512i words) {
 }
 
 template <bool High, int M, int V>
-INLINE void add_halves(const uint16_t* rows, int64_t row_stride, const uint32_t* words, __m512 (&sum)[M][V]) {
+INLINE void add_halves(const uint16_t* rows, int64_t row_stride, const uint32_t* words, Floats (&sum)[M][V]) {
   __m512 half[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) half[v] = widened<High>(_mm512_loadu_si512(words + v * 16));
@@ -40,19 +52,9 @@ INLINE void add_halves(const uint16_t* rows, int64_t row_stride, const uint32_t*
 // sum [M][V] += the products of two numbers of each row with words [V][16] of two; one half after the other, so that all fits into
 // the registers.
 template <int M, int V>
-INLINE void add_pairs(const uint16_t* rows, int64_t row_stride, const uint32_t* words, __m512 (&sum)[M][V]) {
+INLINE void add_pairs(const uint16_t* rows, int64_t row_stride, const uint32_t* words, Floats (&sum)[M][V]) {
   add_halves<false>(rows, row_stride, words, sum);
   add_halves<true>(rows, row_stride, words, sum);
-}
-
-// Rounds to bfloat16, to nearest even; NaN stays NaN.
-INLINE __m256i narrow(__m512 values) {
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  const __m512i whole = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(whole, 16));
 }
 
 }  // namespace

@@ -11,9 +11,13 @@
 namespace halve {
 namespace {
 
+INLINE __m256i narrow(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
+
+#include "attention_floats_avx512.inc"
+
 // sum [M][V] += the products of two numbers of each row with words [V][16] of two.
 template <int M, int V>
-INLINE void add_pairs(const uint16_t* rows, int64_t row_stride, const uint32_t* words, __m512 (&sum)[M][V]) {
+INLINE void add_pairs(const uint16_t* rows, int64_t row_stride, const uint32_t* words, Floats (&sum)[M][V]) {
   __m512i word[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) word[v] = _mm512_loadu_si512(words + v * 16);
@@ -26,8 +30,6 @@ INLINE void add_pairs(const uint16_t* rows, int64_t row_stride, const uint32_t* 
     for (int v = 0; v < V; ++v) sum[m][v] = dot(sum[m][v], pair, word[v]);
   }
 }
-
-INLINE __m256i narrow(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
 
 }  // namespace
 }  // namespace halve
