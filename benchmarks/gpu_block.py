@@ -119,10 +119,11 @@ def calls(kind: str, case: Case, library: cusparselt.CusparseLt | None = None) -
         with asking(prefill="cusparselt", keep_both="1"):
             blocks = [Block("2:4", case) for _ in range(case.count)]
     elif kind == "asked":
-        with asking(prefill="cusparselt"):
+        with asking(prefill="cusparselt", keep_both="0"):
             blocks = [Block("2:4", case) for _ in range(case.count)]
     else:
-        blocks = [Block(kind, case, library) for _ in range(case.count)]
+        with asking(keep_both="0"):
+            blocks = [Block(kind, case, library) for _ in range(case.count)]
 
     def by_the_library(b: Block) -> Tensor:
         with asking(prefill="cusparselt"):

@@ -67,7 +67,7 @@ KERNELS = {
     "triton": Kernel(
         "cuda",
         HALF,
-        "AMD, or NVIDIA where the kernels above do not run; Triton, on dense matrix units",
+        "AMD; NVIDIA where the kernels above do not run, or `halve tune` finds these faster; Triton, on dense matrix units",
         first_capability=(8, 0),
         units="bfloat16 tensor cores",
     ),

@@ -61,16 +61,17 @@ BACKENDS = tuple({backend.name: backend for backend in (CPU, CUDA, TRITON, PLAIN
 
 
 def able(device: torch.device, dtype: torch.dtype) -> list[Backend]:
-    """The backends with a form of their own that could multiply such weights, the one first that is chosen where nothing was measured.
+    """The backends that could multiply such weights, the one first that is chosen where nothing was measured. Of several, those with a form of
+    their own: to expand at every call is never faster.
 
     Raises:
         UsageError: ``HALVE_BACKEND`` names none, or one that cannot run this.
     """
+    chosen = choose(device, dtype, 1, 0, 0).backend
     if os.environ.get("HALVE_BACKEND", "auto") != "auto":
-        found = [choose(device, dtype, 1, 0, 0).backend]
-    else:
-        found = [backend for backend in BACKENDS if backend.why_not(device, dtype) is None]
-    return [backend for backend in found if backend.prepare is not None]
+        return [chosen]
+    own = [b for b in BACKENDS if b.prepare is not None and b.why_not(device, dtype) is None]
+    return own or [chosen]
 
 
 def choose(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, preferred: str | None = None) -> Choice:
@@ -79,22 +80,23 @@ def choose(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, 
     ``HALVE_BACKEND`` names one to use instead of the best.
 
     Args:
-        preferred: the one that was measured to be the fastest for such weights there; taken if it can run.
+        preferred: the one that was measured to be faster than the first that can run; taken if it still can.
 
     Raises:
         UsageError: ``HALVE_BACKEND`` names none, or one that cannot run this.
     """
     wish = os.environ.get("HALVE_BACKEND", "auto")
     if wish == "auto":
+        said = []
+        liked = next((b for b in BACKENDS if b.name == preferred and b.why_not(device, dtype) is None), None)
         for backend in BACKENDS:
-            if backend.name == preferred and backend.why_not(device, dtype) is None:
-                return Choice(backend, f"{backend.reason(dtype, rows)}; measured to be the fastest here")
-        refusals = []
-        for backend in BACKENDS:
-            refusal = backend.why_not(device, dtype)
+            if liked is not None and backend is not liked:
+                refusal = backend.why_not(device, dtype) or "measured to be slower here"
+            else:
+                refusal = backend.why_not(device, dtype)
             if refusal is None:
-                return Choice(backend, "; ".join([backend.reason(dtype, rows), *refusals]))
-            refusals.append(f"not {backend.name}: {refusal}")
+                return Choice(backend, "; ".join([backend.reason(dtype, rows), *said]))
+            said.append(f"not {backend.name}: {refusal}")
     named = {backend.name: backend for backend in BACKENDS}
     if wish not in named:
         raise UsageError(f"HALVE_BACKEND={wish!r} is not known{did_you_mean(wish, [*named, 'auto'])}.")

@@ -115,7 +115,7 @@ def advise(
             entries, said = model_kernels.kernels(
                 shape, load=load, device=place.here, budget=seconds, fresh=False, progress=progress
             )
-            entries = model_kernels.fastest(entries)
+            entries, _ = model_kernels.served(entries, place.here)
             notes += said
             for entry in entries:
                 found = Timed(entry.ratio.median, entry.dense_seconds, entry.sparse_seconds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from compress.errors import one_line
 from compress.packed import PackedWeight
 from compress.wide import is_emulated
 from serve.kernels import able, choose
@@ -42,6 +44,7 @@ _SECONDS = 0.4  # for one shape and number of rows, if the fewest rounds take le
 _UNKNOWN_CACHE = 128 << 20
 _DENSE = "dense"
 
+log = logging.getLogger("halve.serve")
 Progress = Callable[[int, int, str], None]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0)]
@@ -172,8 +175,7 @@ class _Sides:
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.copies = copies(shape, dtype, device)
-        chosen = choose(device, dtype, 1, shape.n, shape.k).backend
-        self.backends = [backend.name for backend in able(device, dtype)] or [chosen.name]
+        self.backends = [backend.name for backend in able(device, dtype)]
         self.sides: dict[str, list[nn.Module]] = {_DENSE: [_dense(shape, dtype, device) for _ in range(self.copies)]}
         for name in self.backends:
             self.sides[name] = [_sparse(shape, dtype, device, name) for _ in range(self.copies)]
@@ -183,9 +185,19 @@ class _Sides:
             self.sides[side] = list(prepared)
 
     def measure(self, rows: int, deadline: float) -> list[Entry]:
-        """One entry for each backend."""
+        """One entry for each backend. One that fails is left out from now on, but for the first, which is needed."""
         x = torch.randn(rows, self.shape.k, device=self.device).to(self.dtype)
-        timers = (_graph_timers if self.device.type == "cuda" else _call_timers)(self.sides, x)
+        make = _graph_timers if self.device.type == "cuda" else _call_timers
+        timers: dict[str, Callable[[], float]] = {}
+        for name, copies in list(self.sides.items()):
+            try:
+                timers |= make({name: copies}, x)
+            except Exception as error:  # Triton's are of no common kind
+                if name in (_DENSE, self.backends[0]):
+                    raise
+                log.warning("%s is not measured for %s at %d rows: %s", name, self.shape, rows, one_line(error))
+                self.backends.remove(name)
+                del self.sides[name]
         seconds: dict[str, list[float]] = {name: [] for name in timers}
         until = min(deadline, time.monotonic() + _SECONDS)
         for turn in range(_ROUNDS[1]):
@@ -196,9 +208,8 @@ class _Sides:
         return [self._entry(name, rows, seconds[name], seconds[_DENSE]) for name in self.backends]
 
     def _entry(self, backend: str, rows: int, sparse: list[float], dense: list[float]) -> Entry:
-        is_first = backend == self.backends[0]  # whose reason also says why no better one can
         shape = (self.shape.n, self.shape.k)
-        choice = choose(self.device, self.dtype, rows, *shape, None if is_first else backend)
+        choice = choose(self.device, self.dtype, rows, *shape, None if backend == self.backends[0] else backend)
         return Entry(
             n=self.shape.n,
             k=self.shape.k,
@@ -209,7 +220,7 @@ class _Sides:
             sparse_seconds=statistics.median(sparse),
             dense_seconds=statistics.median(dense),
             backend=backend,
-            reason=choice.reason if is_first else choice.backend.reason(self.dtype, rows),
+            reason=choice.reason if backend == self.backends[0] else choice.backend.reason(self.dtype, rows),
             baseline=_baseline(self.sides[_DENSE][0], rows),
             rounds=len(dense),
             date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),

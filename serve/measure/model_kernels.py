@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from compress.device import choose_device
-from serve.kernels import able
 from serve.measure import kernel_table, shapes, table_cache, tuned
 from serve.measure.environment import environment
 from serve.measure.kernel_table import ROWS, Entry, Shape
@@ -46,35 +45,40 @@ def kernels(
     known, why = table_cache.load(identity)
     said = [why] if why else []
     wanted = [(shape, rows) for shape in shapes_of(model, fused) for rows in (rows_of(load) if load else ROWS)]
-    able_here = {backend.name for backend in able(device, model.dtype)}
-    found = {} if fresh else {key: entries for key in wanted if (entries := table_cache.find(known, *key, dtype))}
-    found = {key: entries for key, entries in found.items() if able_here <= {entry.backend for entry in entries}}
-    dates = sorted({entry.date for entries in found.values() for entry in entries})
-    missing = [key for key in wanted if key not in found]
+    names = tuned.backends_for(device, dtype)
+    found = {
+        key: [entry for entry in table_cache.find(known, *key, dtype) if entry.backend in names and not fresh]
+        for key in wanted
+    }
+    missing = [key for key in wanted if set(names) > {entry.backend for entry in found[key]}]
     if missing and budget > 0:
         new, skipped = kernel_table.measure(missing, dtype=model.dtype, device=device, budget=budget, progress=progress)
-        for entry in new:
-            found.setdefault((entry.shape, entry.rows), []).append(entry)
+        for key in {(entry.shape, entry.rows) for entry in new}:
+            found[key] = [entry for entry in new if (entry.shape, entry.rows) == key]
         if new and (problem := table_cache.save(identity, new)):
             said.append(problem)
         if skipped:
             said.append(
                 f"{len(skipped)} of {len(wanted)} shapes and row counts were not measured: the budget of {budget:.0f} s is spent"
             )
-    if dates:
+    if dates := sorted({entry.date for key, entries in found.items() if key not in missing for entry in entries}):
         said.append(
             f"kernel times of {' to '.join(dict.fromkeys((dates[0], dates[-1])))} are from {table_cache.path_of(identity)}"
         )
-    return [entry for key in wanted for entry in found.get(key, [])], said
+    return [entry for key in wanted for entry in found[key]], said
 
 
-def fastest(entries: Sequence[Entry]) -> list[Entry]:
-    """Of each shape those of the backend that serves it (`tuned.fastest`), in order."""
-    chosen = {
-        shape: {entry.backend for entry in tuned.fastest([e for e in entries if e.shape == shape])}
-        for shape in {entry.shape for entry in entries}
-    }
-    return [entry for entry in entries if entry.backend in chosen[entry.shape]]
+def served(entries: Sequence[Entry], device: torch.device) -> tuple[list[Entry], dict[Shape, str]]:
+    """Of each shape the entries of the backend that serves it, in order, and the shapes that are better served dense, with the reason."""
+    names = tuned.backends_for(device, entries[0].dtype) if entries else []
+    chosen: dict[Shape, str] = {}
+    dense: dict[Shape, str] = {}
+    for shape in dict.fromkeys(entry.shape for entry in entries):
+        best, why_dense = tuned.served([entry for entry in entries if entry.shape == shape], names)
+        chosen[shape] = best[0].backend
+        if why_dense is not None:
+            dense[shape] = why_dense
+    return [entry for entry in entries if entry.backend == chosen[entry.shape]], dense
 
 
 def document(
@@ -85,7 +89,7 @@ def document(
     place, _ = choose_device(device)
     model = shapes.read(str(directory))
     found, notes = kernels(model, device=place, budget=budget, fresh=fresh, fused=fused, progress=progress)
-    entries = fastest(found)
+    entries, dense = served(found, place)
     by_shape = {shape: [entry for entry in entries if entry.shape == shape] for shape in shapes_of(model, fused)}
     return {
         "kind": "kernels",
@@ -106,7 +110,7 @@ def document(
         "kernels": kernel_table.document_of(entries),
         "other_backends": kernel_table.document_of([entry for entry in found if entry not in entries]),
         "wins": {str(shape): kernel_table.wins_at(found) for shape, found in by_shape.items()},
-        "served_dense": {str(shape): why for shape, found in by_shape.items() if (why := tuned.loses(found))},
+        "served_dense": {str(shape): why for shape, why in dense.items()},
         "notes": notes,
     }
 

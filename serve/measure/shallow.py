@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from compress.architecture import linears_of
 from compress.errors import SourceError
 from compress.layout import Layout
-from serve.linear import prepare_for_serving
-from serve.measure.kernel_table import noise, random_packed
+from serve.linear import Sparse24Conv1D, prepare_for_serving
+from serve.measure import tuned
+from serve.measure.kernel_table import Shape, dtype_name, noise, random_packed
 from serve.measure.shapes import ModelShape, build
 from serve.measure.speed import CACHES, synchronize
 
@@ -169,6 +170,12 @@ def _models(model: ModelShape, depths: Depths, device: torch.device) -> dict[tup
         for name, layer in linears_of(deep, "").items()
         if name in pruned
     }
+    measured = tuned.decisions(device)
+    for layer in packed.values():
+        found = measured.get(
+            (Shape(layer.out_features, layer.in_features, isinstance(layer, Sparse24Conv1D)), dtype_name(model.dtype))
+        )
+        layer.preferred = None if found is None else found.backend
     models: dict[tuple[str, int], PreTrainedModel] = {}
     for depth in (depths.shallow, depths.deep):
         for form in ("dense", "sparse"):

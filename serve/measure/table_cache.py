@@ -33,9 +33,10 @@ class Identity(BaseModel):
     """What a table holds for, and only for.
 
     Attributes:
-        kernels: the code path and a digest of the library on a processor; the compute capability, a digest of the kernels'
-            sources and the way of products of many rows on a GPU.
+        kernels: the code path and a digest of the library on a processor; the compute capability and a digest of the kernels'
+            sources on a GPU.
         backend: what ``HALVE_BACKEND`` asked for.
+        many_rows: how a GPU multiplies many rows, as ``HALVE_PREFILL`` and ``HALVE_KEEP_BOTH`` asked. Each way has a file of its own.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -46,6 +47,7 @@ class Identity(BaseModel):
     backend: str
     halve: str
     torch: str
+    many_rows: str = "dense"
 
     @classmethod
     def of(cls, device: torch.device) -> Identity:
@@ -58,6 +60,7 @@ class Identity(BaseModel):
             backend=os.environ.get("HALVE_BACKEND", "auto"),
             halve=using["halve"],
             torch=using["torch"],
+            many_rows=_many_rows(device),
         )
 
 
@@ -74,10 +77,16 @@ class KernelTable(BaseModel):
     entries: list[Entry]
 
 
+def _many_rows(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "dense"
+    return f"{prefill.wanted()}{'-kept' if beside.wanted() else ''}"
+
+
 def _kernels(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{major}{minor} {sources_digest()} {prefill.wanted()}{' kept' if beside.wanted() else ''}"
+        return f"sm_{major}{minor} {sources_digest()}"
     if cpu.path() is None:
         return "none"
     return f"{cpu.path()} {hashlib.sha256(library.find().path.read_bytes()).hexdigest()[:16]}"
@@ -96,7 +105,8 @@ def sources_digest() -> str:
 def path_of(identity: Identity) -> Path:
     """Where the table of a device lies."""
     name = re.sub(r"[^a-z0-9]+", "-", identity.device.lower()).strip("-")
-    return directory() / "kernel-tables" / f"{name}-{identity.threads}.json"
+    way = "" if identity.many_rows == "dense" else f"-{identity.many_rows}"
+    return directory() / "kernel-tables" / f"{name}-{identity.threads}{way}.json"
 
 
 def load(identity: Identity) -> tuple[list[Entry], str | None]:

@@ -20,8 +20,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from serve import support
-from serve.kernels import plain
+from serve.kernels import able, plain
 from serve.linear import WHY_DENSE, Sparse24Conv1D, Sparse24Linear
 from serve.measure import table_cache
 from serve.measure.kernel_table import WINS, Entry, Shape, dtype_name
@@ -48,29 +47,32 @@ def loses(entries: Iterable[Entry]) -> str | None:
     return f"dense is faster here at {min(rows)} to {max(rows)} rows of x: 2:4 is {min(ratios):.2f} to {max(ratios):.2f} times as fast"
 
 
-def fastest(entries: Sequence[Entry]) -> list[Entry]:
-    """Of one shape in one dtype, the entries of the backend that is the fastest at the numbers of rows at which sequences are decoded.
+def served(entries: Sequence[Entry], backends: Sequence[str]) -> tuple[list[Entry], str | None]:
+    """Of one shape in one dtype the entries of the backend that serves it, and why it is better served dense, if it is.
 
-    Backends are compared by the geometric mean over the numbers of rows that all of them were measured at. Another than the first one, which
-    is taken where nothing was measured, has to be faster by more than noise.
+    Dense are shapes that no backend makes faster (`loses`). Backends are compared by the geometric mean over the numbers of rows at
+    which sequences are decoded and both were measured. Another than the first has to be faster by more than noise.
+
+    Args:
+        backends: those that can run it, the one first that is taken where nothing was measured. Entries of others do not count.
     """
-    by_backend: dict[str, dict[int, Entry]] = {}
-    order = [*support.KERNELS, *(entry.backend for entry in entries)]
-    for entry in sorted(entries, key=lambda entry: order.index(entry.backend)):
-        by_backend.setdefault(entry.backend, {})[entry.rows] = entry
-    if not by_backend:
-        return []
-    shared = set.intersection(*(set(found) for found in by_backend.values()))
-    decoded = [rows for rows in shared if rows <= DECODED_ROWS]
-    first, *others = by_backend
+    by_backend = {name: [entry for entry in entries if entry.backend == name] for name in backends}
+    measured = [name for name, found in by_backend.items() if found]
+    if not measured:
+        return [], None
+    gaining = [name for name in measured if loses(by_backend[name]) is None]
+    best, *others = gaining or measured
+    for other in others:
+        if _gain(by_backend[other], by_backend[best]) >= WINS:
+            best = other
+    return by_backend[best], None if gaining else loses(by_backend[best])
 
-    def gain(backend: str) -> float:
-        """How many times as fast as the first one."""
-        ratios = [by_backend[first][rows].sparse_seconds / by_backend[backend][rows].sparse_seconds for rows in decoded]
-        return statistics.geometric_mean(ratios) if ratios else 0.0
 
-    best = max(others, key=gain, default=first)
-    return list(by_backend[best if best != first and gain(best) >= WINS else first].values())
+def _gain(entries: Sequence[Entry], others: Sequence[Entry]) -> float:
+    """How many times as fast one backend is as another; 0 where they have no number of rows in common."""
+    seconds = {entry.rows: entry.sparse_seconds for entry in others}
+    shared = [entry for entry in entries if entry.rows <= DECODED_ROWS and entry.rows in seconds]
+    return statistics.geometric_mean([seconds[e.rows] / e.sparse_seconds for e in shared]) if shared else 0.0
 
 
 @dataclass(frozen=True)
@@ -78,35 +80,45 @@ class Decision:
     """How a layer shape is served.
 
     Attributes:
-        backend: what its packed weight is prepared for.
+        backend: what its packed weight is prepared for; None: the first that can run, as without a measurement.
         why_dense: why it is expanded instead; None: it is not.
     """
 
-    backend: str
+    backend: str | None
     why_dense: str | None
 
 
 def decisions(device: torch.device) -> dict[tuple[Shape, str], Decision]:
-    """For each shape and dtype that the table of the device knows."""
+    """For each shape and dtype that the table of the device knows, as far as the backend that is taken first was measured."""
     if os.environ.get("HALVE_BACKEND", "auto") != "auto":
         return {}
-    entries, _ = table_cache.load(table_cache.Identity.of(device))
+    entries, why = table_cache.load(table_cache.Identity.of(device))
+    if why:
+        log.info("nothing is known of how fast layers are: %s", why)
     found: dict[tuple[Shape, str], Decision] = {}
-    for key, of_shape in _by_shape(entries).items():
-        best = fastest(of_shape)
-        found[key] = Decision(best[0].backend, loses(best))
+    for (shape, dtype), of_shape in _by_shape(entries).items():
+        names = backends_for(device, dtype)
+        best, why_dense = served(of_shape, names)
+        if any(entry.backend == names[0] for entry in of_shape):
+            found[shape, dtype] = Decision(best[0].backend if best[0].backend != names[0] else None, why_dense)
     return found
+
+
+def backends_for(device: torch.device, dtype: str) -> list[str]:
+    """The names of those that can multiply weights of that dtype there, as `served` takes them."""
+    return [backend.name for backend in able(device, getattr(torch, dtype))]
 
 
 def savings(rows: int, dtype: torch.dtype, device: torch.device) -> dict[tuple[int, int, bool], float]:
     """Microseconds that 2:4 saves in one product with ``rows`` rows of x, by the weight's N and K and whether it is a Conv1D's, as the
     table of a device has them; for `compress.compress_model`. Negative where 2:4 is slower."""
     entries, _ = table_cache.load(table_cache.Identity.of(device))
+    names = backends_for(device, dtype_name(dtype))
     return {
         (entry.n, entry.k, entry.conv1d): 1e6 * (entry.dense_seconds - entry.sparse_seconds)
-        for of_shape in _by_shape(entries).values()
-        for entry in fastest(of_shape)
-        if entry.rows == rows and entry.dtype == dtype_name(dtype)
+        for (_, stored), of_shape in _by_shape(entries).items()
+        for entry in served(of_shape, names)[0]
+        if entry.rows == rows and stored == dtype_name(dtype)
     }
 
 

@@ -43,7 +43,7 @@ def test_dense_linear(dtype: torch.dtype, batch: tuple[int, ...]) -> None:
 
 def test_attention_is_there_where_its_instructions_are() -> None:
     """So that its own tests are skipped only on processors that lack them."""
-    assert attention.available() == ("avx512" in library.paths())
+    assert attention.available() == ("avx2" in library.paths())
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -63,12 +63,9 @@ def test_measures_every_shape_and_row_count_that_is_asked_for() -> None:
 
 def test_the_ratio_is_dense_over_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sides that take known times are measured as such."""
-    import time
 
     def timers(sides: Any, x: torch.Tensor) -> dict[str, Any]:
-        dense, sparse = sides
-        assert dense == "dense"
-        return {dense: lambda: time.sleep(0) or 0.006, sparse: lambda: 0.004}
+        return {name: lambda name=name: 0.006 if name == "dense" else 0.004 for name in sides}
 
     monkeypatch.setattr(kernel_table, "_call_timers", timers)
     (found,), _ = measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)
@@ -88,12 +85,11 @@ def test_every_backend_that_can_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     """Each on layers of its own, all in turn."""
     other = replace(dispatch.CPU, name="triton", reason=lambda dtype, rows: f"as well, {rows} rows")
     monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.CPU, other, dispatch.PLAIN))
-    seen: list[dict[str, list[str]]] = []
+    seen: dict[str, set[str]] = {}
 
     def timers(sides: dict[str, list[Any]], x: torch.Tensor) -> dict[str, Any]:
-        seen.append(
-            {name: [layer._backend.name for layer in copies] for name, copies in sides.items() if name != "dense"}
-        )
+        packed = {name: {layer._backend.name for layer in copies} for name, copies in sides.items() if name != "dense"}
+        seen.update(packed)
         return {name: lambda name=name: {"dense": 6.0, "cpu": 4.0, "triton": 3.0}[name] for name in sides}
 
     monkeypatch.setattr(kernel_table, "_call_timers", timers)
@@ -104,12 +100,32 @@ def test_every_backend_that_can_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
         (1, "cpu", 1.5), (1, "triton", 2.0), (8, "cpu", 1.5), (8, "triton", 2.0),
     ]  # fmt: skip
     assert entries[3].reason == "as well, 8 rows"
-    assert set(seen[0]["cpu"]) == {"cpu"}
-    assert set(seen[0]["triton"]) == {"triton"}
+    assert seen == {"cpu": {"cpu"}, "triton": {"triton"}}
     monkeypatch.setenv("HALVE_BACKEND", "triton")
     (found,), _ = measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)
     assert found.backend == "triton"
     assert "HALVE_BACKEND asks for it" in found.reason
+
+
+@needs_kernels
+def test_a_backend_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The first is needed, another is not."""
+    monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.CPU, replace(dispatch.CPU, name="triton"), dispatch.PLAIN))
+    fails, made = "triton", kernel_table._call_timers
+
+    def timers(sides: dict[str, list[Any]], x: torch.Tensor) -> dict[str, Any]:
+        if fails in sides:
+            raise Exception("out of resource: shared memory\nand more")  # as Triton's own
+        return made(sides, x)
+
+    monkeypatch.setattr(kernel_table, "_call_timers", timers)
+    entries, _ = measure([(SMALL, 1), (SMALL, 2)], dtype=torch.bfloat16, device=CPU, budget=60)
+    assert [(e.rows, e.backend) for e in entries] == [(1, "cpu"), (2, "cpu")]
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said == "triton is not measured for 64 x 128 at 1 rows: out of resource: shared memory and more"
+    fails = "cpu"
+    with pytest.raises(Exception, match="out of resource"):
+        measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)
 
 
 @needs_kernels
@@ -255,6 +271,14 @@ def test_a_table_of_other_versions_is_out_of_date(field: str) -> None:
     assert why is not None
     assert "out of date" in why
     assert f"{field} was" in why
+
+
+def test_other_ways_of_many_rows_have_a_table_of_their_own() -> None:
+    table_cache.save(identity(), [entry(1, 1.5)])
+    table_cache.save(identity(many_rows="cusparselt-kept"), [entry(1, 2.5)])
+    for way, ratio in (("dense", 1.5), ("cusparselt-kept", 2.5)):
+        [kept] = table_cache.load(identity(many_rows=way))[0]
+        assert kept.ratio.median == ratio
 
 
 def test_other_threads_have_a_table_of_their_own() -> None:

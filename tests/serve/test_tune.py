@@ -179,15 +179,18 @@ class TestBackends:
             ({1: 1.5, 64: 0.5}, {1: 1.6}, "triton"),  # only what both were measured at
             ({1: 1.5}, {64: 1.6}, "cpu"),
             ({}, {1: 0.9}, "triton"),
+            ({1: 1.1, 64: 0.4}, {1: 0.95, 64: 0.9}, "cpu"),  # where 2:4 gains at all
+            ({1: 0.95, 64: 0.9}, {1: 1.1, 64: 0.4}, "triton"),
         ],
     )
     def test_the_fastest(self, first: dict[int, float], second: dict[int, float], best: str) -> None:
         entries = [entry(rows, ratio, backend="triton") for rows, ratio in second.items()]
         entries += [entry(rows, ratio, backend="cpu") for rows, ratio in first.items()]
-        found = tuned.fastest(entries)
+        entries.append(entry(1, 9.0, backend="cuda"))  # which cannot run here
+        found, _ = tuned.served(entries, ["cpu", "triton"])
         assert {e.backend for e in found} == {best}
         assert {e.rows: e.ratio.median for e in found} == (second if best == "triton" else first)
-        assert tuned.fastest([]) == []
+        assert tuned.served(entries[-1:], ["cpu", "triton"]) == ([], None)
 
     def test_a_layer_is_prepared_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def prepared() -> Sparse24Linear:
@@ -205,18 +208,26 @@ class TestBackends:
         keep(1.5, backend="triton")
         layer = prepared()
         assert layer._backend.name == "triton"  # pyright: ignore[reportOptionalMemberAccess]
-        assert "measured to be the fastest here" in backends(layer, {"decode": 1})[0]["reason"]
+        assert "not cpu: measured to be slower here" in backends(layer, {"decode": 1})[0]["reason"]
         monkeypatch.setenv("HALVE_BACKEND", "cpu")
         assert prepared()._backend.name == "cpu"  # pyright: ignore[reportOptionalMemberAccess]
 
-    def test_one_that_no_longer_runs_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        keep(1.2)
+    def test_one_that_no_longer_runs_does_not_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        keep(0.8)
         keep(1.5, backend="triton")
+        assert tuned.decisions(CPU)[DOWN, "bfloat16"] == tuned.Decision("triton", None)
         monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.CPU, dispatch.PLAIN))
+        assert tuned.decisions(CPU)[DOWN, "bfloat16"].why_dense is not None
+        keep(1.2)
+        assert tuned.decisions(CPU)[DOWN, "bfloat16"] == tuned.Decision(None, None)
         layers = nn.ModuleList([random_packed(nn.Linear(DOWN.k, DOWN.n, bias=False), torch.bfloat16, CPU)])
         tuned.serve_as_measured(layers)
         prepare_for_serving(layers)
         assert layers[0]._backend.name == "cpu"  # pyright: ignore
+
+    def test_nothing_is_decided_before_the_first_was_measured(self) -> None:
+        keep(0.8, backend="triton")
+        assert tuned.decisions(CPU) == {}
 
     def test_dense_has_to_beat_the_fastest(self) -> None:
         keep(0.8)
@@ -250,6 +261,10 @@ class TestBackends:
         monkeypatch.setattr(kernel_table, "measure", lambda missing, **more: (wanted.extend(missing), ([], []))[1])
         model_kernels.kernels(model, device=CPU, budget=1, fresh=False)
         assert {rows for shape, rows in wanted if shape == DOWN} == set(ROWS[2:])
+        known, _ = model_kernels.kernels(model, device=CPU, budget=0, fresh=False)
+        assert [(e.rows, e.backend) for e in known][:3] == [(1, "cpu"), (1, "triton"), (2, "cpu")]
+        assert len(known) == len(ROWS) + 2
+        assert {e.backend for e in model_kernels.served(known, CPU)[0]} == {"triton"}
 
 
 RATIOS = {"cpu": 1.1, "triton": 1.4}

@@ -318,7 +318,8 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
     Raises:
         ValueError: x, the prepared weight and the bias do not belong together; says what is wrong. A weight of another
-            dtype or another shape of the same size is found by the kernel, and gives NaN.
+            dtype or another shape of the same size is found by the kernel, and gives NaN (where many rows go by a second form, no kernel
+            looks: then it is not found).
         RuntimeError: there are no kernels for this device, or the driver refused.
     """
     # A decoding step calls this for every layer, so each operation on tensors here is felt.

@@ -111,7 +111,7 @@ def _proven(index: int, dtype: torch.dtype) -> CusparseLt | None:
         reason = _why_not(index, dtype)
         library = None if reason else cusparselt.on_device(index)
         if library is not None:
-            with torch.cuda.device(index):  # the library launches on the current one
+            with one_at_a_time, torch.cuda.device(index):  # the library launches on the current one
                 reason = wrong(library, torch.device("cuda", index), dtype, torch._C._cuda_getCurrentRawStream(index))
     except (CusparseLtError, RuntimeError) as error:
         reason, library = str(error), None

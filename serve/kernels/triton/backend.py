@@ -1,6 +1,6 @@
-"""Multiplies packed weights on GPUs by kernels in Triton, where those of `serve.kernels.cuda` do not run.
+"""Multiplies packed weights on GPUs by kernels in Triton, where those of `serve.kernels.cuda` do not run or were measured to be slower.
 
-Those GPUs are AMD's, and NVIDIA's where NVRTC is missing, refuses, or its kernels prove wrong. The weight is read as it is stored, expanded
+They do not run on AMD's GPUs, and on NVIDIA's where NVRTC is missing, refuses, or its kernels prove wrong. The weight is read as it is stored, expanded
 in registers and multiplied densely, so few rows of x gain by the bytes that need not be read. For more than `MOST_ROWS` the weight
 is expanded once for all, and torch multiplies.
 
