@@ -27,35 +27,7 @@ INLINE __m256i narrow(__m512 values) {
 
 #include "attention_floats_avx512.inc"
 
-// The numbers in the low halves of words, or those in the high ones.
-template <bool High>
-INLINE __m512 widened(__m512i words) {
-  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  return _mm512_castsi512_ps(High ? _mm512_and_si512(words, mask) : _mm512_slli_epi32(words, 16));
-}
-
-template <bool High, int M, int V>
-INLINE void add_halves(const uint16_t* rows, int64_t row_stride, const uint32_t* words, Floats (&sum)[M][V]) {
-  __m512 half[V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) half[v] = widened<High>(_mm512_loadu_si512(words + v * 16));
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    int32_t two;
-    std::memcpy(&two, rows + m * row_stride, 4);
-    const __m512 number = widened<High>(_mm512_set1_epi32(two));
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[m][v] = _mm512_fmadd_ps(number, half[v], sum[m][v]);
-  }
-}
-
-// sum [M][V] += the products of two numbers of each row with words [V][16] of two; one half after the other, so that all fits into
-// the registers.
-template <int M, int V>
-INLINE void add_pairs(const uint16_t* rows, int64_t row_stride, const uint32_t* words, Floats (&sum)[M][V]) {
-  add_halves<false>(rows, row_stride, words, sum);
-  add_halves<true>(rows, row_stride, words, sum);
-}
+#include "attention_halves.inc"
 
 }  // namespace
 }  // namespace halve
