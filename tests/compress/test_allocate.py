@@ -320,12 +320,13 @@ def test_times_of_packed_weights_say_nothing_of_others() -> None:
 def test_the_table_knows_which_product_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALVE_CACHE_DIR", str(tmp_path / "cache"))
     cpu = torch.device("cpu")
+    here = tuned.backends_for(cpu, "bfloat16")[0]
     spread = Spread(median=2.0, p25=1.9, p75=2.1)
 
     def entry(conv1d: bool, rows: int, dense: float) -> Entry:
         return Entry(
             n=768, k=768, conv1d=conv1d, dtype="bfloat16", rows=rows, ratio=spread, sparse_seconds=1e-5, dense_seconds=dense,
-            backend="cpu", reason="", baseline="", rounds=5, date="2026-01-01",
+            backend=here, reason="", baseline="", rounds=5, date="2026-01-01",
         )  # fmt: skip
 
     entries = [entry(False, 1, 2e-5), entry(True, 1, 9e-5), entry(False, 4, 1.0)]
