@@ -90,13 +90,10 @@ def choose(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, 
         said = []
         liked = next((b for b in BACKENDS if b.name == preferred and b.why_not(device, dtype) is None), None)
         for backend in BACKENDS:
-            if liked is not None and backend is not liked:
-                refusal = backend.why_not(device, dtype) or "measured to be slower here"
-            else:
-                refusal = backend.why_not(device, dtype)
-            if refusal is None:
+            refusal = backend.why_not(device, dtype)
+            if refusal is None and liked in (None, backend):
                 return Choice(backend, "; ".join([backend.reason(dtype, rows), *said]))
-            said.append(f"not {backend.name}: {refusal}")
+            said.append(f"not {backend.name}: {refusal or 'measured to be slower here'}")
     named = {backend.name: backend for backend in BACKENDS}
     if wish not in named:
         raise UsageError(f"HALVE_BACKEND={wish!r} is not known{did_you_mean(wish, [*named, 'auto'])}.")
