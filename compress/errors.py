@@ -65,9 +65,19 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
+LONGEST_NAME = 100
+"""Characters of what somebody gave as a name that a message repeats."""
+
+
+def shortened(name: str) -> str:
+    """A name as a message repeats it."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'wanda'?"`` and the whole list, for the end of a message about an unknown name."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    # (what is much longer is like none of them, and to find that out would take its time)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) if len(name) <= LONGEST_NAME else []
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return f"{hint} (known: {', '.join(names)})"

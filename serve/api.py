@@ -15,24 +15,25 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from compress.errors import did_you_mean
+from compress.errors import did_you_mean, shortened
 from serve.api_answers import ChatStyle, CompletionStyle, Style
 from serve.api_errors import ApiError, RequireKey, bad_request, install_error_handlers
 from serve.api_generation import ClientGoneError, Generation, Job, unless_disconnected
-from serve.api_limits import LimitBody, check_choices
+from serve.api_limits import LimitBody, check_choices, check_logprobs
 from serve.api_metrics import Metrics
-from serve.api_models import ChatRequest, CompletionRequest, GenerationRequest
-from serve.engines.base import Engine, SamplingParams
+from serve.api_models import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
+from serve.engines.base import Delta, Engine, SamplingParams
 from serve.engines.text import TokenPieces
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is nginx's name for this in logs
+Result = TypeVar("Result")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat gets all that is left of the context
 
 
@@ -91,6 +92,7 @@ class Endpoint:
         )
         echoes = None
         if body.echo:
+            check_logprobs(sum(map(len, prompts)), body.n, body.logprobs)
             texts = await asyncio.to_thread(lambda: [self._text(given) for given in body.prompt])
             echoes = [pair for pair in zip(texts, prompts, strict=True) for _ in range(body.n)]
         count = len(prompts) * body.n
@@ -100,7 +102,9 @@ class Endpoint:
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:
             hint = did_you_mean(name, [self.model_name])
-            raise ApiError(404, f"There is no model {name!r} here{hint}.", param="model", code="model_not_found")
+            raise ApiError(
+                404, f"There is no model {shortened(name)!r} here{hint}.", param="model", code="model_not_found"
+            )
 
     def _tokens(self, param: str, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
@@ -218,31 +222,43 @@ class Endpoint:
     async def _answer(self, body: GenerationRequest, request: Request, job: Job, style: Style) -> Response:
         generation = Generation(self.engine, self.metrics, job)
         if body.stream:
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(_events(generation, style, with_usage), generation.cancel)
+            return EventStream(_events(generation, style, body.stream_options or StreamOptions()), generation.cancel)
         try:
             await unless_disconnected(request, _gather(generation, style))
         except ClientGoneError:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
             generation.cancel()
-        return JSONResponse({**style.envelope(style.whole(), streamed=False), "usage": generation.usage})
+        return await asyncio.to_thread(
+            lambda: JSONResponse({**style.envelope(style.whole(), streamed=False), "usage": generation.usage})
+        )
 
 
 async def _gather(generation: Generation, style: Style) -> None:
     async for index, delta in generation.deltas():
-        style.add(index, delta)
+        await _aside(delta, lambda index=index, delta=delta: style.add(index, delta))
 
 
-async def _events(generation: Generation, style: Style, with_usage: bool) -> AsyncIterator[str]:
-    usage: dict[str, Any] = {"usage": None} if with_usage else {}
+async def _aside(delta: Delta, write: Callable[[], Result]) -> Result:
+    """Writes a delta: in a thread where it has the log-probabilities of a prompt, which may be long."""
+    return await asyncio.to_thread(write) if delta.prompt_logprobs else write()
+
+
+async def _events(generation: Generation, style: Style, options: StreamOptions) -> AsyncIterator[str]:
+    def event(index: int, delta: Delta) -> str | None:
+        choice = style.chunk(index, delta)
+        if choice is None:
+            return None
+        usage = {"usage": generation.usage if options.continuous_usage_stats else None} if options.include_usage else {}
+        return _event({**style.envelope([choice], streamed=True), **usage})
+
     try:
         async with aclosing(generation.deltas()) as deltas:
             async for index, delta in deltas:
-                choice = style.chunk(index, delta)
-                if choice is not None:
-                    yield _event({**style.envelope([choice], streamed=True), **usage})
-        if with_usage:
+                written = await _aside(delta, lambda index=index, delta=delta: event(index, delta))
+                if written is not None:
+                    yield written
+        if options.include_usage:
             yield _event({**style.envelope([], streamed=True), "usage": generation.usage})
     except ApiError as error:  # the status line is long sent; clients know this form
         yield _event(error.body)

@@ -130,7 +130,7 @@ class CompletionStyle:
         self._id, self._created, self._model = f"cmpl-{uuid.uuid4().hex}", int(time.time()), model
         self._pieces, self._with_logprobs, self._echoes = pieces, logprobs, echoes
         self._choices = [_Choice() for _ in range(count)]
-        self._offsets = [0] * count
+        self._echoed = [0] * count  # characters of the prompt before the answer
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any] | None:
         text, logprobs = self._shown(index, delta)
@@ -167,11 +167,10 @@ class CompletionStyle:
             text = prompt + text
             first = TokenLogprob(ids[0], float("nan"))
             parts.append((0, [first, *delta.prompt_logprobs]))
-            self._offsets[index] = len(prompt)
+            self._echoed[index] = len(prompt)
         self._choices[index].started = True
         if delta.logprobs:
-            parts.append((self._offsets[index], delta.logprobs))
-        self._offsets[index] += len(delta.text)
+            parts.append((self._echoed[index] + delta.logprobs_at, delta.logprobs))
         if not self._with_logprobs or not parts:
             return text, None
         lists: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -13,7 +13,10 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from compress.errors import shortened
 from serve.engines.base import EngineBusyError, EngineDeadError
+
+LONGEST_MESSAGE = 4000  # characters; some repeat what a client sent
 
 
 class ApiError(Exception):
@@ -22,8 +25,8 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code = status, code
-        self.message = _printable(message)
-        self.param = None if param is None else _printable(param)
+        self.message = _printable(message[:LONGEST_MESSAGE])
+        self.param = None if param is None else _printable(shortened(param))
 
     @property
     def body(self) -> dict[str, Any]:

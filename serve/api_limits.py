@@ -1,4 +1,4 @@
-"""How much one request may ask for: bytes of its body, and sequences. Engines limit how many wait in all.
+"""How much one request may ask for: bytes of its body, sequences, log-probabilities. Engines limit how many wait in all.
 
 The event loop serves everyone, so nothing that grows with a request may run on it for long.
 """
@@ -13,6 +13,9 @@ from serve.api_errors import ApiError, bad_request
 
 MAX_BODY_BYTES = 8 * 2**20  # a prompt of a million token ids is about 7 MB of JSON
 MAX_CHOICES = 1024  # prompts times n
+MAX_PROMPT_LOGPROBS = (
+    2**19
+)  # of prompts, in one answer; a context of 128 Ki tokens has room for three alternatives each
 
 
 class LimitBody:
@@ -55,4 +58,20 @@ def check_choices(prompts: int, n: int) -> None:
             f"prompt: {prompts} prompts with n = {n} are {prompts * n} answers; one request may ask for {MAX_CHOICES}. "
             "Send several requests.",
             "prompt",
+        )
+
+
+def check_logprobs(tokens: int, n: int, logprobs: int | None) -> None:
+    """Raises `ApiError` where a request wants more log-probabilities of its prompts than one answer may hold.
+
+    Args:
+        tokens: of all prompts.
+        logprobs: alternatives to each token; None asks for none at all.
+    """
+    count = 0 if logprobs is None else tokens * n * (1 + logprobs)
+    if count > MAX_PROMPT_LOGPROBS:
+        raise bad_request(
+            f"logprobs: echo with {tokens} tokens of prompts, n = {n} and logprobs = {logprobs} is {count} log-probabilities; "
+            f"one request may ask for {MAX_PROMPT_LOGPROBS}. Send several requests.",
+            "logprobs",
         )

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from compress.errors import did_you_mean
+from compress.errors import did_you_mean, shortened
 from serve.api_errors import bad_request
 from serve.engines.base import MAX_LOGPROBS
 from serve.engines.ranges import Finite, MinP, Penalty, RepetitionPenalty, Temperature, TopK, TopP
 
+MAX_BIASES = 1024  # they are added at each token
 LONGEST_ID = 18  # digits; Python itself refuses to read a number of thousands of them
 
 HARMLESS = {
@@ -87,9 +88,13 @@ Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts)]
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
+    """OpenAI's, and vLLM's ``continuous_usage_stats``. ``include_obfuscation`` cannot change the answer."""
 
-    include_usage: bool = False
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class GenerationRequest(BaseModel):
@@ -111,7 +116,7 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool = False
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] = {}
+    logit_bias: Annotated[dict[str, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -131,7 +136,7 @@ class GenerationRequest(BaseModel):
                     raise bad_request(f"{name} is not supported by this server; leave it out.", name)
             elif name not in HARMLESS:
                 hint = did_you_mean(name, cls.model_fields)
-                raise bad_request(f"{name} is not a field of this request{hint}.", name)
+                raise bad_request(f"{shortened(name)} is not a field of this request{hint}.", name)
         if "stream_options" in kept and not kept.get("stream"):
             raise bad_request("stream_options is only allowed with stream: true.", "stream_options")
         return kept

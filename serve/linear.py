@@ -71,6 +71,11 @@ class Sparse24Linear(nn.Module):
         return self.weight_packed.device if self.weight_prepared is None else self.weight_prepared.device
 
     @property
+    def prepared_for(self) -> str | None:
+        """The name of the backend that the weight is prepared for."""
+        return None if self._backend is None else self._backend.name
+
+    @property
     def packed(self) -> PackedWeight:
         """The packed weight; made anew on each access where it is prepared."""
         if self._backend is not None:
@@ -101,6 +106,12 @@ class Sparse24Linear(nn.Module):
         self._backend, self._dtype = backend, values.dtype
         self.weight_packed = nn.Parameter(values.new_empty(0), requires_grad=False)
         self.weight_mask = nn.Parameter(self.weight_mask.new_empty(0), requires_grad=False)
+
+    def prefer(self, backend: str | None) -> None:
+        """Names the backend to prepare for. A weight that is prepared for another is released, for `prepare` to do it again."""
+        if backend != self.preferred:
+            self.release()
+            self.preferred = backend
 
     def release(self) -> bool:
         """Back to the packed form. Returns whether it was prepared."""
@@ -210,7 +221,7 @@ def backends(model: nn.Module, rows: Mapping[str, int]) -> list[dict[str, Any]]:
         for phase, count in rows.items():
             if isinstance(module, Sparse24Linear):
                 shape = (module.out_features, module.in_features)
-                choice = choose(module.device, module.dtype, count, *shape, module.preferred)
+                choice = choose(module.device, module.dtype, count, *shape, module.prepared_for or module.preferred)
                 counted[phase, choice.backend.name, choice.reason] += 1
             elif (reason := getattr(module, WHY_DENSE, None)) is not None:
                 counted[phase, "dense", reason] += 1

@@ -9,9 +9,18 @@ import typer
 
 from compress.console import Json, emit, progress_bar
 from compress.recipe import Recipe
+from serve.commands.shared import ALWAYS, refuse_misplaced
+
+_NEW, _KEPT = "a model", "an advice's file"
+_BELONGS = {
+    "model": ALWAYS, "as_json": ALWAYS, "check": (_KEPT,),
+    **dict.fromkeys(("device", "batch", "prompt", "output", "measure", "budget", "file", "recipe"), (_NEW,)),
+}  # fmt: skip
+"""What each option is for; an option that a call would ignore is refused."""
 
 
 def advise(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -55,11 +64,13 @@ def advise(
     from serve.measure.advice_check import check as run_check
     from serve.measure.advice_check import is_advice, read_advice
 
+    is_kept = check is not None or is_advice(Path(model))
+    refuse_misplaced(context, _BELONGS, {_KEPT if is_kept else _NEW})
     if check is not None:
         checked = run_check(Path(model), check)
         emit(checked, as_json, lambda: advice_text.print_check(checked))
         return
-    if is_advice(Path(model)):
+    if is_kept:
         kept = read_advice(Path(model))
         emit(kept, as_json, lambda: advice_text.print_advice(kept))
         return

@@ -81,6 +81,8 @@ class Delta:
     """Ready text: whole characters, and nothing that may turn out to begin a stop string."""
     logprobs: Sequence[TokenLogprob] = ()
     """The tokens that `text` is made of, when they were asked for."""
+    logprobs_at: int = 0
+    """Where the text of the first of them begins, in characters of the answer: before `text` where that was held back."""
     prompt_logprobs: Sequence[TokenLogprob] = ()
     """For prompt tokens 1, 2, ...: the first token has no prediction."""
     new_tokens: int = 0

@@ -8,7 +8,7 @@ whichever device the model is on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import TypeVar
 
@@ -72,24 +72,19 @@ def adjust(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     defines them: logit - count * frequency_penalty - (count > 0) * presence_penalty, of generated tokens.
     """
     params = sequence.params
-    logits = _add(logits, params.logit_bias)
+    if sequence.bias is not None:
+        index, values = sequence.bias
+        logits = logits.index_add(0, index.to(logits.device), values.to(logits))
     if params.repetition_penalty != 1 and sequence.seen:
         index = torch.tensor(list(sequence.seen), device=logits.device)
         old = logits[index]
         new = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
         logits = logits.index_copy(0, index, new)
     if params.frequency_penalty or params.presence_penalty:
-        pairs = sequence.counts.items()
-        logits = _add(logits, {t: -(n * params.frequency_penalty + params.presence_penalty) for t, n in pairs})
+        index = torch.tensor(list(sequence.counts), dtype=torch.long, device=logits.device)
+        counts = torch.tensor(list(sequence.counts.values())).to(logits)
+        logits = logits.index_add(0, index, -(counts * params.frequency_penalty + params.presence_penalty))
     return logits
-
-
-def _add(logits: torch.Tensor, changes: Mapping[int, float]) -> torch.Tensor:
-    """``logits`` [vocab] with a number added to some of them, by token id."""
-    if not changes:
-        return logits
-    index = torch.tensor(list(changes), device=logits.device)
-    return logits.index_add(0, index, torch.tensor(list(changes.values())).to(logits))
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> torch.Tensor:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from serve.engines.base import Delta, SamplingParams, Sink, TokenLogprob
-from serve.engines.text import StopScanner, TextStream
+from serve.engines.text import StopScanner, TextStream, TokenPieces
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedTokenizerBase
+    from transformers import DynamicCache
 
 
 class Sequence:
@@ -26,7 +26,7 @@ class Sequence:
         params: SamplingParams,
         sink: Sink,
         *,
-        tokenizer: PreTrainedTokenizerBase,
+        pieces: TokenPieces,
         eos_ids: frozenset[int],
     ) -> None:
         self.prompt_ids = prompt_ids  # shared by all choices of one prompt, so nobody may change it
@@ -43,15 +43,15 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
 
         self._ends = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_ids
-        self._tokenizer = tokenizer
+        self._pieces = pieces
         self._stop = StopScanner(params.stop)
         self._unreported: deque[tuple[int, TokenLogprob]] = deque()  # (where its text begins, logprob)
 
-    # The next three take time or memory to make, which a sequence that only waits in the queue does not need.
+    # The next four take time or memory to make, which a sequence that only waits in the queue does not need.
 
     @cached_property
     def _text(self) -> TextStream:
-        return TextStream(self._tokenizer, self.prompt_ids)
+        return TextStream(self._pieces, self.prompt_ids)
 
     @cached_property
     def generator(self) -> torch.Generator:
@@ -67,6 +67,12 @@ class Sequence:
     def seen(self) -> set[int]:
         """The tokens of the prompt and the generated ones."""
         return {*self.prompt_ids, *self.generated}
+
+    @cached_property
+    def bias(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Token ids, and what is added to their logits."""
+        changes = self.params.logit_bias
+        return (torch.tensor(list(changes)), torch.tensor(list(changes.values()))) if changes else None
 
     @property
     def reserved_length(self) -> int:
@@ -92,7 +98,8 @@ class Sequence:
             return self._end("stop", text, everything=False)
         if len(self.generated) >= self.params.max_tokens:
             return self._end("length", text + self._stop.flush(), everything=True)
-        return Delta(time.perf_counter(), text, self._report(), self._take_prompt_logprobs(), new_tokens=1)
+        at, logprobs = self._report()
+        return Delta(time.perf_counter(), text, logprobs, at, self._take_prompt_logprobs(), new_tokens=1)
 
     def push_nothing(self) -> Delta:
         """The end of a sequence that only wanted its prompt scored."""
@@ -105,23 +112,25 @@ class Sequence:
 
     def _end(self, reason: str, text: str, *, everything: bool) -> Delta:
         self.ended = True
-        logprobs = [entry for _, entry in self._unreported] if everything else self._report()
+        at, logprobs = self._report(everything=everything)
         return Delta(
             time.perf_counter(),
             text,
             logprobs,
+            at,
             self._take_prompt_logprobs(),
             new_tokens=1,
             finish_reason="stop" if reason == "stop" else "length",
         )
 
-    def _report(self) -> list[TokenLogprob]:
-        """The tokens whose text has begun to be shown. Those of a stop string are never reported, so the
-        reported tokens always make up the text."""
+    def _report(self, *, everything: bool = False) -> tuple[int, list[TokenLogprob]]:
+        """The tokens whose text has begun to be shown, and where that of the first begins. Those of a stop string are never reported, so
+        the reported tokens always make up the text."""
+        at = self._unreported[0][0] if self._unreported else 0
         reported = []
-        while self._unreported and self._unreported[0][0] < self._stop.released:
+        while self._unreported and (everything or self._unreported[0][0] < self._stop.released):
             reported.append(self._unreported.popleft()[1])
-        return reported
+        return at, reported
 
     def _take_prompt_logprobs(self) -> list[TokenLogprob]:
         taken, self.prompt_logprobs = self.prompt_logprobs, []

@@ -8,46 +8,66 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
-# Tokens that are decoded again as context: enough for rules that look at neighbours (a stripped first space,
-# a character of up to four bytes).
+# Where tokens have no bytes of their own: those that are decoded again as context, for rules that look at neighbours.
 CONTEXT = 6
 WINDOW = 24
-
-
-def whole_characters(text: str) -> str:
-    """Drops what may be the beginning of a character.
-
-    A byte-level decoder shows an unfinished character as one U+FFFD, a byte-fallback decoder shows one for
-    each of its bytes, of which there are at most three.
-    """
-    for _ in range(3):
-        text = text.removesuffix(REPLACEMENT)
-    return text
+LONGEST_CHARACTER = 4  # bytes, so at most as many tokens
 
 
 class TextStream:
-    """Decodes a growing sequence of tokens; only ever appends.
+    """Decodes a growing sequence of tokens into whole characters; only ever appends.
 
     ``context`` are the tokens before it, which are not returned but decide how the first one is written.
+
+    Where the text of tokens is that of their bytes, one after the other, they are decoded as bytes. Decoding all tokens again and comparing
+    would not do: a byte-fallback decoder shows a run of bytes as nothing but U+FFFD while its last character is unfinished.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
+    def __init__(self, pieces: TokenPieces, context: Sequence[int] = ()) -> None:
+        self._stream = _ByteStream(pieces, context) if pieces.are_text else _WindowStream(pieces.tokenizer, context)
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, often empty."""
+        return self._stream.push(token)
+
+
+class _ByteStream:
+    """By the bytes of each token. Bytes that are no text become U+FFFD, as soon as that is certain."""
+
+    def __init__(self, pieces: TokenPieces, context: Sequence[int]) -> None:
+        self._pieces = pieces
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in context[-LONGEST_CHARACTER:]:
+            self._decoder.decode(pieces.shown(token))
+        self._at_start = pieces.strips_first_space and not any(map(pieces.shown, context))
+
+    def push(self, token: int) -> str:
+        text = self._decoder.decode(self._pieces.shown(token))
+        if text and self._at_start:
+            self._at_start = False
+            return text.removeprefix(" ")
+        return text
+
+
+class _WindowStream:
+    """By decoding the last tokens together."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._window = list(context[-CONTEXT:])
         self._done = len(self._decode()) if context else 0
 
     def push(self, token: int) -> str:
-        """The text that this token completes, often empty."""
         self._window.append(token)
         text = self._decode()
-        ready = whole_characters(text)
+        ready = text.removesuffix(REPLACEMENT)  # which may be the beginning of a character
         new = ready[self._done :]
         self._done = max(self._done, len(ready))
         if len(self._window) > WINDOW and ready == text:
@@ -105,20 +125,43 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TokenPieces:
-    """The bytes of single tokens."""
+    """The bytes of single tokens.
+
+    Attributes:
+        are_text: the text of tokens is that of their bytes, one after the other.
+        strips_first_space: but for a space that the first one begins with.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
-        kinds = _decoder_kinds(decoder)
+        parts = list(_decoder_parts(decoder))
+        kinds = {part["type"] for part in parts}
         self._alphabet = _byte_level_alphabet() if "ByteLevel" in kinds else None
         self._byte_fallback = "ByteFallback" in kinds
         self._added = set(tokenizer.added_tokens_decoder)
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self._special = special.union(tokenizer.all_special_ids)
+        self._known: dict[int, bytes] = {}
+        self.are_text = (
+            kinds <= {"ByteLevel", "Fuse"} if self._alphabet else self._byte_fallback and all(map(_is_usual, parts))
+        )
+        self.strips_first_space = self.are_text and "Strip" in kinds
 
     def bytes(self, token: int) -> bytes:
         """What the token stands for, exactly, also where that is a part of a character."""
-        piece = self._tokenizer.convert_ids_to_tokens(token)
+        known = self._known.get(token)
+        if known is None:
+            known = self._known[token] = self._bytes(token)
+        return known
+
+    def shown(self, token: int) -> bytes:
+        """Its bytes, as far as they are part of the text: special tokens are not."""
+        return b"" if token in self._special else self.bytes(token)
+
+    def _bytes(self, token: int) -> bytes:
+        piece = self.tokenizer.convert_ids_to_tokens(token)
         if not isinstance(piece, str):
             return b""  # a row of the output layer that has no token
         if token in self._added:
@@ -129,7 +172,7 @@ class TokenPieces:
             if len(piece) == 6 and piece.startswith("<0x"):
                 return bytes([int(piece[3:5], 16)])
             return piece.replace("\u2581", " ").encode()
-        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False)).encode()
+        return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False)).encode()
 
     def text(self, token: int) -> str:
         """The token as a string; a part of a character in OpenAI's notation, ``bytes:\\xe2\\x82``."""
@@ -142,19 +185,29 @@ class TokenPieces:
     def offsets(self, tokens: Sequence[int], start: int = 0) -> list[int]:
         """Where each token begins in the text, in characters; special tokens take no room in it."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        special = set(self._tokenizer.all_special_ids)
         offsets = []
         for token in tokens:
             offsets.append(start)
-            if token not in special:
-                start += len(decoder.decode(self.bytes(token)))
+            start += len(decoder.decode(self.shown(token)))
         return offsets
 
 
-def _decoder_kinds(decoder: dict | None) -> set[str]:
-    if decoder is None:
-        return set()
-    return {decoder["type"]}.union(*(_decoder_kinds(part) for part in decoder.get("decoders", ())))
+def _decoder_parts(decoder: dict | None) -> Iterator[dict]:
+    """What a decoder is put together of."""
+    if decoder is not None and decoder["type"] == "Sequence":
+        for part in decoder["decoders"]:
+            yield from _decoder_parts(part)
+    elif decoder is not None:
+        yield decoder
+
+
+def _is_usual(part: dict) -> bool:
+    """Whether it is of Llama's decoder, by which a token's text is that of its bytes."""
+    if part["type"] == "Replace":
+        return part["pattern"] == {"String": "\u2581"} and part["content"] == " "
+    if part["type"] == "Strip":
+        return (part["content"], part["start"], part["stop"]) == (" ", 1, 0)
+    return part["type"] in ("ByteFallback", "Fuse")
 
 
 def _byte_level_alphabet() -> dict[str, int]:

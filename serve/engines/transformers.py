@@ -33,6 +33,7 @@ from serve.engines.kv_cache import BatchCache, keys_and_values
 from serve.engines.ranges import read_advice
 from serve.engines.sampling import next_tokens, top_logprobs
 from serve.engines.sequence import Sequence
+from serve.engines.text import TokenPieces
 from serve.linear import backends
 from serve.loading import weight_bytes
 
@@ -83,6 +84,7 @@ class TransformersEngine:
         self.model, self.tokenizer, notes = loading.load_checkpoint(
             self._model_dir, self._device_wish, self._dtype_wish
         )
+        self._pieces = TokenPieces(self.tokenizer)
         config = self.model.config.get_text_config()
         self._device = self.model.device
         self._one_row_of_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -128,7 +130,7 @@ class TransformersEngine:
     # What other threads call.
 
     def submit(self, prompt_ids: SequenceOf[int], params: SamplingParams, sink: Sink) -> Ticket:
-        sequence = Sequence(prompt_ids, params, sink, tokenizer=self.tokenizer, eos_ids=self._eos_ids)
+        sequence = Sequence(prompt_ids, params, sink, pieces=self._pieces, eos_ids=self._eos_ids)
         with self._changed:
             if self.failure is not None or self._closing:
                 raise EngineDeadError(self.failure or "The server is shutting down.")

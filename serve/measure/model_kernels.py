@@ -50,17 +50,33 @@ def kernels(
         key: [entry for entry in table_cache.find(known, *key, dtype) if entry.backend in names and not fresh]
         for key in wanted
     }
-    missing = [key for key in wanted if set(names) > {entry.backend for entry in found[key]}]
+    failures = [] if fresh else [f for f in table_cache.failures(identity) if f.dtype == dtype]
+    failed = {(failure.shape, failure.backend) for failure in failures}
+    missing = [
+        (shape, rows)
+        for shape, rows in wanted
+        if {name for name in names if (shape, name) not in failed} > {entry.backend for entry in found[shape, rows]}
+    ]
     if missing and budget > 0:
-        new, skipped = kernel_table.measure(missing, dtype=model.dtype, device=device, budget=budget, progress=progress)
-        for key in {(entry.shape, entry.rows) for entry in new}:
-            found[key] = [entry for entry in new if (entry.shape, entry.rows) == key]
-        if new and (problem := table_cache.save(identity, new)):
+        new = kernel_table.measure(
+            missing, dtype=model.dtype, device=device, budget=budget, leave_out=failed, progress=progress
+        )
+        for key in {(entry.shape, entry.rows) for entry in new.entries}:
+            found[key] = [entry for entry in new.entries if (entry.shape, entry.rows) == key]
+        failures += new.failures
+        for shape, backend in {(failure.shape, failure.backend) for failure in new.failures}:
+            for key in wanted:
+                found[key] = [entry for entry in found[key] if (entry.shape, entry.backend) != (shape, backend)]
+        if (new.entries or new.failures) and (problem := table_cache.save(identity, new.entries, new.failures)):
             said.append(problem)
-        if skipped:
+        if new.skipped:
             said.append(
-                f"{len(skipped)} of {len(wanted)} shapes and row counts were not measured: the budget of {budget:.0f} s is spent"
+                f"{len(new.skipped)} of {len(wanted)} shapes and row counts were not measured: the budget of {budget:.0f} s is spent"
             )
+    shapes_wanted = {shape for shape, _ in wanted}
+    said += [
+        f"{f.backend} does not serve {f.shape}: {f.reason} ({f.date})" for f in failures if f.shape in shapes_wanted
+    ]
     if dates := sorted({entry.date for key, entries in found.items() if key not in missing for entry in entries}):
         said.append(
             f"kernel times of {' to '.join(dict.fromkeys((dates[0], dates[-1])))} are from {table_cache.path_of(identity)}"
@@ -69,15 +85,17 @@ def kernels(
 
 
 def served(entries: Sequence[Entry], device: torch.device) -> tuple[list[Entry], dict[Shape, str]]:
-    """Of each shape the entries of the backend that serves it, in order, and the shapes that are better served dense, with the reason."""
+    """Of each shape the entries of the backend that serves it, in order, and the shapes that are better served dense, with the reason:
+    none where ``HALVE_BACKEND`` decides instead."""
     names = tuned.backends_for(device, entries[0].dtype) if entries else []
     chosen: dict[Shape, str] = {}
     dense: dict[Shape, str] = {}
     for shape in dict.fromkeys(entry.shape for entry in entries):
-        best, why_dense = tuned.served([entry for entry in entries if entry.shape == shape], names)
-        chosen[shape] = best[0].backend
-        if why_dense is not None:
-            dense[shape] = why_dense
+        of_shape = [entry for entry in entries if entry.shape == shape]
+        chosen[shape] = tuned.served(of_shape, names)[0][0].backend
+        decision = None if tuned.overruled() else tuned.decide(of_shape, names)
+        if decision is not None and decision.why_dense is not None:
+            dense[shape] = decision.why_dense
     return [entry for entry in entries if entry.backend == chosen[entry.shape]], dense
 
 
@@ -89,6 +107,8 @@ def document(
     place, _ = choose_device(device)
     model = shapes.read(str(directory))
     found, notes = kernels(model, device=place, budget=budget, fresh=fresh, fused=fused, progress=progress)
+    if tuned.overruled():
+        notes.append("HALVE_BACKEND decides how layers are served, so these times do not")
     entries, dense = served(found, place)
     by_shape = {shape: [entry for entry in entries if entry.shape == shape] for shape in shapes_of(model, fused)}
     return {

@@ -1,6 +1,6 @@
 """The kernel table of this machine on disk, so that a shape is measured once.
 
-A file is named after the device and the threads, and says what it was measured with. One that is damaged, or of another
+A file is named after the device, the threads and what environment variables asked for, and says what it was measured with. One that is damaged, or of another
 version, code path or number of threads, is not used: the caller gets the reason, and measures again. It is written under
 another name and then renamed.
 """
@@ -26,7 +26,7 @@ from serve.kernels.cpu import library
 from serve.kernels.cuda import beside, prefill
 from serve.kernels.cuda.cache import directory
 from serve.measure.environment import environment
-from serve.measure.kernel_table import Entry, Shape
+from serve.measure.kernel_table import Entry, Failure, Shape
 
 
 class Identity(BaseModel):
@@ -36,7 +36,8 @@ class Identity(BaseModel):
         kernels: the code path and a digest of the library on a processor; the compute capability and a digest of the kernels'
             sources on a GPU.
         backend: what ``HALVE_BACKEND`` asked for.
-        many_rows: how a GPU multiplies many rows, as ``HALVE_PREFILL`` and ``HALVE_KEEP_BOTH`` asked. Each way has a file of its own.
+        many_rows: how a GPU multiplies many rows, as ``HALVE_PREFILL`` and ``HALVE_KEEP_BOTH`` asked. Each code path, backend that was asked
+            for, and such way has a file of its own: to try one does not cost the table of another.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -75,6 +76,7 @@ class KernelTable(BaseModel):
     format: Literal[1] = 1
     identity: Identity
     entries: list[Entry]
+    failures: list[Failure] = []
 
 
 def _many_rows(device: torch.device) -> str:
@@ -105,35 +107,60 @@ def sources_digest() -> str:
 def path_of(identity: Identity) -> Path:
     """Where the table of a device lies."""
     name = re.sub(r"[^a-z0-9]+", "-", identity.device.lower()).strip("-")
-    way = "" if identity.many_rows == "dense" else f"-{identity.many_rows}"
-    return directory() / "kernel-tables" / f"{name}-{identity.threads}{way}.json"
+    asked = [
+        *(identity.many_rows for _ in range(identity.many_rows != "dense")),
+        *(f"only-{identity.backend}" for _ in range(identity.backend != "auto")),
+    ]
+    path = identity.kernels.split(maxsplit=1)[0]  # of the code
+    return directory() / "kernel-tables" / f"{'-'.join([name, str(identity.threads), path, *asked])}.json"
 
 
 def load(identity: Identity) -> tuple[list[Entry], str | None]:
     """What was measured with this very device, versions and threads; and why there is nothing, if a file is there."""
-    path = path_of(identity)
+    table, why = _read(identity)
+    return table.entries, why
+
+
+def failures(identity: Identity) -> list[Failure]:
+    """The backends that could not be measured for a shape."""
+    return _read(identity)[0].failures
+
+
+def _read(identity: Identity) -> tuple[KernelTable, str | None]:
+    path, nothing = path_of(identity), KernelTable(identity=identity, entries=[])
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return [], None
+        return nothing, None
     except OSError as error:
-        return [], f"the kernel table {path} cannot be read ({error.strerror}), so it is measured again"
+        return nothing, f"the kernel table {path} cannot be read ({error.strerror}), so it is measured again"
     table = _parse(content)
     if table is None:
-        return [], f"the kernel table {path} is damaged, so it is measured again"
+        return nothing, f"the kernel table {path} is damaged, so it is measured again"
     if table.identity != identity:
         then, now = table.identity.model_dump(), identity.model_dump()
         changed = ", ".join(f"{key} was {then[key]!r} and is {now[key]!r}" for key in now if then[key] != now[key])
-        return [], f"the kernel table {path} is out of date ({changed}), so it is measured again"
-    return table.entries, None
+        return nothing, f"the kernel table {path} is out of date ({changed}), so it is measured again"
+    return table, None
 
 
-def save(identity: Identity, entries: Iterable[Entry]) -> str | None:
-    """Adds entries to the table, in the place of older ones for the same shape and backend; gives the reason if that cannot be."""
-    path = path_of(identity)
-    kept = {_key(entry): entry for entry in load(identity)[0]}
-    kept.update({_key(entry): entry for entry in entries})
-    table = KernelTable(identity=identity, entries=list(kept.values())).model_dump()
+def save(identity: Identity, entries: Iterable[Entry], failures: Iterable[Failure] = ()) -> str | None:
+    """Adds entries to the table, in the place of older ones for the same shape and backend; gives the reason if that cannot be.
+
+    A backend that failed for a shape keeps no entries of it, until it is measured again.
+    """
+    path, old = path_of(identity), _read(identity)[0]
+    new, failed = {_key(entry): entry for entry in entries}, {_side(failure): failure for failure in failures}
+    measured = {_side(entry) for entry in new.values()}
+    failed = {
+        side: failure for side, failure in {_side(f): f for f in old.failures}.items() if side not in measured
+    } | failed
+    kept = {
+        key: entry
+        for key, entry in ({_key(entry): entry for entry in old.entries} | new).items()
+        if _side(entry) not in failed
+    }
+    table = KernelTable(identity=identity, entries=list(kept.values()), failures=list(failed.values())).model_dump()
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,3 +199,7 @@ def _digest(table: object) -> str:
 
 def _key(entry: Entry) -> tuple[Shape, int, str, str]:
     return entry.shape, entry.rows, entry.dtype, entry.backend
+
+
+def _side(measured: Entry | Failure) -> tuple[Shape, str, str]:
+    return measured.shape, measured.dtype, measured.backend

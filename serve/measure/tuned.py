@@ -90,18 +90,29 @@ class Decision:
 
 def decisions(device: torch.device) -> dict[tuple[Shape, str], Decision]:
     """For each shape and dtype that the table of the device knows, as far as the backend that is taken first was measured."""
-    if os.environ.get("HALVE_BACKEND", "auto") != "auto":
+    if overruled():
         return {}
     entries, why = table_cache.load(table_cache.Identity.of(device))
     if why:
         log.info("nothing is known of how fast layers are: %s", why)
-    found: dict[tuple[Shape, str], Decision] = {}
-    for (shape, dtype), of_shape in _by_shape(entries).items():
-        names = backends_for(device, dtype)
-        best, why_dense = served(of_shape, names)
-        if any(entry.backend == names[0] for entry in of_shape):
-            found[shape, dtype] = Decision(best[0].backend if best[0].backend != names[0] else None, why_dense)
-    return found
+    found = {
+        (shape, dtype): decide(of_shape, backends_for(device, dtype))
+        for (shape, dtype), of_shape in _by_shape(entries).items()
+    }
+    return {key: decision for key, decision in found.items() if decision is not None}
+
+
+def overruled() -> bool:
+    """Whether ``HALVE_BACKEND`` asks for a backend, so that no measurement decides."""
+    return os.environ.get("HALVE_BACKEND", "auto") != "auto"
+
+
+def decide(entries: Sequence[Entry], backends: Sequence[str]) -> Decision | None:
+    """For one shape in one dtype; None before the backend that is taken first was measured. ``backends``: see `served`."""
+    if not any(entry.backend == backends[0] for entry in entries):
+        return None
+    best, why_dense = served(entries, backends)
+    return Decision(best[0].backend if best[0].backend != backends[0] else None, why_dense)
 
 
 def backends_for(device: torch.device, dtype: str) -> list[str]:
@@ -156,7 +167,7 @@ def serve_as_measured(model: nn.Module) -> dict[str, str]:
         if found is None:
             continue
         if found.why_dense is None:
-            module.preferred = found.backend
+            module.prefer(found.backend)
             continue
         parent, _, own = name.rpartition(".")
         dense = _expanded(module)

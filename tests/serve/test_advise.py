@@ -398,6 +398,10 @@ def test_text_file_and_json(tmp_path: Path, halve: Halve, monkeypatch: pytest.Mo
     assert halve("advise", str(kept)).stdout == called.stdout
     again = halve("advise", str(kept), "--json")
     assert json.loads(again.stdout) == json.loads(kept.read_text())
+    for ignored in (("--device", "h100"), ("--batch", "2"), ("--out", "x.json"), ("--estimate",)):
+        refused = halve("advise", str(kept), *ignored)
+        assert refused.code == 2
+        assert f"{ignored[0].replace('estimate', 'measure')} is for a model" in refused.stderr
     kept.write_text(json.dumps({"kind": "advice", "basis": "estimate"}))
     assert "damaged" in halve("advise", str(kept)).stderr
 
@@ -450,6 +454,7 @@ def test_the_error_is_of_the_ratios_within_rounds(files: tuple[Path, Path], halv
     assert called.code == 0
     assert "-25.0%" in called.stdout
     assert "off by more: tpot" in called.stdout
+    assert halve("advise", str(files[0]), "--check", str(files[1]), "--prompt", "3").code == 2
 
 
 def test_the_load_of_an_endpoint_is_looked_for(files: tuple[Path, Path]) -> None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import itertools
 
 import httpx
 import openai
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from serve.api_answers import CompletionStyle
+from serve.engines.base import SamplingParams, TokenLogprob
+from serve.engines.sequence import Sequence
+from serve.engines.text import TokenPieces
 from serve.server import BackgroundServer
 from tests.serve.conftest import CONTEXT
 from tests.serve.helpers import metrics, wait_until
@@ -134,6 +141,42 @@ def test_echo_streams_the_prompt_first(client):
         assert list(itertools.chain(*parts)) == pytest.approx(getattr(whole.choices[0].logprobs, name))
 
 
+def test_usage_in_every_chunk(client):
+    """As vLLM's clients may ask for it."""
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+    chunks = list(complete(client, max_tokens=5, stream=True, stream_options=options))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[0] >= 1
+    assert counts[-1] == 5
+    assert all(
+        chunk.usage.total_tokens == chunk.usage.prompt_tokens + chunk.usage.completion_tokens for chunk in chunks
+    )
+
+
+def test_offsets_of_text_that_was_held_back():
+    """A token that ends like a stop string begins is shown in part, and reported with its own place once the rest follows."""
+    words = Tokenizer(models.BPE({"abX": 0, "c": 1, "Y": 2, "d": 3}, []))
+    words.decoder = decoders.ByteLevel()
+    pieces = TokenPieces(PreTrainedTokenizerFast(tokenizer_object=words))
+
+    def answer(*tokens: int) -> dict:
+        style = CompletionStyle("tiny", pieces, 1, logprobs=True)
+        params = SamplingParams(len(tokens), stop=("XY",), logprobs=0)
+        sequence = Sequence([3], params, lambda delta: None, pieces=pieces, eos_ids=frozenset())
+        for token in tokens:
+            style.add(0, sequence.push(token, TokenLogprob(token, -1.0)))
+        [choice] = style.whole()
+        return choice
+
+    told = answer(0, 1, 3)
+    assert told["text"] == "abXcd"
+    assert (told["logprobs"]["tokens"], told["logprobs"]["text_offset"]) == (["abX", "c", "d"], [0, 3, 4])
+    stopped = answer(1, 0, 2)
+    assert (stopped["text"], stopped["finish_reason"]) == ("cab", "stop")
+    assert (stopped["logprobs"]["tokens"], stopped["logprobs"]["text_offset"]) == (["c", "abX"], [0, 1])
+
+
 def test_seed_and_n(client):
     fields = {"max_tokens": 20, "temperature": 1.0}
     first = complete(client, n=3, seed=11, **fields).choices
@@ -182,9 +225,14 @@ def test_streams_hold_whole_characters(client, tokenizer):
     stream = complete(client, max_tokens=200, temperature=1.0, seed=5, logit_bias=bias, stream=True)
     chunks = [chunk.choices[0].text for chunk in stream]
     assert any(ord(character) > 127 for character in "".join(chunks))
-    assert not chunks[-1].endswith("\ufffd")
-    whole = complete(client, max_tokens=200, temperature=1.0, seed=5, logit_bias=bias)
-    assert "".join(chunks) == whole.choices[0].text
+    whole = complete(client, max_tokens=200, temperature=1.0, seed=5, logit_bias=bias, logprobs=0).choices[0]
+    assert "".join(chunks) == whole.text
+    spelled = b"".join(
+        bytes.fromhex(name.removeprefix("bytes:").replace("\\x", "")) if name.startswith("bytes:") else name.encode()
+        for name in whole.logprobs.tokens
+        if not name.startswith("<|")
+    )
+    assert whole.text == codecs.getincrementaldecoder("utf-8")("replace").decode(spelled)  # without an unfinished end
 
 
 def test_eight_at_once_equal_one_by_one(server):

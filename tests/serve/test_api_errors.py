@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from serve.api import create_app
+from serve.api_answers import CompletionStyle
 from serve.server import BackgroundServer
 from tests.serve.conftest import CONTEXT
 from tests.serve.helpers import wait_until
@@ -86,6 +87,9 @@ def test_malformed_bodies(server, fields, message):
         ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
         ({"prompt": ["x"] * 9, "n": 128}, "prompt"),
         ({"temprature": 1}, "temprature"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"stream": True, "stream_options": {"include_usages": True}}, "stream_options.include_usages"),
+        ({"prompt": [[5] * 250] * 100, "echo": True, "logprobs": 20, "max_tokens": 0}, "logprobs"),
     ],
 )
 def test_impossible_completion_fields(server, change, param):
@@ -115,6 +119,16 @@ def test_impossible_chat_fields(server, change, param):
     error = post(server, "/chat/completions", json={**CHAT, **change})
     assert error["status"] == 400
     assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize("field", ["model", "x" * 7_000_000])
+def test_long_names_cost_nothing(server, field):
+    """The event loop serves everybody, and the answer does not repeat them."""
+    started = time.perf_counter()
+    error = post(server, "/completions", json={"prompt": "x", field: "a" * (7_000_000 if field == "model" else 1)})
+    assert time.perf_counter() - started < 1  # 1.5 s, and 8 MB of answer, before
+    assert error["status"] in (400, 404)
+    assert len(str(error)) < 2000
 
 
 def test_what_asks_for_nothing_is_accepted(server):
@@ -165,6 +179,31 @@ def test_many_choices_do_not_hold_up_others(engine):
         return worst
 
     assert asyncio.run(scenario()) < 1  # 20 s for 128,000, and 0.16 s for as many as this, before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_long_prompts_do_not_hold_up_others(engine, monkeypatch, stream):
+    """While they are written, the event loop goes on."""
+    write = CompletionStyle._append
+
+    def slow(*arguments) -> None:
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(CompletionStyle, "_append", slow)
+    body = {"prompt": "the cat sat", "n": 4, "max_tokens": 0, "echo": True, "logprobs": 2, "stream": stream}
+
+    async def scenario() -> tuple[httpx.Response, float]:
+        worst, last = 0.0, time.perf_counter()
+        task = asyncio.ensure_future(_post(create_app(engine, "tiny"), body))
+        while not task.done():
+            await asyncio.sleep(0.001)
+            worst, last = max(worst, time.perf_counter() - last), time.perf_counter()
+        return await task, worst
+
+    answer, worst = asyncio.run(scenario())
+    assert answer.status_code == 200
+    assert worst < 0.25
 
 
 def test_unknown_model_route_and_method(server, client):

@@ -489,9 +489,14 @@ def test_memory_on_gpus_is_that_of_its_processes(monkeypatch: pytest.MonkeyPatch
         pass
     assert peak.gpu == 3_000
 
-    def broken() -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("no driver")
 
+    monkeypatch.setattr(binding, "nvmlDeviceGetComputeRunningProcesses", broken)
+    with PeakMemory(lambda: [mine]) as peak:
+        pass
+    assert peak.gpu is None
+    assert peak.resident > 0
     monkeypatch.setattr(binding, "nvmlInit", broken)
     assert memory._gpu_reader() is None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from serve.kernels import dispatch
 from serve.kernels.cpu import library
 from serve.linear import Sparse24Conv1D, Sparse24Linear, StreamedLinear
 from serve.measure import kernel_table, table_cache
-from serve.measure.kernel_table import Entry, Shape, Spread, measure, wins_at
+from serve.measure.kernel_table import Entry, Failure, Measured, Shape, Spread, measure, wins_at
 from serve.measure.table_cache import Identity
 from tests.runs import Halve
 
@@ -52,10 +52,11 @@ def identity(**changes: Any) -> Identity:
 
 def test_measures_every_shape_and_row_count_that_is_asked_for() -> None:
     wanted = [(shape, rows) for shape in (SMALL, Shape(32, 64, conv1d=True)) for rows in (1, 40)]
-    entries, skipped = measure(wanted, dtype=torch.bfloat16, device=CPU, budget=60)
-    assert [(e.shape, e.rows) for e in entries] == wanted
-    assert not skipped
-    for found in entries:
+    measured = measure(wanted, dtype=torch.bfloat16, device=CPU, budget=60)
+    assert [(e.shape, e.rows) for e in measured.entries] == wanted
+    assert not measured.skipped
+    assert not measured.failures
+    for found in measured.entries:
         assert found.ratio.p25 <= found.ratio.median <= found.ratio.p75
         assert found.rounds >= 5
         assert found.reason
@@ -68,7 +69,7 @@ def test_the_ratio_is_dense_over_sparse(monkeypatch: pytest.MonkeyPatch) -> None
         return {name: lambda name=name: 0.006 if name == "dense" else 0.004 for name in sides}
 
     monkeypatch.setattr(kernel_table, "_call_timers", timers)
-    (found,), _ = measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)
+    [found] = measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60).entries
     assert found.ratio.median == pytest.approx(1.5)
     assert (found.dense_seconds, found.sparse_seconds) == (0.006, 0.004)
     assert found.wins
@@ -76,8 +77,7 @@ def test_the_ratio_is_dense_over_sparse(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_there_is_no_time_for_is_named() -> None:
     wanted = [(SMALL, 1), (SMALL, 2), (Shape(32, 64), 1)]
-    entries, skipped = measure(wanted, dtype=torch.float32, device=CPU, budget=0)
-    assert (entries, skipped) == ([], wanted)
+    assert measure(wanted, dtype=torch.float32, device=CPU, budget=0) == Measured([], wanted, [])
 
 
 @needs_kernels
@@ -94,15 +94,14 @@ def test_every_backend_that_can_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(kernel_table, "_call_timers", timers)
     wanted = [(SMALL, 1), (SMALL, 8)]
-    entries, skipped = measure(wanted, dtype=torch.bfloat16, device=CPU, budget=60)
-    assert not skipped
+    entries = measure(wanted, dtype=torch.bfloat16, device=CPU, budget=60).entries
     assert [(e.rows, e.backend, e.ratio.median) for e in entries] == [
         (1, "cpu", 1.5), (1, "triton", 2.0), (8, "cpu", 1.5), (8, "triton", 2.0),
     ]  # fmt: skip
     assert entries[3].reason == "as well, 8 rows"
     assert seen == {"cpu": {"cpu"}, "triton": {"triton"}}
     monkeypatch.setenv("HALVE_BACKEND", "triton")
-    (found,), _ = measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)
+    [found] = measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60).entries
     assert found.backend == "triton"
     assert "HALVE_BACKEND asks for it" in found.reason
 
@@ -119,10 +118,16 @@ def test_a_backend_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplo
         return made(sides, x)
 
     monkeypatch.setattr(kernel_table, "_call_timers", timers)
-    entries, _ = measure([(SMALL, 1), (SMALL, 2)], dtype=torch.bfloat16, device=CPU, budget=60)
-    assert [(e.rows, e.backend) for e in entries] == [(1, "cpu"), (2, "cpu")]
+    found = measure([(SMALL, 1), (SMALL, 2)], dtype=torch.bfloat16, device=CPU, budget=60)
+    assert [(e.rows, e.backend) for e in found.entries] == [(1, "cpu"), (2, "cpu")]
+    [failure] = found.failures
+    assert (failure.shape, failure.dtype, failure.backend) == (SMALL, "bfloat16", "triton")
+    assert failure.reason == "at 1 rows: out of resource: shared memory and more"
     [said] = [record.getMessage() for record in caplog.records]
-    assert said == "triton is not measured for 64 x 128 at 1 rows: out of resource: shared memory and more"
+    assert said == "triton does not serve 64 x 128, it fails at 1 rows: out of resource: shared memory and more"
+    caplog.clear()
+    measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60, leave_out={(SMALL, "triton")})
+    assert not caplog.records
     fails = "cpu"
     with pytest.raises(Exception, match="out of resource"):
         measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)
@@ -263,28 +268,43 @@ def test_wrong_values_with_a_right_digest_are_damage_too() -> None:
     assert "damaged" in (table_cache.load(me)[1] or "")
 
 
-@pytest.mark.parametrize("field", ["kernels", "backend", "halve", "torch"])
+def failure(shape: Shape = SMALL, backend: str = "triton") -> Failure:
+    return Failure(**asdict(shape), dtype="bfloat16", backend=backend, reason="at 64 rows: no", date="2026-01-01")
+
+
+def test_what_failed_has_no_entries_until_it_is_measured_again() -> None:
+    me = identity()
+    table_cache.save(me, [entry(1, backend="triton"), entry(1, backend="triton", shape=Shape(32, 64)), entry(1)])
+    table_cache.save(me, [entry(2)], [failure()])
+    kept = {(e.shape, e.rows, e.backend) for e in table_cache.load(me)[0]}
+    assert kept == {(SMALL, 1, "cpu"), (SMALL, 2, "cpu"), (Shape(32, 64), 1, "triton")}
+    assert table_cache.failures(me) == [failure()]
+    table_cache.save(me, [entry(4)], [failure(), failure(Shape(8, 8))])
+    assert table_cache.failures(me) == [failure(), failure(Shape(8, 8))]
+    table_cache.save(me, [entry(1, backend="triton")])
+    assert table_cache.failures(me) == [failure(Shape(8, 8))]
+
+
+@pytest.mark.parametrize("field", ["kernels", "halve", "torch"])
 def test_a_table_of_other_versions_is_out_of_date(field: str) -> None:
     table_cache.save(identity(), [entry()])
-    kept, why = table_cache.load(identity(**{field: "other"}))
+    kept, why = table_cache.load(identity(**{field: "avx2 other"}))
     assert kept == []
     assert why is not None
     assert "out of date" in why
     assert f"{field} was" in why
 
 
-def test_other_ways_of_many_rows_have_a_table_of_their_own() -> None:
+@pytest.mark.parametrize(
+    "other", [{"many_rows": "cusparselt-kept"}, {"backend": "plain"}, {"kernels": "portable 1234"}, {"threads": 1}]
+)
+def test_what_is_asked_for_has_a_table_of_its_own(other: dict[str, Any]) -> None:
     table_cache.save(identity(), [entry(1, 1.5)])
-    table_cache.save(identity(many_rows="cusparselt-kept"), [entry(1, 2.5)])
-    for way, ratio in (("dense", 1.5), ("cusparselt-kept", 2.5)):
-        [kept] = table_cache.load(identity(many_rows=way))[0]
+    assert table_cache.load(identity(**other)) == ([], None)
+    table_cache.save(identity(**other), [entry(1, 2.5)])
+    for way, ratio in (({}, 1.5), (other, 2.5)):
+        [kept] = table_cache.load(identity(**way))[0]
         assert kept.ratio.median == ratio
-
-
-def test_other_threads_have_a_table_of_their_own() -> None:
-    table_cache.save(identity(), [entry()])
-    assert table_cache.load(identity(threads=1)) == ([], None)
-    assert len(table_cache.load(identity())[0]) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,13 @@ from serve.engines.base import SamplingParams
 from serve.engines.ranges import read_advice
 from serve.engines.sampling import next_tokens, sample
 from serve.engines.sequence import Sequence
+from serve.engines.text import TokenPieces
 from serve.engines.transformers import TransformersEngine
 from tests.serve.helpers import collect, greedy, tokens_of
 
 
 def sequence(prompt: list[int], params: SamplingParams, tokenizer) -> Sequence:
-    return Sequence(prompt, params, lambda delta: None, tokenizer=tokenizer, eos_ids=frozenset())
+    return Sequence(prompt, params, lambda delta: None, pieces=TokenPieces(tokenizer), eos_ids=frozenset())
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ PIECES = TokenPieces(TOKENIZER)
 @given(st.text(max_size=80), st.text(max_size=10))
 def test_a_stream_is_the_text_and_never_half_a_character(text, before):
     ids = TOKENIZER(text, add_special_tokens=False).input_ids
-    stream = TextStream(TOKENIZER, TOKENIZER(before, add_special_tokens=False).input_ids)
+    stream = TextStream(PIECES, TOKENIZER(before, add_special_tokens=False).input_ids)
     parts = [stream.push(token) for token in ids]
     clean = text.rstrip("\ufffd")  # what cannot be told from the beginning of a character stays out
     assert "".join(parts).startswith(clean)
@@ -48,19 +48,81 @@ def test_a_stop_string_is_found_wherever_the_text_is_cut(text, stops, cuts):
         assert shown == text
 
 
-def test_byte_fallback_tokenizers():
-    """Llama 2's way: a character outside the vocabulary is spelled in tokens of one byte."""
-    vocab = {"<unk>": 0, "\u2581the": 1, "<0xE2>": 2, "<0x82>": 3, "<0xAC>": 4, "\u2581cat": 5}
+def byte_fallback_tokenizer(*last: decoders.Decoder, words: tuple[str, ...] = ("\u2581the", "\u2581cat", "b")):
+    """Llama 2's way: a character outside the vocabulary is spelled in tokens of one byte. Ids 0 to 255 are the bytes."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "<s>": 257}
+    vocab |= {word: 258 + index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *last]
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    stream = TextStream(fast, [1])
-    assert [stream.push(token) for token in (5, 2, 3, 4, 5)] == [" cat", "", "", "€", " cat"]
-    pieces = TokenPieces(fast)
-    assert pieces.bytes(5) == b" cat"
-    assert pieces.text(2) == "bytes:\\xe2"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+
+
+LLAMA = byte_fallback_tokenizer(decoders.Strip(" ", 1, 0))
+GEMMA = byte_fallback_tokenizer()
+BOS, THE, CAT, B = 257, 258, 259, 260
+
+
+def test_byte_fallback_tokenizers():
+    pieces = TokenPieces(LLAMA)
+    stream = TextStream(pieces, [THE])
+    assert [stream.push(token) for token in (CAT, 0xE2, 0x82, 0xAC, CAT)] == [" cat", "", "", "€", " cat"]
+    assert pieces.bytes(CAT) == b" cat"
+    assert pieces.text(0xE2) == "bytes:\\xe2"
+
+
+@given(st.sampled_from([LLAMA, GEMMA]), st.lists(st.sampled_from(["the", "cat", "b", "€", "日", "語", "😀", "é", "\ufffd"]), max_size=30),
+       st.integers(0, 30))  # fmt: skip
+def test_characters_of_several_tokens_one_after_the_other(tokenizer, characters, given):
+    """As the tokenizer decodes them all at once, wherever the prompt ends, and each as soon as its last byte is there."""
+    words = {"the": [THE], "cat": [CAT], "b": [B]}
+    tokens = [BOS, *(token for piece in characters for token in words.get(piece, piece.encode()))]
+    stream = TextStream(TokenPieces(tokenizer), tokens[: given + 1])
+    parts = [stream.push(token) for token in tokens[given + 1 :]]
+    whole = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    before = tokenizer.decode(tokens[: given + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    shown = "".join(parts)
+    assert whole.endswith(shown)
+    started = whole[: len(whole) - len(shown)]  # at most the character that the prompt began is in both
+    assert before.rstrip("\ufffd").startswith(started.rstrip("\ufffd")) or "\ufffd" in before
+    assert all("\ufffd" not in part for part in parts) or "\ufffd" in characters
+
+
+def test_bytes_that_are_no_text_cost_nothing_after_them():
+    stream = TextStream(TokenPieces(LLAMA), [THE])
+    pushed = (0xE6, 0x97, 0xA5, 0xFF, 0xE6, 0x97, 0xA5, CAT, 0xE6, CAT, 0xE6)
+    assert [stream.push(token) for token in pushed] == [
+        "",
+        "",
+        "日",
+        "\ufffd",
+        "",
+        "",
+        "日",
+        " cat",
+        "",
+        "\ufffd cat",
+        "",
+    ]
+
+
+def test_the_first_space_is_stripped_once():
+    for tokenizer, first in ((LLAMA, "the"), (GEMMA, " the")):
+        for context in ([], [BOS]):
+            stream = TextStream(TokenPieces(tokenizer), context)
+            assert [stream.push(THE), stream.push(THE)] == [first, " the"]
+        assert TextStream(TokenPieces(tokenizer), [BOS, CAT]).push(THE) == " the"
+
+
+def test_other_decoders_look_at_neighbours():
+    """WordPiece's text is not that of its tokens, one after the other."""
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "cat": 2, "##s": 3}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    pieces = TokenPieces(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"))
+    assert not pieces.are_text
+    stream = TextStream(pieces, [1])
+    assert [stream.push(token) for token in (2, 3, 1)] == [" cat", "s", " the"]
 
 
 @pytest.mark.parametrize("text", ["the cat", "naïve €5 🐈 the"])

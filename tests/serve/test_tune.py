@@ -20,7 +20,7 @@ from serve.linear import Sparse24Conv1D, Sparse24Linear, backends, prepare_for_s
 from serve.loading import load_model
 from serve.measure import first_load, kernel_table, model_kernels, shapes, table_cache, tuned
 from serve.measure.first_load import measure_unknown
-from serve.measure.kernel_table import ROWS, Entry, Shape, Spread, random_packed
+from serve.measure.kernel_table import ROWS, Entry, Measured, Shape, Spread, random_packed
 from serve.measure.shapes import Layers
 from serve.measure.table_cache import Identity
 from tests import tiny_models
@@ -212,6 +212,80 @@ class TestBackends:
         monkeypatch.setenv("HALVE_BACKEND", "cpu")
         assert prepared()._backend.name == "cpu"  # pyright: ignore[reportOptionalMemberAccess]
 
+    def test_a_model_that_was_prepared_while_it_was_loaded(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """transformers' loading prepares every layer before anything is known of the table."""
+        directory = compress(tiny_models.build("llama", tmp_path / "source", layers=1), tmp_path / "out").directory
+        before = load_model(directory)
+        keep(1.2)
+        keep(1.5, backend="triton")
+        model = load_model(directory)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
+        assert layers
+        expected = {
+            n: "triton" if (m.out_features, m.in_features) == (DOWN.n, DOWN.k) else "cpu" for n, m in layers.items()
+        }
+        assert {name: module.prepared_for for name, module in layers.items()} == expected
+        told = {told["backend"]: told["layers"] for told in backends(model, {"decode": 1})}
+        assert told == {"triton": 1, "cpu": len(layers) - 1}
+        assert torch.equal(logits(model), logits(before))
+
+    def test_one_that_fails_at_some_rows_serves_none(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = shapes.read(str(tiny_models.build("llama", tmp_path / "model", layers=1)))
+        monkeypatch.setattr(model_kernels, "ROWS", (1, 16, 64, 256))
+        forward, tried = Sparse24Linear.forward, []
+
+        def fails(self: Sparse24Linear, x: Tensor) -> Tensor:
+            if self.prepared_for == "triton":
+                tried.append(len(x))
+                if len(x) > 16:
+                    raise RuntimeError("out of resources\nand more")
+            return forward(self, x)
+
+        monkeypatch.setattr(Sparse24Linear, "forward", fails)
+        found, said = model_kernels.kernels(model, device=CPU, budget=60, fresh=False)
+        assert {e.backend for e in found} == {"cpu"}
+        assert {e.backend for e in table_cache.load(Identity.of(CPU))[0]} == {"cpu"}
+        assert any(f"triton does not serve {DOWN}: at 64 rows: out of resources" in line for line in said)
+        assert set(tried) == {1, 16, 64}
+
+        tried.clear()
+        again, said = model_kernels.kernels(model, device=CPU, budget=60, fresh=False)
+        assert not tried, "it is known to fail"
+        assert again == found
+        assert any("triton does not serve" in line for line in said)
+
+        monkeypatch.setattr(Sparse24Linear, "forward", forward)
+        found, said = model_kernels.kernels(model, device=CPU, budget=60, fresh=True)
+        assert {e.backend for e in found} == {"cpu", "triton"}
+        assert not table_cache.failures(Identity.of(CPU))
+        assert not any("does not serve" in line for line in said)
+
+    def test_what_is_said_to_be_dense_is_served_dense(
+        self, halve: Halve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = tiny_models.build("llama", tmp_path / "model", layers=1)
+
+        def measure(wanted: Any, **more: Any) -> Measured:
+            return Measured([entry(rows, 0.8, shape, backend=name) for shape, rows in wanted for name in measured], [])
+
+        monkeypatch.setattr(kernel_table, "measure", measure)
+        measured = ["cpu"]
+        assert halve("tune", model, "--json").document["served_dense"].keys() >= {str(DOWN)}
+        monkeypatch.setenv("HALVE_BACKEND", "cpu")
+        document = halve("tune", model, "--json").document
+        assert document["served_dense"] == {}
+        assert any("HALVE_BACKEND" in note for note in document["notes"])
+        monkeypatch.delenv("HALVE_BACKEND")
+        assert tuned.decisions(CPU)[DOWN, "bfloat16"].why_dense, "its table is still there"
+        monkeypatch.setenv("HALVE_CACHE_DIR", str(tmp_path / "another"))
+        measured = ["triton"]  # and not the first
+        assert halve("tune", model, "--json").document["served_dense"] == {}
+        assert tuned.decisions(CPU) == {}
+
     def test_one_that_no_longer_runs_does_not_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
         keep(0.8)
         keep(1.5, backend="triton")
@@ -241,9 +315,9 @@ class TestBackends:
     def test_the_command_shows_both(self, halve: Halve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_models.build("llama", tmp_path / "model", layers=1)
 
-        def measure(wanted: Any, **more: Any) -> tuple[list[Entry], list[Any]]:
+        def measure(wanted: Any, **more: Any) -> Measured:
             made = [entry(rows, ratio, shape, backend=name) for shape, rows in wanted for name, ratio in RATIOS.items()]
-            return made, []
+            return Measured(made, [])
 
         monkeypatch.setattr(kernel_table, "measure", measure)
         document = halve("tune", model, "--json").document
@@ -258,7 +332,7 @@ class TestBackends:
         keep(1.2)
         keep(1.5, rows=ROWS[:2], backend="triton")
         wanted: list[tuple[Shape, int]] = []
-        monkeypatch.setattr(kernel_table, "measure", lambda missing, **more: (wanted.extend(missing), ([], []))[1])
+        monkeypatch.setattr(kernel_table, "measure", lambda missing, **more: wanted.extend(missing) or Measured([], []))
         model_kernels.kernels(model, device=CPU, budget=1, fresh=False)
         assert {rows for shape, rows in wanted if shape == DOWN} == set(ROWS[2:])
         known, _ = model_kernels.kernels(model, device=CPU, budget=0, fresh=False)
@@ -325,10 +399,11 @@ class TestBeforeServing:
         """What is measured, without measuring it: all 2:4 layers are slower."""
         found: list[tuple[Shape, int]] = []
 
-        def measure(wanted: Any, **more: Any) -> tuple[list[Entry], list[Any]]:
+        def measure(wanted: Any, **more: Any) -> Measured:
             wanted = list(wanted)
             found.extend(wanted)
-            return [entry(rows, 0.8, shape, kernel_table.dtype_name(more["dtype"])) for shape, rows in wanted], []
+            dtype = kernel_table.dtype_name(more["dtype"])
+            return Measured([entry(rows, 0.8, shape, dtype) for shape, rows in wanted], [])
 
         monkeypatch.setattr(kernel_table, "measure", measure)
         return found

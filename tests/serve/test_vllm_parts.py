@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.errors import CorruptCheckpointError, SourceError
+from compress.errors import CorruptCheckpointError, SourceError, UsageError
 from serve import vllm_plugin
 from serve.engines import vllm as engine
 from serve.engines.vllm_arguments import option
@@ -26,6 +26,7 @@ from serve.vllm.names import Names
 from serve.vllm.shards import Loads, modules_of, shards_of
 from serve.vllm.sound import CHECKED_VARIABLE, require_sound
 from serve.vllm.stored import Stored
+from tests import tiny_models
 from tests.runs import ROOT, Halve
 from tests.serve import vllm_checkpoints as checkpoints
 from tests.serve.vllm_stub import WeightsMapper
@@ -571,3 +572,33 @@ def test_what_keeps_vllm_from_starting_is_said(
     monkeypatch.setattr(engine, "installed", lambda: None)
     assert "pip install -e '.[vllm]'" in fails(str(packed), "--engine", "vllm")
     assert not executed
+
+
+@pytest.mark.parametrize("extra", [["--port", "9000"], ["--host=0.0.0.0"], ["--api_key", "k"], ["--model=x"]])
+def test_what_halve_gives_to_vllm_is_not_given_twice(tmp_path: Path, extra: list[str]) -> None:
+    """A second port would win, and `halve bench` would wait at the first one."""
+    with pytest.raises(UsageError, match=extra[0].partition("=")[0].replace("_", "-")):
+        engine.launch(str(tmp_path), extra=extra)
+
+
+def test_a_key_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM takes it: so `halve serve` does not warn of an open endpoint, and a server for `halve bench`, which would not send it, gets none."""
+    directory = str(tiny_models.build("llama", tmp_path / "model", layers=1))
+    monkeypatch.setattr(engine, "_require_vllm", lambda: "vllm")
+    monkeypatch.setattr(engine, "_check", lambda directory: False)
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        engine.ServerProcess, "__init__", lambda self, command, environment, **more: started.append(environment)
+    )
+    monkeypatch.setenv(engine.KEY_VARIABLE, "secret")
+    _, environment = engine.launch(directory, host="0.0.0.0")
+    assert environment[engine.KEY_VARIABLE] == "secret"
+    assert not caplog.records
+    engine.VllmServer(directory)
+    engine.VllmServer(directory, api_key="mine")
+    assert [environment.get(engine.KEY_VARIABLE) for environment in started] == [None, "mine"]
+    monkeypatch.delenv(engine.KEY_VARIABLE)
+    engine.launch(directory, host="0.0.0.0")
+    assert "asks for no key" in caplog.text
