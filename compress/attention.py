@@ -11,23 +11,30 @@ from compress.errors import UsageError, did_you_mean
 
 TORCH = "sdpa"
 """torch's own, the default of transformers."""
+EAGER = "eager"
+"""transformers' own, operator by operator."""
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
     """Lets a model attend with what is registered under a name, where it would take torch's own.
 
     A model that asks for the name of its attention keeps torch's: those with sparse attention mask their keys themselves under
-    the names that they know, and would attend to everything under another one.
+    the names that they know, and would attend to everything under another one. One that caps the logits of its attention (Gemma 2)
+    takes transformers' own: torch's ignores the cap without a word.
 
     Raises:
         UsageError: nothing is registered under that name.
     """
-    if name not in (known := {"eager", *AttentionInterface()}):
+    if name not in (known := {EAGER, *AttentionInterface()}):
         raise UsageError(
             f"attention={name!r} is not in transformers' registry{did_you_mean(name, known)}; halve's is there once "
             "serve.attention is imported"
         )
-    if name != TORCH and model.config._attn_implementation == TORCH and not _asks_for_names(model):
+    if model.config._attn_implementation != TORCH:
+        return
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation(EAGER)
+    elif name != TORCH and not _asks_for_names(model):
         model.set_attn_implementation(name)
 
 

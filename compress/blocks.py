@@ -253,6 +253,15 @@ class BlockModel:
         output = block(*args, **kwargs)
         return output[0] if self._returns_tuple else output
 
+    def require_same_shape(self, index: int, states: Tensor, output: Any) -> None:
+        """Raises SourceError unless a block hands on what it was given, as blocks do that are all alike."""
+        if not isinstance(output, Tensor) or output.shape != states.shape:
+            gives = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            raise SourceError(
+                f"{self.block_name(index)} of {type(self.model).__name__} takes {list(states.shape)} and gives {gives}; models in stages "
+                "of several shapes (Swin, ConvNeXt, PVT and the like) are not supported"
+            )
+
     def observe_block(self, index: int, batch: int, hidden: Tensor) -> Tensor | None:
         """Runs a block for its hooks; one that has seen enough ends it by `stop_forward`, and nothing comes out."""
         with contextlib.suppress(_Stop):
@@ -270,6 +279,7 @@ class BlockModel:
                     output = type(block).forward(block, *args, **kwargs)
                     self._returns_tuple = isinstance(output, tuple)
                     self._rest_of_tuple = output[1:] if self._returns_tuple else ()
+                    self.require_same_shape(0, incoming, output[0] if self._returns_tuple else output)
             leaves, spec = pytree.tree_flatten((args, kwargs))
             self.carried = self.carried or ", ".join(
                 sorted({type(leaf).__name__ for leaf in leaves if isinstance(leaf, _CARRIERS)})

@@ -49,8 +49,9 @@ model = {auto_class}.from_pretrained("PATH_OR_ID")
 
 {serve}Without the plugin the weights cannot be read; `halve unpack` makes an ordinary checkpoint of them."""
 
-_USAGE_DENSE = """An ordinary Hugging Face checkpoint with zeros in it; it loads anywhere, in its full size.
-`halve pack` stores it in 9/16 of the bytes."""
+_USAGE_DENSE = "An ordinary Hugging Face checkpoint with zeros in it; it loads anywhere, in its full size."
+_CAN_PACK = """
+`halve pack` stores it smaller, for hardware that multiplies 2:4."""
 
 
 def _samples(settings: dict[str, Any], images: bool) -> str:
@@ -78,7 +79,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         name=report["name"],
         pattern=settings["pattern"],
         version=recipe["versions"]["halve"],
-        stored="packed, in 9/16 of the bytes of 16-bit weights"
+        stored=f"packed, the pruned layers in {summary['pruned_bytes_after'] / max(1, summary['pruned_bytes_before']):.4g} of their bytes"
         if settings["format"] == "packed"
         else "as a dense checkpoint with zeros",
         model=model,
@@ -105,6 +106,6 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
             serve="" if images else "or `halve serve PATH_OR_ID` for an OpenAI-compatible endpoint. ",
         )
         if settings["format"] == "packed"
-        else _USAGE_DENSE,
+        else _USAGE_DENSE + (_CAN_PACK if settings["pattern"] == "2:4" else ""),
     )
     return str(card)

@@ -24,6 +24,8 @@ def choose_device(wish: str) -> tuple[torch.device, str]:
         device = torch.device(wish)
     except RuntimeError:
         raise UsageError(f"--device {wish!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise UsageError(f"--device {wish!r}: halve runs on processors and CUDA devices; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
         raise UsageError(
             f"--device {wish}: this machine has {torch.cuda.device_count()} CUDA devices that torch "

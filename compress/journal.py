@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,11 @@ from compress.files import Entry, check_digest, explain_os_error, sibling, write
 
 MANIFEST = "manifest.json"
 LOCK = "lock"
+_OURS = re.compile(
+    r"(block|distilled|activations)-[0-9]{5}\.safetensors|[a-z_]+\.activations|[0-9]+\.targets|gradients|source|final|"
+    r"manifest\.json"
+)
+"""What a run makes in its work directory."""
 
 
 class Journal:
@@ -57,7 +63,17 @@ class Journal:
     def _enter(self) -> None:
         """Looks at what is there and takes the lock."""
         out, existing = self.out, self.directory / MANIFEST
+        if out.is_symlink() or (out.is_dir() and out.is_mount()):
+            raise OutputError(
+                f"{out} is {'a link' if out.is_symlink() else 'a mount point'}, which cannot be replaced by the artefact in the end; "
+                "choose a new directory inside of it as --out"
+            )
         if self.directory.is_dir():
+            if foreign := [path for path in self._contents() if not _is_ours(path.name)]:
+                raise OutputError(
+                    f"{self.directory} is where this run would work, and it holds {foreign[0].name}, which is not halve's; "
+                    "move that directory, or choose another --out"
+                )
             self._take_lock()  # first: whether a run is interrupted or still going on shows only here
         if self._resumed and existing.is_file():
             self._manifest = json.loads(existing.read_text())
@@ -236,6 +252,11 @@ class Journal:
 
     def _write(self) -> None:
         write_text(self.directory / MANIFEST, json.dumps(self._manifest))
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a run made it, or was writing it."""
+    return _OURS.fullmatch(name.removeprefix(".").removesuffix(".tmp")) is not None
 
 
 def work_directory(out: Path) -> Path:

@@ -215,7 +215,7 @@ class _Run:
     def _dtype(self) -> torch.dtype:
         name = self.recipe.dtype
         if name == "auto":
-            name = self.source.config.get("dtype") or self.source.config.get("torch_dtype") or "float32"
+            name = self.source.dtype
         if not isinstance(name, str) or name not in packed.VALUE_DTYPES:
             raise SourceError(
                 f"the checkpoint's dtype is {name!r}; choose one of {', '.join(packed.VALUE_DTYPES)} with --dtype"

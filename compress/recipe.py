@@ -114,7 +114,7 @@ class Recipe(BaseModel):
         "too; left out: --samples",
     )
     length: int = Field(2048, ge=1, description="tokens in a calibration window")
-    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything that is drawn")
     ignore: tuple[str, ...] = Field((), description="linear layers to leave dense: names or globs such as '*.k_proj'")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="dtype of the run and of the saved weights; auto: the checkpoint's own"

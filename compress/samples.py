@@ -29,8 +29,10 @@ def choose_samples(
             raise RecipeError("distill learns from the logits of a language model, and this is an image classifier")
         images = vision.load_images(recipe.calibration, source.directory, samples=recipe.windows, seed=recipe.seed)
         return images, recipe
-    limit = source.config.get("max_position_embeddings") or source.config.get("n_positions")
-    if isinstance(limit, int) and recipe.length > limit:
+    text = model.config.get_text_config()
+    sizes = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    limit = next((size for size in sizes if isinstance(size, int)), None)
+    if limit is not None and recipe.length > limit:
         raise CalibrationError(f"the model reads at most {limit} tokens; --length {recipe.length} is more than that")
     fitted = recipe.fitted_to(widest(model, decisions))
     windows = calibration.load_windows(
@@ -41,7 +43,7 @@ def choose_samples(
         seed=recipe.seed,
         at_least=recipe.windows,
     )
-    vocabulary = source.config.get("vocab_size")
+    vocabulary = getattr(text, "vocab_size", None)
     if isinstance(vocabulary, int) and int(windows.max()) >= vocabulary:
         raise SourceError(
             f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together"

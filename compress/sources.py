@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ class Source:
                 f"{directory} is an encoder-decoder model; halve prunes decoder-only causal language models"
             )
         self.tensors = TensorFiles(directory)
+
+    @property
+    def dtype(self) -> Any:
+        """What ``config.json`` says, of the model or of its text model; where it says nothing, the name of the dtype that most bytes
+        are stored in."""
+        text = self.config.get("text_config")
+        for config in (self.config, text if isinstance(text, dict) else {}):
+            if said := config.get("dtype") or config.get("torch_dtype"):
+                return said
+        bytes_of: Counter[str] = Counter()
+        for info in self.tensors.info.values():
+            if info.dtype.is_floating_point:
+                bytes_of[str(info.dtype).removeprefix("torch.")] += info.nbytes
+        return bytes_of.most_common(1)[0][0] if bytes_of else "float32"
 
     @property
     def fingerprint(self) -> dict[str, Any]:

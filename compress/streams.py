@@ -101,6 +101,7 @@ def pass_on(model: BlockModel, index: int, activations: list[Tensor]) -> None:
 
     Raises:
         NumericalError: an output is not finite.
+        SourceError: the block gives something else than what the next one takes.
     """
     for batch in range(len(activations)):
         advance(model, index, activations, batch)
@@ -110,6 +111,7 @@ def advance(model: BlockModel, index: int, activations: list[Tensor], batch: int
     """The same for one batch."""
     states = activations[batch]
     output = model.run_block(index, batch, states)
+    model.require_same_shape(index, states, output)
     if not packed.is_finite(output):
         raise NumericalError(
             f"{model.block_name(index)}: its output contains NaN or infinity (in {model.dtype}); "

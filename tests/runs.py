@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 import serve.transformers_plugin  # noqa: F401  registers the packed format
 from compress.architecture import auto_class, is_linear, load_config, oriented
+from compress.attention import TORCH, set_attention
 from compress.pipeline import Compressed, compress_model
 from serve.cli import app
 from serve.linear import Sparse24Conv1D, Sparse24Linear
@@ -171,8 +172,11 @@ def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def load(directory: Path) -> Any:
-    """The model as transformers loads it when nothing else is said: in the checkpoint's own dtype."""
-    return auto_class(load_config(directory)).from_pretrained(directory).eval()
+    """The model as transformers loads it when nothing else is said, in the checkpoint's own dtype; but where torch's attention would
+    ignore the cap of its logits (Gemma 2)."""
+    model = auto_class(load_config(directory)).from_pretrained(directory).eval()
+    set_attention(model, TORCH)
+    return model
 
 
 @cache

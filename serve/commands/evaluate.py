@@ -103,6 +103,8 @@ def evaluate(
         from serve.measure.tables import print_evaluation
 
         print_evaluation(document)
+        for note in document.get("notes", ()):
+            out.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
         for what, why in document.get("not_measured", {}).items():
             out.print(f"not measured: {what}: {why}", highlight=False, soft_wrap=True)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from compress import calibration
+from compress import artefact, calibration
 from compress.architecture import load_config
 from compress.device import choose_device
 from compress.errors import SourceError, UsageError
@@ -94,6 +94,10 @@ def evaluate(
     tokens: Tensor | None = None
     if perplexity:
         tokens = _same_windows(paths, text, length, windows)
+        if seen := [str(path) for path in paths if _was_calibrated_on(path, text)]:
+            document["notes"] = [
+                f"{' and '.join(seen)} was calibrated on {text!r}, so its perplexity there says less than that on another --text"
+            ]
         document["protocol"] = {
             "text": text,
             "length": length,
@@ -136,6 +140,11 @@ def _about(path: Path) -> dict[str, Any]:
     dtype = getattr(load_config(path), "dtype", None)
     name = str(dtype or "float32").removeprefix("torch.")
     return {"directory": str(path), "dtype": name, "weights_sha256": seal(path)}
+
+
+def _was_calibrated_on(path: Path, text: str) -> bool:
+    recipe = artefact.read_recipe(path)
+    return recipe is not None and recipe["recipe"].get("calibration") == text
 
 
 def _same_windows(paths: list[Path], text: str, length: int, windows: int | None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MptConfig, MptForCausalLM
 
 from compress import files, pruner
 from tests import tiny_models
@@ -236,15 +237,19 @@ def test_some_layers_are_too_narrow(tmp_path: Path, halve: Halve) -> None:
         ({"samples": 0}, ["samples", "greater than or equal to 1"]),
         ({"length": 0}, ["length"]),
         ({"seed": -1}, ["seed"]),
+        ({"seed": 2**64}, ["seed"]),
         ({"dtype": "bf16"}, ["dtype", "bfloat16"]),
         ({"format": "zip"}, ["format", "packed"]),
         ({"device": "tpu9"}, ["tpu9"]),
+        ({"device": "meta"}, ["'meta'", "processors and CUDA devices"]),
+        ({"device": "cpu:3"}, ["'cpu:3'"]),
         ({"reconstruction_options": "dampening=0.1"}, ["dampening", "did you mean 'damping'"]),
         ({"reconstruction_options": "damping"}, ["NAME=VALUE"]),
         ({"reconstruction_options": "damping=much"}, ["damping", "much"]),
         ({"reconstruction_options": "damping=-1"}, ["damping"]),
         ({"metric_options": "a=1"}, ["metric"]),
         ({"ignore": "*.k_prj"}, ["*.k_prj", "matches no linear layer", "k_proj"]),
+        ({"calibration": "wikitext2"}, ["test text", "halve eval", "c4"]),
         ({"calibration": "c5"}, ["unknown calibration text 'c5'", "c4"]),
         ({"calibration": "missing.txt"}, ["there is no text file missing.txt"]),
         ({"length": 2000}, ["at most 1024 tokens", "--length 2000"]),
@@ -293,6 +298,16 @@ def test_text_is_too_short(case: Case) -> None:
     short.write_text("Once.")
     message = case.fails(case.directory / "model", USAGE, "0 windows of 40", "--length below 40", calibration=short)
     assert "--samples 0" not in message
+
+
+def test_windows_are_longer_than_the_model_reads(case: Case) -> None:
+    """MPT has a name of its own for it."""
+    config = MptConfig(d_model=64, n_heads=4, n_layers=1, max_seq_len=32, vocab_size=tiny_models.VOCABULARY)
+    model = tiny_models.build("llama", case.directory / "model", layers=1)
+    for file in ("model.safetensors", "config.json"):
+        (model / file).unlink()
+    MptForCausalLM(config).save_pretrained(model)
+    case.fails(model, USAGE, "reads at most 32 tokens", "--length 40")
 
 
 def test_text_is_not_text(case: Case) -> None:
@@ -391,6 +406,54 @@ def test_out_is_not_empty(halve: Halve, tmp_path: Path) -> None:
     called = halve(*flags(model, model))
     assert called.code == USAGE
     assert beside(out) == ["calibration.txt", "model", "out"]
+
+
+def test_a_work_directory_of_somebody_else(case: Case) -> None:
+    """It is cleared when a run begins, so it has to be one that a run left behind."""
+    model = case.model()
+    partial = case.directory / "out.partial"
+    for name in ("notes.md", "finally", "block-1.safetensors", "photos"):
+        partial.mkdir()
+        place = partial / name / "a.txt" if name == "photos" else partial / name
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("mine")
+        calibration(case.directory)
+        before = tree(case.directory)
+        called = case.halve(*flags(case.directory / "x", case.directory / "out")[2:], model=model)  # type: ignore[call-arg]
+        assert called.code == USAGE
+        assert f"{partial} is where this run would work, and it holds {name}" in called.message
+        assert tree(case.directory) == before
+        shutil.rmtree(partial)
+
+
+@pytest.mark.parametrize(
+    "left", ["block-00003.safetensors", ".block-00003.safetensors.tmp", "hidden.activations", "source.tmp", "lock"]
+)
+def test_what_a_run_left_is_cleared(left: str, halve: Halve, tmp_path: Path) -> None:
+    model = tiny_models.build("llama", tmp_path / "model", layers=1)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / left).write_text("half of it")
+    assert halve(*flags(model, tmp_path / "out")).code == 0
+    assert "out.partial" not in beside(model)
+
+
+def test_out_that_cannot_be_replaced(halve: Halve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the run, and not after it."""
+    model = tiny_models.build("llama", tmp_path / "model", layers=1)
+    calibration(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "mount")
+    before = tree(tmp_path)
+    for name, kind in (("link", "a link"), ("mount", "a mount point")):
+        called = halve(*flags(model, tmp_path / name))
+        assert called.code == USAGE
+        assert f"{tmp_path / name} is {kind}" in called.message
+        assert "a new directory inside of it" in called.message
+    assert tree(tmp_path) == before
+    assert "link.partial" not in beside(model)
+    assert halve(*flags(model, tmp_path / "mount" / "inside")).code == 0
 
 
 def test_out_that_is_empty_is_taken(halve: Halve, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from compress.errors import RecipeError
 from compress.files import check_digest
 from compress.journal import Journal
 from compress.recipe import Recipe
+from compress.sources import Source
 from compress.verify import verify
 from compress.wide import is_emulated
 from serve.linear import Sparse24Linear
@@ -191,6 +192,37 @@ def test_source_dtypes(family: str, dtype: str, tmp_path: Path) -> None:
     assert json.loads((packed / "config.json").read_text())["quantization_config"]["value_dtype"] == dtype
     assert_artefact(source, packed, dense, itemsize=4 if dtype == "float32" else 2)
     assert load(packed).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("said", [{}, {"text_config": {"dtype": "float16"}}])
+def test_a_config_without_a_dtype(said: dict[str, Any], tmp_path: Path) -> None:
+    """What most of the checkpoint is stored in, as transformers reads it."""
+    source = tiny_models.build("llama", tmp_path / "source", layers=1, dtype=torch.bfloat16)
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config | said))
+    assert Source(source).dtype == ("float16" if said else "bfloat16")
+    if not said:
+        compress(source, tmp_path / "out")
+        assert (
+            json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["value_dtype"]
+            == "bfloat16"
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "stored", "packs"),
+    [
+        ({}, "in 0.5312 of their bytes", False),
+        ({"format": "dense"}, "as a dense checkpoint", True),
+        ({"format": "dense", "pattern": "4:8"}, "as a dense checkpoint", False),
+    ],
+)
+def test_the_card_says_what_is_there(settings: dict[str, Any], stored: str, packs: bool, tmp_path: Path) -> None:
+    source = tiny_models.build("llama", tmp_path / "source", layers=1, dtype=torch.float32)
+    card = (compress(source, tmp_path / "out", **settings).directory / "README.md").read_text()
+    assert stored in card
+    assert ("halve pack" in card) == packs
 
 
 def test_cast(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ CHANGES: dict[str, Any] = {
     "repair": "block",
     "distill": 1000,
     "add_bias": True,
-    "calibration": "wikitext2",
+    "calibration": "texts.jsonl",
     "samples": 64,
     "tokens_per_input": 4,
     "length": 512,

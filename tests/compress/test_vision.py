@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ConvNextConfig, PvtV2Config, SwinConfig
 
 from compress import pipeline, vision
 from compress.architecture import find_blocks
@@ -374,6 +374,27 @@ def test_calibrations_that_are_no_images(tmp_path: Path) -> None:
     message = refusal(tmp_path, CalibrationError, source, samples=13)
     assert "holds 12 images, and 13 were asked for" in message
     assert "--samples 12" in message
+
+
+@pytest.mark.parametrize("family", ["swin", "convnext", "pvt_v2"])
+def test_models_in_stages(family: str, tmp_path: Path) -> None:
+    """Whose later blocks take other shapes."""
+    size = tiny_models.IMAGE_SIZE
+    config = {
+        "swin": lambda: SwinConfig(image_size=size, patch_size=4, embed_dim=32, depths=[1, 1], num_heads=[2, 2], window_size=4),
+        "convnext": lambda: ConvNextConfig(image_size=size, hidden_sizes=[32, 64], depths=[1, 1], num_stages=2),
+        "pvt_v2": lambda: PvtV2Config(
+            image_size=size, num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[32, 64], patch_sizes=[7, 3],
+            strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
+        ),
+    }[family]()  # fmt: skip
+    source = tiny_models.build("vit", tmp_path / "source", layers=1)
+    for file in ("model.safetensors", "config.json"):
+        (source / file).unlink()
+    AutoModelForImageClassification.from_config(config).save_pretrained(source)
+    with pytest.raises(SourceError, match=r"models in stages .* are not supported"):
+        compress_model(source, tmp_path / "out", calibration="random", samples=2)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])

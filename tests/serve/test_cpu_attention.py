@@ -445,7 +445,7 @@ class TestPruning:
     """Blocks that are observed with it."""
 
     def prune(self, source: Path, out: Path, **settings: Any) -> Any:
-        fields = {"metric": "wanda", "calibration": "wikitext2", "samples": 4, "length": 64}
+        fields = {"metric": "wanda", "calibration": "c4", "samples": 4, "length": 64}
         return compress_model(source, out, **fields, **settings)
 
     def test_the_same_errors(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,8 @@ def test_perplexity_and_agreement_by_hand(run, models: tuple[Path, Path]) -> Non
     assert agreement["top1"]["samples"] == pytest.approx(top1.tolist())
     assert agreement["top1"]["interval"][0] <= agreement["top1"]["value"] <= agreement["top1"]["interval"][1]
     assert document["protocol"]["windows"] == WINDOWS
+    [note] = document["notes"]
+    assert note.startswith(f"{models[1]} was calibrated on")
 
 
 def test_a_model_agrees_with_itself(models: tuple[Path, Path]) -> None:
