@@ -21,7 +21,7 @@ from serve.commands.tune import tune
 
 app = typer.Typer(
     name="halve",
-    help="Prune language models to 2:4, pack them into 9/16 of the bytes, serve them, and measure what it gained.",
+    help="Prune language models to 2:4, pack the pruned layers into 9/16 of their bytes, serve them, and measure what it gained.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
