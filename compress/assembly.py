@@ -13,6 +13,7 @@ from compress.calibration import CalibrationSet
 from compress.files import Entry, TensorFiles
 from compress.journal import Journal
 from compress.recipe import Recipe
+from compress.sources import said_dtype
 from compress.version import versions
 
 
@@ -83,6 +84,8 @@ def _config(model: BlockModel, recipe: Recipe, pruned: set[str]) -> dict[str, An
     if recipe.dtype != "auto":
         config["dtype"] = recipe.dtype
         config.pop("torch_dtype", None)
+    elif said_dtype(config) is None:  # as it was found by the tensors; nobody has to look for it again
+        config["dtype"] = str(model.dtype).removeprefix("torch.")
     if recipe.format == "packed":
         ignore = [name for name in linears_of(model.model, "") if name not in pruned]
         config["quantization_config"] = artefact.quantization_config(model.dtype, ignore)

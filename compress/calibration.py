@@ -180,7 +180,7 @@ def _read_dataset(source: str, path: Path) -> Iterator[str]:
         raise CalibrationError(f"there is no text file {path}")
     if not path.is_dir() and source.count("/") != 1:
         raise CalibrationError(
-            f"unknown calibration text {source!r}: it is neither built in ({', '.join(BUILTIN)}), nor a file, "
+            f"unknown text {source!r}: it is neither built in (c4, and {TEST_TEXT} to measure with), nor a file, "
             "nor a Hugging Face data set such as 'allenai/c4'"
         )
     try:

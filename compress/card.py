@@ -61,6 +61,12 @@ def _samples(settings: dict[str, Any], images: bool) -> str:
     return f"{settings['samples']} {what}" + (f" ({more} to train on)" if more else "")
 
 
+def _stored(format: str, before: int, after: int) -> str:
+    if format != "packed":
+        return "as a dense checkpoint with zeros"
+    return f"packed, the pruned layers in {after / before:.4g} of their bytes" if before else "packed"
+
+
 def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     """The text of the card from the saved recipe and report."""
     settings, summary = recipe["recipe"], report["summary"]
@@ -79,9 +85,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         name=report["name"],
         pattern=settings["pattern"],
         version=recipe["versions"]["halve"],
-        stored=f"packed, the pruned layers in {summary['pruned_bytes_after'] / max(1, summary['pruned_bytes_before']):.4g} of their bytes"
-        if settings["format"] == "packed"
-        else "as a dense checkpoint with zeros",
+        stored=_stored(settings["format"], summary["pruned_bytes_before"], summary["pruned_bytes_after"]),
         model=model,
         metric=summary["metric"],
         reconstruction=settings["reconstruction"],

@@ -111,7 +111,10 @@ class Journal:
             raise explain_os_error(error, self.directory) from None
 
     def _contents(self) -> list[Path]:
-        return [path for path in self.directory.iterdir() if path.name != LOCK]
+        try:
+            return [path for path in self.directory.iterdir() if path.name != LOCK]
+        except OSError as error:
+            raise explain_os_error(error, self.directory) from None
 
     def _clear(self, paths: list[Path]) -> None:
         for path in paths:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +55,31 @@ class Source:
 
     @property
     def dtype(self) -> Any:
-        """What ``config.json`` says, of the model or of its text model; where it says nothing, the name of the dtype that most bytes
-        are stored in."""
-        text = self.config.get("text_config")
-        for config in (self.config, text if isinstance(text, dict) else {}):
-            if said := config.get("dtype") or config.get("torch_dtype"):
-                return said
-        bytes_of: Counter[str] = Counter()
-        for info in self.tensors.info.values():
-            if info.dtype.is_floating_point:
-                bytes_of[str(info.dtype).removeprefix("torch.")] += info.nbytes
-        return bytes_of.most_common(1)[0][0] if bytes_of else "float32"
+        """See `dtype_of`."""
+        return dtype_of(self.config, self.tensors)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the checkpoint without reading it all: the names, sizes and times of its files."""
         return fingerprint([self.directory / "config.json", *self.tensors.files, *companions(self.directory)])
+
+
+def said_dtype(config: Mapping[str, Any]) -> Any:
+    """The dtype that a ``config.json`` names, of the model or of its text model; None where it names none."""
+    text = config.get("text_config")
+    places = (config, text if isinstance(text, dict) else {})
+    return next((said for place in places if (said := place.get("dtype") or place.get("torch_dtype"))), None)
+
+
+def dtype_of(config: Mapping[str, Any], tensors: TensorFiles) -> Any:
+    """The name of a checkpoint's dtype: what ``config.json`` says, else what most of its bytes are stored in, as transformers reads it."""
+    if said := said_dtype(config):
+        return said
+    bytes_of: Counter[str] = Counter()
+    for info in tensors.info.values():
+        if info.dtype.is_floating_point:
+            bytes_of[str(info.dtype).removeprefix("torch.")] += info.nbytes
+    return bytes_of.most_common(1)[0][0] if bytes_of else "float32"
 
 
 def fingerprint(files: Iterable[Path]) -> dict[str, Any]:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
@@ -26,6 +25,7 @@ from compress.errors import did_you_mean, shortened
 from serve.api_answers import ChatStyle, CompletionStyle, Style
 from serve.api_errors import ApiError, RequireKey, bad_request, install_error_handlers
 from serve.api_generation import ClientGoneError, Generation, Job, unless_disconnected
+from serve.api_json import dumps, dumps_in_pieces
 from serve.api_limits import LimitBody, check_choices, check_logprobs
 from serve.api_metrics import Metrics
 from serve.api_models import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
@@ -229,9 +229,12 @@ class Endpoint:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
             generation.cancel()
-        return await asyncio.to_thread(
-            lambda: JSONResponse({**style.envelope(style.whole(), streamed=False), "usage": generation.usage})
-        )
+        return await asyncio.to_thread(lambda: _whole(style, generation))
+
+
+def _whole(style: Style, generation: Generation) -> Response:
+    answer = {**style.envelope(style.whole(), streamed=False), "usage": generation.usage}
+    return Response(dumps_in_pieces(answer), media_type="application/json")
 
 
 async def _gather(generation: Generation, style: Style) -> None:
@@ -240,7 +243,7 @@ async def _gather(generation: Generation, style: Style) -> None:
 
 
 async def _aside(delta: Delta, write: Callable[[], Result]) -> Result:
-    """Writes a delta: in a thread where it has the log-probabilities of a prompt, which may be long."""
+    """Writes a delta: in a thread where it has the log-probabilities of a prompt, which may be many."""
     return await asyncio.to_thread(write) if delta.prompt_logprobs else write()
 
 
@@ -250,7 +253,8 @@ async def _events(generation: Generation, style: Style, options: StreamOptions) 
         if choice is None:
             return None
         usage = {"usage": generation.usage if options.continuous_usage_stats else None} if options.include_usage else {}
-        return _event({**style.envelope([choice], streamed=True), **usage})
+        write = dumps_in_pieces if delta.prompt_logprobs else dumps
+        return _event({**style.envelope([choice], streamed=True), **usage}, write)
 
     try:
         async with aclosing(generation.deltas()) as deltas:
@@ -265,8 +269,8 @@ async def _events(generation: Generation, style: Style, options: StreamOptions) 
     yield "data: [DONE]\n\n"
 
 
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def _event(data: dict[str, Any], write: Callable[[Any], str] = dumps) -> str:
+    return f"data: {write(data)}\n\n"
 
 
 def create_app(engine: Engine, model_name: str, *, root: str = "", api_key: str | None = None) -> FastAPI:

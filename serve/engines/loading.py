@@ -5,6 +5,8 @@ Each automatic choice returns the value and the reason, for the log.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +15,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from compress.architecture import load_config
 from compress.device import choose_device
 from compress.errors import HalveError, SourceError, UsageError, did_you_mean
+from compress.files import TensorFiles
+from compress.sources import dtype_of, read_config, said_dtype
 from serve.engines.directory import require_checkpoint
 from serve.loading import load_model, load_tokenizer, require_language_model
 
@@ -35,6 +39,17 @@ def choose_dtype(wish: str, stored: torch.dtype | None, device: torch.device) ->
     return stored, "the dtype of the checkpoint"
 
 
+def _stored_dtype(path: Path) -> torch.dtype | None:
+    """Of a packed checkpoint that of its values, which cannot be another one."""
+    config = read_config(path)
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "halve":
+        found = quantization.get("value_dtype")
+    else:
+        found = said_dtype(config) or dtype_of(config, TensorFiles(path))
+    return DTYPES.get(found) if isinstance(found, str) else None
+
+
 def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrainedModel, Tokenizer, list[str]]:
     """Reads a model and its tokenizer. Returns them with one line for each choice made.
 
@@ -45,7 +60,7 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
     place, why_place = choose_device(device)
     config = load_config(path).get_text_config()
     _check_layers(config, directory)
-    kind, why_kind = choose_dtype(dtype, config.dtype if isinstance(config.dtype, torch.dtype) else None, place)
+    kind, why_kind = choose_dtype(dtype, _stored_dtype(path), place)
     tokenizer = load_tokenizer(path)
     # Drops a truncation or padding that tokenizer.json may ask for. Done here because to change a
     # tokenizer while another thread decodes with it fails; from now on it is only read.

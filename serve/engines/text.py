@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ REPLACEMENT = "\ufffd"
 # Where tokens have no bytes of their own: those that are decoded again as context, for rules that look at neighbours.
 CONTEXT = 6
 WINDOW = 24
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 LONGEST_CHARACTER = 4  # bytes, so at most as many tokens
 
 
@@ -142,7 +144,7 @@ class TokenPieces:
         self._byte_fallback = "ByteFallback" in kinds
         self._added = set(tokenizer.added_tokens_decoder)
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._special = special.union(tokenizer.all_special_ids)
+        self._special = special if backend is not None else special.union(tokenizer.all_special_ids)
         self._known: dict[int, bytes] = {}
         self.are_text = (
             kinds <= {"ByteLevel", "Fuse"} if self._alphabet else self._byte_fallback and all(map(_is_usual, parts))
@@ -164,14 +166,16 @@ class TokenPieces:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         if not isinstance(piece, str):
             return b""  # a row of the output layer that has no token
-        if token in self._added:
-            return piece.encode()
-        if self._alphabet is not None and all(character in self._alphabet for character in piece):
-            return bytes(self._alphabet[character] for character in piece)
+        # (a decoder's rules are for added tokens, too: Gemma has runs of spaces among them)
+        if self._alphabet is not None:
+            spelled = all(character in self._alphabet for character in piece)
+            return bytes(self._alphabet[character] for character in piece) if spelled else piece.encode()
         if self._byte_fallback:
-            if len(piece) == 6 and piece.startswith("<0x"):
+            if _BYTE.fullmatch(piece):
                 return bytes([int(piece[3:5], 16)])
             return piece.replace("\u2581", " ").encode()
+        if token in self._added:
+            return piece.encode()
         return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False)).encode()
 
     def text(self, token: int) -> str:

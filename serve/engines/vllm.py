@@ -28,7 +28,7 @@ from compress.sources import read_config
 from serve.engines.access import check_access
 from serve.engines.directory import require_checkpoint
 from serve.engines.process import Address, ServerProcess
-from serve.engines.vllm_arguments import option
+from serve.engines.vllm_arguments import given, option
 from serve.loopback import open_url
 from serve.vllm import stored
 from serve.vllm.sound import CHECKED_VARIABLE, require_sound
@@ -88,7 +88,8 @@ def launch(
     """
     extra = extra or []
     for name in _OWN:
-        if option(extra, name) is not None:
+        # (what a file of --config says counts less than the command line, where halve gives all but the key)
+        if (option(extra, name) if name == "--api-key" else given(extra, (name,))) is not None:
             raise UsageError(
                 f"{name} is not for vLLM's own arguments, because halve gives it to vLLM: `halve serve` has the directory, "
                 f"{', '.join(_OWN[1:])}; `halve bench` chooses them."

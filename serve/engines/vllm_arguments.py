@@ -14,13 +14,14 @@ def option(arguments: Sequence[str], *names: str) -> str | None:
 
     Underscores stand for dashes, the last one counts, and what is not there may be in the file of ``--config``.
     """
-    value = _given(arguments, names)
-    if value is None and (file := _given(arguments, ("--config",))):
-        value = _given(_of_file(Path(file)), names)
+    value = given(arguments, names)
+    if value is None and (file := given(arguments, ("--config",))):
+        value = given(_of_file(Path(file)), names)
     return value
 
 
-def _given(arguments: Sequence[str], names: Sequence[str]) -> str | None:
+def given(arguments: Sequence[str], names: Sequence[str]) -> str | None:
+    """The same, on the command line alone."""
     value = None
     for number, argument in enumerate(arguments):
         name, is_joined, joined = argument.partition("=")

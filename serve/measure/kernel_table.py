@@ -108,7 +108,7 @@ class Entry(BaseModel):
 
 
 class Failure(BaseModel):
-    """A backend that could not multiply a layer shape at some number of rows, and so does not serve it at any."""
+    """A backend that could not multiply a layer shape at some number of rows, and so does not serve it at any. To find no memory is none."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -182,7 +182,8 @@ def measure(
                 continue
             entries += (new := sides.measure(rows, share))
             progress(done, total, f"{shape}, {rows} rows: {max(e.ratio.median for e in new):.2f} times as fast")
-        found.entries.extend(entry for entry in entries if entry.backend in sides.backends)
+        failed = {failure.backend for failure in sides.failures}
+        found.entries.extend(entry for entry in entries if entry.backend not in failed)
         failures += sides.failures
     return replace(found, failures=failures)
 
@@ -229,9 +230,12 @@ class _Sides:
             except Exception as error:  # Triton's are of no common kind
                 if name in (_DENSE, self.backends[0]):
                     raise
-                log.warning("%s does not serve %s, it fails at %d rows: %s", name, self.shape, rows, one_line(error))
                 self.backends.remove(name)
                 del self.sides[name]
+                if isinstance(error, torch.OutOfMemoryError):  # of this moment, not of this backend
+                    log.warning("%s is not measured for %s at %d rows: %s", name, self.shape, rows, one_line(error))
+                    continue
+                log.warning("%s does not serve %s, it fails at %d rows: %s", name, self.shape, rows, one_line(error))
                 self.failures.append(
                     Failure(
                         **asdict(self.shape),

@@ -250,7 +250,7 @@ def test_some_layers_are_too_narrow(tmp_path: Path, halve: Halve) -> None:
         ({"metric_options": "a=1"}, ["metric"]),
         ({"ignore": "*.k_prj"}, ["*.k_prj", "matches no linear layer", "k_proj"]),
         ({"calibration": "wikitext2"}, ["test text", "halve eval", "c4"]),
-        ({"calibration": "c5"}, ["unknown calibration text 'c5'", "c4"]),
+        ({"calibration": "c5"}, ["unknown text 'c5'", "c4"]),
         ({"calibration": "missing.txt"}, ["there is no text file missing.txt"]),
         ({"length": 2000}, ["at most 1024 tokens", "--length 2000"]),
     ],

@@ -166,7 +166,9 @@ def test_a_text_file_that_is_not_there(source: str, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("source", ["c5", "a/b/c"])
 def test_an_unknown_source(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CalibrationError, match=rf"unknown calibration text '{source}': .*built in \(c4, wikitext2\)"):
+    with pytest.raises(
+        CalibrationError, match=rf"unknown text '{source}': .*built in \(c4, and wikitext2 to measure with\)"
+    ):
         list(read_documents(source))
 
 

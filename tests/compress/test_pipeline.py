@@ -22,8 +22,10 @@ from compress.recipe import Recipe
 from compress.sources import Source
 from compress.verify import verify
 from compress.wide import is_emulated
+from serve.engines.loading import load_checkpoint
 from serve.linear import Sparse24Linear
 from serve.loading import linear_bytes
+from serve.measure import shapes
 from tests import tiny_models
 from tests.runs import (
     LENGTH,
@@ -203,11 +205,15 @@ def test_a_config_without_a_dtype(said: dict[str, Any], tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | said))
     assert Source(source).dtype == ("float16" if said else "bfloat16")
     if not said:
-        compress(source, tmp_path / "out")
-        assert (
-            json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["value_dtype"]
-            == "bfloat16"
-        )
+        assert load_checkpoint(str(source), "cpu", "auto")[0].dtype == torch.bfloat16
+        out = compress(source, tmp_path / "out").directory
+        config = json.loads((out / "config.json").read_text())
+        assert config["dtype"] == config["quantization_config"]["value_dtype"] == "bfloat16"
+        assert load_checkpoint(str(out), "cpu", "auto")[0].dtype == torch.bfloat16
+        assert shapes.read(str(out)).dtype == torch.bfloat16
+        del config["dtype"]
+        (out / "config.json").write_text(json.dumps(config))
+        assert load_checkpoint(str(out), "cpu", "auto")[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

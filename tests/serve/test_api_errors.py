@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -10,9 +11,12 @@ import time
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serve.api import create_app
 from serve.api_answers import CompletionStyle
+from serve.api_json import SLICE, dumps_in_pieces, pieces
 from serve.server import BackgroundServer
 from tests.serve.conftest import CONTEXT
 from tests.serve.helpers import wait_until
@@ -179,6 +183,31 @@ def test_many_choices_do_not_hold_up_others(engine):
         return worst
 
     assert asyncio.run(scenario()) < 1  # 20 s for 128,000, and 0.16 s for as many as this, before
+
+
+ANSWERS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=4),
+)
+
+
+@given(ANSWERS)
+def test_json_in_pieces_is_json(answer):
+    assert json.loads(dumps_in_pieces(answer)) == answer
+    assert dumps_in_pieces(answer) == json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+
+
+def test_no_piece_of_json_is_long():
+    count = 10_000
+    logprobs = {
+        "tokens": ["tok"] * count,
+        "top_logprobs": [{"a": -1.0, "b": -2.0}] * count,
+        "text_offset": list(range(count)),
+    }
+    answer = {"choices": [{"index": index, "text": "", "logprobs": logprobs} for index in range(3)], "usage": {}}
+    found = list(pieces(answer))
+    assert json.loads("".join(found)) == answer
+    assert max(map(len, found)) < 25 * SLICE
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -128,6 +128,17 @@ def test_a_backend_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplo
     caplog.clear()
     measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60, leave_out={(SMALL, "triton")})
     assert not caplog.records
+
+    def full(sides: dict[str, list[Any]], x: torch.Tensor) -> dict[str, Any]:
+        if fails in sides and len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made(sides, x)
+
+    monkeypatch.setattr(kernel_table, "_call_timers", full)  # which passes, so it is not kept
+    found = measure([(SMALL, 1), (SMALL, 2)], dtype=torch.bfloat16, device=CPU, budget=60)
+    assert [(e.rows, e.backend) for e in found.entries] == [(1, "cpu"), (1, "triton"), (2, "cpu")]
+    assert not found.failures
+    monkeypatch.setattr(kernel_table, "_call_timers", timers)
     fails = "cpu"
     with pytest.raises(Exception, match="out of resource"):
         measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)

@@ -89,6 +89,30 @@ def test_characters_of_several_tokens_one_after_the_other(tokenizer, characters,
     assert all("\ufffd" not in part for part in parts) or "\ufffd" in characters
 
 
+def test_added_tokens_are_written_by_the_same_rules():
+    """Gemma has runs of spaces among them, and lines."""
+    tokenizer = byte_fallback_tokenizer(words=("\u2581the", "\u2581cat", "b", "<0xZZ>"))
+    tokenizer.add_tokens(["\u2581\u2581", "\n", "é", "<0x0B>x"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    added = [
+        tokenizer.convert_tokens_to_ids(name) for name in ("\u2581\u2581", "\n", "é", "<0x0B>x", "<0xZZ>", "<end>")
+    ]
+    tokens = [BOS, THE, *added, 0x0A, CAT, *added]
+    stream = TextStream(TokenPieces(tokenizer), [BOS])
+    whole = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(stream.push(token) for token in tokens[1:]) == whole
+    assert whole.startswith(" the  \né<0x0B>x<0xZZ>\n cat")
+
+    bytes_alone = Tokenizer(models.BPE({"a": 0, "Ġb": 1}, []))
+    bytes_alone.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone)
+    tokenizer.add_tokens(["<think>", "日本", "Ġ"])
+    tokens = [0, 1, 2, 3, 4, 0]
+    stream = TextStream(TokenPieces(tokenizer), [0])
+    whole = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(stream.push(token) for token in tokens[1:]) == whole.removeprefix("a")
+
+
 def test_bytes_that_are_no_text_cost_nothing_after_them():
     stream = TextStream(TokenPieces(LLAMA), [THE])
     pushed = (0xE6, 0x97, 0xA5, 0xFF, 0xE6, 0x97, 0xA5, CAT, 0xE6, CAT, 0xE6)

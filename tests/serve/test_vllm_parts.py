@@ -579,6 +579,12 @@ def test_what_halve_gives_to_vllm_is_not_given_twice(tmp_path: Path, extra: list
     """A second port would win, and `halve bench` would wait at the first one."""
     with pytest.raises(UsageError, match=extra[0].partition("=")[0].replace("_", "-")):
         engine.launch(str(tmp_path), extra=extra)
+    (tmp_path / "config.yaml").write_text("port: 9000\nhost: 0.0.0.0\n")
+    with pytest.raises(SourceError):  # of the directory; what a file says counts less than halve's arguments
+        engine.launch(str(tmp_path), extra=["--config", str(tmp_path / "config.yaml")])
+    (tmp_path / "config.yaml").write_text("api-key: secret\n")
+    with pytest.raises(UsageError, match="--api-key"):
+        engine.launch(str(tmp_path), extra=["--config", str(tmp_path / "config.yaml")])
 
 
 def test_a_key_in_the_environment(
