@@ -22,9 +22,9 @@ from compress.errors import OutputError, UsageError
 from compress.presets import PRESETS
 from compress.recipe import Recipe
 from serve.kernels import choose
-from serve.measure import effort, estimate, gpus, kernel_table, model_kernels, shallow, shapes, verdict
+from serve.measure import effort, estimate, gpus, kernel_entries, kernel_table, model_kernels, shallow, shapes, verdict
 from serve.measure.environment import environment, processor
-from serve.measure.kernel_table import Entry, Shape
+from serve.measure.kernel_entries import Entry, Shape
 from serve.measure.model_kernels import Progress, rows_of, shapes_of
 from serve.measure.shallow import Load
 from serve.measure.shapes import ModelShape
@@ -137,7 +137,7 @@ def advise(
         "basis": "measured" if measured else "estimate",
         "model": {
             "name": model,
-            "dtype": kernel_table.dtype_name(shape.dtype),
+            "dtype": kernel_entries.dtype_name(shape.dtype),
             "blocks": len(shape.kinds),
             "parameters": shape.weights // shape.dtype.itemsize,
             "pruned_share": shape.dense_bytes / shape.weights,
@@ -150,7 +150,7 @@ def advise(
         "memory": memory,
         "pruning": pruning,
         "layers": layers,
-        "kernels": kernel_table.document_of(entries),
+        "kernels": kernel_entries.document_of(entries),
         "notes": notes,
     }
     return {**document, "verdict": verdict.of_model(document, refusal)}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from serve.measure.kernel_table import Entry, Shape
+from serve.measure.kernel_entries import Entry, Shape
 from serve.measure.shallow import Load
 from serve.measure.shapes import ModelShape
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from compress.errors import UsageError, did_you_mean
 from serve.kernels.cuda.plan import MOST_ROWS
-from serve.measure.kernel_table import Shape
+from serve.measure.kernel_entries import Shape
 from serve.support import capability_refusal
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from compress.device import choose_device
-from serve.measure import kernel_table, shapes, table_cache, tuned
+from serve.measure import kernel_entries, kernel_table, shapes, table_cache, tuned
 from serve.measure.environment import environment
-from serve.measure.kernel_table import ROWS, Entry, Shape
+from serve.measure.kernel_entries import Entry, Shape
+from serve.measure.kernel_table import ROWS
 from serve.measure.shallow import Load
 from serve.measure.shapes import ModelShape
 
@@ -41,7 +42,7 @@ def kernels(
         The entries, one for each backend that can run a layer, and what there is to say about them.
     """
     identity = table_cache.Identity.of(device)
-    dtype = kernel_table.dtype_name(model.dtype)
+    dtype = kernel_entries.dtype_name(model.dtype)
     known, why = table_cache.load(identity)
     said = [why] if why else []
     wanted = [(shape, rows) for shape in shapes_of(model, fused) for rows in (rows_of(load) if load else ROWS)]
@@ -114,7 +115,7 @@ def document(
     return {
         "kind": "kernels",
         "model": str(directory),
-        "dtype": kernel_table.dtype_name(model.dtype),
+        "dtype": kernel_entries.dtype_name(model.dtype),
         "environment": environment(place),
         "table": str(table_cache.path_of(table_cache.Identity.of(place))),
         "layers": [
@@ -127,9 +128,9 @@ def document(
             }
             for layers in (*model.layers, *(model.fused if fused else ()))
         ],
-        "kernels": kernel_table.document_of(entries),
-        "other_backends": kernel_table.document_of([entry for entry in found if entry not in entries]),
-        "wins": {str(shape): kernel_table.wins_at(found) for shape, found in by_shape.items()},
+        "kernels": kernel_entries.document_of(entries),
+        "other_backends": kernel_entries.document_of([entry for entry in found if entry not in entries]),
+        "wins": {str(shape): kernel_entries.wins_at(found) for shape, found in by_shape.items()},
         "served_dense": {str(shape): why for shape, why in dense.items()},
         "notes": notes,
     }

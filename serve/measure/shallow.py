@@ -24,7 +24,8 @@ from compress.errors import SourceError
 from compress.layout import Layout
 from serve.linear import Sparse24Conv1D, prepare_for_serving
 from serve.measure import tuned
-from serve.measure.kernel_table import Shape, dtype_name, noise, random_packed
+from serve.measure.kernel_entries import Shape, dtype_name
+from serve.measure.kernel_table import noise, random_packed
 from serve.measure.shapes import ModelShape, build
 from serve.measure.speed import CACHES, synchronize
 

@@ -26,7 +26,7 @@ from serve.kernels.cpu import library
 from serve.kernels.cuda import beside, prefill
 from serve.kernels.cuda.cache import directory
 from serve.measure.environment import environment
-from serve.measure.kernel_table import Entry, Failure, Shape
+from serve.measure.kernel_entries import Entry, Failure, Shape
 
 
 class Identity(BaseModel):

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from serve.kernels import able, plain
 from serve.linear import WHY_DENSE, Sparse24Conv1D, Sparse24Linear
 from serve.measure import table_cache
-from serve.measure.kernel_table import WINS, Entry, Shape, dtype_name
+from serve.measure.kernel_entries import WINS, Entry, Shape, dtype_name
 
 DECODED_ROWS = 64
 """Most rows of x that count: sequences that are decoded at once. More come with prompts, once an answer."""

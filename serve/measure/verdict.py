@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from serve.measure.kernel_table import WINS
+from serve.measure.kernel_entries import WINS
 from serve.measure.shallow import Load
 from serve.measure.shapes import Layers
 

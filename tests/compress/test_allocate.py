@@ -22,7 +22,7 @@ from compress.pruner import BlockPruner
 from compress.recipe import Recipe
 from compress.repair import held_out_batches
 from serve.measure import table_cache, tuned
-from serve.measure.kernel_table import Entry, Spread
+from serve.measure.kernel_entries import Entry, Spread
 from serve.measure.table_cache import Identity
 from tests import tiny_models
 from tests.runs import LENGTH, Halve, compress, flags, report, stored, tree

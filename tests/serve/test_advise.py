@@ -28,7 +28,7 @@ from serve.measure.advice_check import check
 from serve.measure.advise import advise
 from serve.measure.documents import DocumentError
 from serve.measure.gpus import GPUS, Roofline
-from serve.measure.kernel_table import Shape
+from serve.measure.kernel_entries import Shape
 from serve.measure.shallow import Depths, Load, choose_depths, period
 from tests import tiny_models
 from tests.runs import Halve

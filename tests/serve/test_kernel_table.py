@@ -16,7 +16,8 @@ from serve.kernels import dispatch
 from serve.kernels.cpu import library
 from serve.linear import Sparse24Conv1D, Sparse24Linear, StreamedLinear
 from serve.measure import kernel_table, table_cache
-from serve.measure.kernel_table import Entry, Failure, Measured, Shape, Spread, measure, wins_at
+from serve.measure.kernel_entries import Entry, Failure, Measured, Shape, Spread, wins_at
+from serve.measure.kernel_table import measure
 from serve.measure.table_cache import Identity
 from tests.runs import Halve
 

@@ -18,9 +18,10 @@ from serve.engines import vllm
 from serve.kernels import dispatch
 from serve.linear import Sparse24Conv1D, Sparse24Linear, backends, prepare_for_serving
 from serve.loading import load_model
-from serve.measure import first_load, kernel_table, model_kernels, shapes, table_cache, tuned
+from serve.measure import first_load, kernel_entries, kernel_table, model_kernels, shapes, table_cache, tuned
 from serve.measure.first_load import measure_unknown
-from serve.measure.kernel_table import ROWS, Entry, Measured, Shape, Spread, random_packed
+from serve.measure.kernel_entries import Entry, Measured, Shape, Spread
+from serve.measure.kernel_table import ROWS, random_packed
 from serve.measure.shapes import Layers
 from serve.measure.table_cache import Identity
 from tests import tiny_models
@@ -402,7 +403,7 @@ class TestBeforeServing:
         def measure(wanted: Any, **more: Any) -> Measured:
             wanted = list(wanted)
             found.extend(wanted)
-            dtype = kernel_table.dtype_name(more["dtype"])
+            dtype = kernel_entries.dtype_name(more["dtype"])
             return Measured([entry(rows, 0.8, shape, dtype) for shape, rows in wanted], [])
 
         monkeypatch.setattr(kernel_table, "measure", measure)
