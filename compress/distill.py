@@ -57,12 +57,12 @@ Telling = Callable[[int, int, str], None]
 
 class DistillOptions(Options):
     rate: float = Field(
-        0.003,
+        0.0012,
         gt=0,
         le=1,
         description="length of a step, as a share of the root mean square of a parameter's kept values",
     )
-    batch: int = Field(4, ge=1, description="windows in one step")
+    batch: int = Field(2, ge=1, description="windows in one step")
     clip: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
 
 
