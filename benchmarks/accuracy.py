@@ -33,7 +33,7 @@ UNSEEN = 48
 
 _LAYERS: dict[str, Any] = dict(PRESETS["balanced"].fields)
 _LONG: dict[str, Any] = dict(PRESETS["best"].fields)
-_SHORT: dict[str, Any] = {**_LONG, "samples": 64, "training_samples": 160}
+_SHORT: dict[str, Any] = {**_LONG, "samples": 64, "training_samples": 160, "repair_options": {"passes": 2}}
 
 RUNS: dict[str, dict[str, Any]] = {
     "fast": dict(PRESETS["fast"].fields),
