@@ -203,8 +203,8 @@ def render(document: dict[str, Any]) -> str:
         f"# Accuracy of the presets and what each stage buys, {document['model']}",
         "",
         "Pure 2:4 in all linears of all blocks, calibrated on the built-in part of C4 alone. Perplexity of WikiText-2 (first 40 "
-        f"windows of 2,048) and of {UNSEEN} windows of C4 that no stage saw, others for each seed (dense: seed 0). Block error: against the dense model's activations, "
-        "on held-out windows, mean over the blocks, before and after the repair. Layer error: each layer's output against that of "
+        f"windows of 2,048) and of {UNSEEN} windows of C4 that no stage saw, others for each seed (dense: seed 0). "
+        "Block error: against the dense model's activations, on held-out windows, mean over the blocks, before and after the repair. Layer error: each layer's output against that of "
         "the weights that it was pruned from; in brackets where these were fitted to the dense model first (dense targets), which "
         "is another quantity.",
         "",
@@ -245,7 +245,11 @@ def _over_seeds(runs: Iterable[dict[str, Any]]) -> list[str]:
         values = [run[key] for run in group]
         return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
-    lines = ["", "Mean (lowest to highest) over seeds, which draw the windows, those of unseen C4 too, and their order:", ""]
+    lines = [
+        "",
+        "Mean (lowest to highest) over seeds, which draw the windows, those of unseen C4 too, and their order:",
+        "",
+    ]
     lines += ["| run | seeds | WikiText-2 | C4, unseen | seconds |", "|---|---:|---:|---:|---:|"]
     for name, group in several.items():
         cells = " | ".join(
