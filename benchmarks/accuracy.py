@@ -204,8 +204,8 @@ def render(document: dict[str, Any]) -> str:
         "",
         "Pure 2:4 in all linears of all blocks, calibrated on the built-in part of C4 alone. Perplexity of WikiText-2 (first 40 "
         f"windows of 2,048) and of {UNSEEN} windows of C4 that no stage saw, others for each seed (dense: seed 0). "
-        "Block error: against the dense model's activations, on held-out windows, mean over the blocks, before and after the repair. Layer error: each layer's output against that of "
-        "the weights that it was pruned from; in brackets where these were fitted to the dense model first (dense targets), which "
+        "Block error: against the dense model's activations, on held-out windows, mean over the blocks, before and after the "
+        "repair. Layer error: each layer's output against that of the weights that it was pruned from; in brackets where these were fitted to the dense model first (dense targets), which "
         "is another quantity.",
         "",
         "| run | WikiText-2 | C4, unseen | layer error | block error before | after | seconds | of the processor |",
