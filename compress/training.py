@@ -64,6 +64,8 @@ class MaskedAdam:
     def step(self) -> None:
         """One step down the gradients that the parameters hold; they are gone afterwards.
 
+        A pruned weight has a gradient of zero at every step, so both of its moments are zero, and so is its change.
+
         Raises:
             NumericalError: a gradient is not finite.
         """
@@ -81,10 +83,6 @@ class MaskedAdam:
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         self._taken += 1
-        with torch.no_grad():
-            for trainable in trained:
-                if trainable.mask is not None:
-                    trainable.parameter.mul_(trainable.mask)
 
     def snapshot(self, into: list[Tensor] | None = None) -> list[Tensor]:
         """A copy of all values; into an older one, if that is given, so that there are never two."""
