@@ -1,6 +1,6 @@
 """What every stage of the accurate presets buys: perplexities, errors and time, on SmolLM2-135M or any model.
 
-    python -m benchmarks.accuracy [--model DIR] [--only NAME ...] [--seeds 0 1 2] [--threads 2] [--render]
+    python -m benchmarks.accuracy [--model DIR] [--only NAME ...] [--seeds 0 1 2] [--threads 2] [--keep DIR] [--render]
 
 Each run is a process of its own and is kept as soon as it is done; started again, the script goes on with what is missing.
 Times count the compression alone. Texts: WikiText-2 (test, first 40 windows of 2,048), and windows of the calibration text
@@ -65,6 +65,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--keep", type=Path, help="a directory where the checkpoints are left, for `benchmarks.zero_shot`"
+    )
     parser.add_argument("--render", action="store_true", help="only write the table again")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -91,7 +94,8 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace, name: str | None, seed: int) -> dict[str, Any]:
-    request = {"model": str(arguments.model), "name": name, "seed": seed}
+    kept = None if name is None or arguments.keep is None else arguments.keep / f"{name}, seed {seed}"
+    request = {"model": str(arguments.model), "name": name, "seed": seed, "kept": kept and str(kept.resolve())}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.accuracy", "--child", json.dumps(request)],
         cwd=ROOT,
@@ -103,7 +107,7 @@ def _run(arguments: argparse.Namespace, name: str | None, seed: int) -> dict[str
     return {**json.loads(done.stdout.splitlines()[-1]), "threads": arguments.threads}
 
 
-def _measure(model: str, name: str | None, seed: int) -> dict[str, Any]:
+def _measure(model: str, name: str | None, seed: int, kept: str | None) -> dict[str, Any]:
     import shutil
     import tempfile
 
@@ -161,6 +165,10 @@ def _measure(model: str, name: str | None, seed: int) -> dict[str, Any]:
         found |= perplexities(place)
         if undistilled is not None and undistilled.seconds is not None:
             found["before_distillation"] = {"seconds": undistilled.seconds, **perplexities(undistilled.directory)}
+        if kept is not None:
+            shutil.rmtree(kept, ignore_errors=True)
+            Path(kept).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(place, kept)
         return found
     finally:
         shutil.rmtree(directory, ignore_errors=True)

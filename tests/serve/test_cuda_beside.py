@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +22,13 @@ from serve.kernels.cuda import backend, beside, cusparselt, layout, plan, prefil
 from serve.kernels.cuda.cusparselt import CusparseLt, CusparseLtError
 from serve.kernels.cuda.driver import Driver
 from serve.kernels.cuda.layout import Second
+from serve.kernels.dispatch import CUDA, Choice
 from serve.kernels.triton import layout as triton_layout
+from serve.measure import tuned
+from serve.vllm.stored import DENSE
 from tests.serve.cpu_reference import expected, normal, random_weight
 from tests.serve.cuda_emulation import NAMES, Emulator, compile_emulator, needs_compiler
+from tests.serve.vllm_stub import LinearBase, in_place_of_vllm
 
 HOPPER = (9, 0)
 FORMS = tuple(form for form in plan.forms(HOPPER) if form.groups == 1)
@@ -156,6 +162,25 @@ class TestProducts:
         prepare(random_weight(48, 32, BFLOAT16))
         library = cusparselt.on_device(0)
         assert tuple(library._algorithms[48, 32, BFLOAT16]) == beside.SEARCHED_ROWS
+
+    @pytest.mark.parametrize("way", prefill.WAYS)
+    def test_both_are_other_ones_where_vllm_reads_weights_anew(self, gpu: pytest.MonkeyPatch, way: str) -> None:
+        """It copies them into the tensor of the first ones, because graphs hold that."""
+        gpu.setenv(prefill.VARIABLE, way)
+        gpu.setattr(tuned, "decision", lambda *shape: None)
+        ours = dataclasses.replace(CUDA, prepare=lambda weight, name: prepare(weight))
+        n, k = 80, 96
+        with in_place_of_vllm() as quantization:
+            gpu.setattr(sys.modules["serve.vllm.linear"], "choose", lambda *shape: Choice(ours, "it is emulated"))
+            layer = LinearBase(quantization.HalveQuantization(DENSE), "layers.0.o_proj", [n], k)
+            layer.read({"weight": unpack(random_weight(n, k, BFLOAT16))})
+            held = layer.weight_packed
+            again = random_weight(n, k, BFLOAT16, seed=1)
+            layer.read_anew({"weight": unpack(again)})
+            assert layer.weight_packed is held
+        for rows in (3, 100):  # by the first form, and by the second
+            x = normal(rows, k, dtype=BFLOAT16)
+            assert_right(backend.linear(x, held, None, n), x, again, None)
 
     def test_one_form_unless_asked(self, gpu: pytest.MonkeyPatch) -> None:
         weight = random_weight(48, 32, BFLOAT16)
