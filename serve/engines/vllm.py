@@ -76,11 +76,13 @@ def launch(
     api_key: str | None = None,
     max_model_len: int | None = None,
     max_num_seqs: int | None = None,
+    cache_gib: int | None = None,
     extra: list[str] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """The command that starts vLLM's server, and its environment, after the checkpoint was checked.
 
-    ``extra`` are arguments of vLLM's own.
+    ``extra`` are arguments of vLLM's own. ``cache_gib`` is for keys and values on a processor, where ``VLLM_CPU_KVCACHE_SPACE`` says
+    nothing; left out, it is `room_for_cache`.
 
     Raises:
         UsageError: no vLLM is installed that halve's plugin fits, the key is empty, or ``extra`` has what halve gives itself.
@@ -115,9 +117,15 @@ def launch(
     environment[CHECKED_VARIABLE] = str(directory.resolve())
     if api_key is not None:
         environment[KEY_VARIABLE] = api_key
-    if distribution == "vllm-cpu":  # vLLM itself would take nine tenths of the machine's memory
-        environment.setdefault(CACHE_VARIABLE, str(max(1, psutil.virtual_memory().available // 4 // 2**30)))
+    if distribution == "vllm-cpu":
+        environment.setdefault(CACHE_VARIABLE, str(cache_gib or room_for_cache()))
     return command + extra, environment
+
+
+def room_for_cache() -> int:
+    """GiB for keys and values on a processor: a quarter of the memory that is free now. (vLLM itself would take nine tenths of the
+    machine's.)"""
+    return max(1, psutil.virtual_memory().available // 4 // 2**30)
 
 
 def _require_vllm() -> str:

