@@ -73,7 +73,8 @@ class MaskedAdam:
         for trainable in trained:
             if trainable.mask is not None:
                 assert trainable.parameter.grad is not None
-                trainable.parameter.grad.mul_(trainable.mask)
+                # (As bytes: torch takes four times as long to multiply by a bool.)
+                trainable.parameter.grad.mul_(trainable.mask.view(torch.uint8))
         norm = nn.utils.clip_grad_norm_([trainable.parameter for trainable in trained], self._clip)
         if not bool(torch.isfinite(norm)):
             raise NumericalError("a gradient is not finite; try --dtype float32, or a smaller rate")
