@@ -89,6 +89,10 @@ def run(directory: Path, prompt: int, output: int, rounds: int, budget: float) -
         how: dict[str, Any] = {"device": "cpu", "progress": progress, **load}
         advice = advise(str(directory / "dense" / "config.json"), budget=budget, **how)
         measured = bench(directory / "sparse", against=directory / "dense", rounds=rounds, **how)
+    for side, found in measured["models"].items():
+        found["directory"] = (
+            f"{directory.name}/{side}"  # (where it lay on this machine is nothing to a reader of the results)
+        )
     with tempfile.TemporaryDirectory() as scratch:
         files = [Path(scratch, name) for name in ("advice.json", "bench.json")]
         for file, document in zip(files, (advice, measured), strict=True):

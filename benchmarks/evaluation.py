@@ -34,6 +34,10 @@ def main() -> None:
     parser.add_argument("--sparse", type=Path)
     arguments = parser.parse_args()
     model = prepare_smollm2(Path("runs") / "smollm2-135m")
+    if arguments.sparse and arguments.sparse.name == model.name:
+        parser.error(
+            f"--sparse: results go by the directory's name, and the dense one's is {model.name}, too; rename it"
+        )
     started = time.perf_counter()
     text = halve("eval", model, "--windows", 40)
     seconds = time.perf_counter() - started
@@ -44,7 +48,7 @@ def main() -> None:
             way: halve("eval", path, *options, "--through", way)["models"][0]["tasks"]
             for way in ("process", "endpoint")
         }
-        measured[str(path)] = {**ways, "equal": ways["process"] == ways["endpoint"]}
+        measured[path.name] = {**ways, "equal": ways["process"] == ways["endpoint"]}
     report: dict[str, Any] = {
         "float32": FLOAT32,
         "perplexity": text["perplexity"],
@@ -95,13 +99,13 @@ def summary(report: dict[str, Any]) -> str:
         "| checkpoint | task | metric | in process | through the endpoint | all samples equal |",
         "|---|---|---|---|---|---|",
     ]
-    for path, found in report["tasks"].items():
+    for name, found in report["tasks"].items():
         for task, own in found["process"].items():
             served = found["endpoint"][task]["metrics"]
             for metric, figure in own["metrics"].items():
                 equal = "yes" if figure["samples"] == served[metric]["samples"] else "no"
                 lines.append(
-                    f"| {Path(path).name} | {task} | {metric} | {figure['value']:.4f} | {served[metric]['value']:.4f} | {equal} |"
+                    f"| {name} | {task} | {metric} | {figure['value']:.4f} | {served[metric]['value']:.4f} | {equal} |"
                 )
     return "\n".join(lines) + "\n"
 
