@@ -53,6 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "best, short, channels as they were": {**_SHORT, "permutation": "none"},
     "best": _LONG,
     "an hour, distilled": {**_SHORT, "repair_options": {"passes": 1}, "training_samples": 576, "distill": 430_000},
+    "an hour, distilled longer": {**_SHORT, "distill": 640_000, "distill_options": {"windows": 924}},
 }
 """Ablations at equal compute are those of one prefix: the passes over windows come to about the same number. (A round of new
 masks is one forward and two backward passes, and then a pass of training: about as much as 2.7 passes.)"""

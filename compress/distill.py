@@ -63,6 +63,12 @@ class DistillOptions(Options):
         description="length of a step, as a share of the root mean square of a parameter's kept values",
     )
     batch: int = Field(2, ge=1, description="windows in one step")
+    windows: int | None = Field(
+        None,
+        ge=2,
+        description="calibration windows to learn from, or all where the text holds fewer, and never fewer than the stages before "
+        "have; those that they have not seen come first; left out: the same as theirs",
+    )
     clip: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
 
 
@@ -82,6 +88,7 @@ def distill(
     options: DistillOptions,
     *,
     tokens: int,
+    seen: int,
     held_out: int,
     format: str,
     seed: int,
@@ -95,6 +102,7 @@ def distill(
         pruned: full names of the pruned linears.
         windows: calibration windows of token ids [n, length].
         tokens: about how many to train on, windows counted as often as they are seen.
+        seen: how many of the windows, the first ones, the stages before were fitted to.
         held_out: how many of the windows, the last ones, are not trained on.
         format: ``packed`` or ``dense``, of ``blocks`` and of the result.
         seed: of the order of the windows.
@@ -116,7 +124,7 @@ def distill(
     watched = range(fitted, fitted + min(held_out, CHECKED_WINDOWS))
     before = best = course.divergence(watched)
     kept = adam.snapshot()
-    order = _order(fitted, seed)
+    order = _order(fitted, min(seen, fitted), seed)
     checks = {round(steps * (number + 1) / CHECKS) for number in range(CHECKS)}
     taken, notes = 0, {}
     try:
@@ -144,9 +152,13 @@ def distill(
     return course.blocks(blocks, format), record
 
 
-def _order(windows: int, seed: int) -> Iterator[int]:
-    """Windows in a new random order each time all have been seen."""
+def _order(windows: int, seen: int, seed: int) -> Iterator[int]:
+    """Windows in a new random order each time all have been seen; the first time the new ones before those that the stages
+    before have seen, which are better known already than a new text would be."""
     generator = torch.Generator().manual_seed(named_seed(seed, "distill"))
+    if seen < windows:
+        yield from (seen + torch.randperm(windows - seen, generator=generator)).tolist()
+        yield from torch.randperm(seen, generator=generator).tolist()
     while True:
         yield from torch.randperm(windows, generator=generator).tolist()
 

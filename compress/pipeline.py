@@ -169,9 +169,10 @@ class _Run:
             )
             self.decisions = decide(self.model, self.recipe)
             self.samples, self.recipe = choose_samples(self.model, self.recipe, self.decisions)
-            self.split = Split.of(len(self.samples), self.recipe, self._tokens_of_a_sample(), BATCH_TOKENS)
+            self.shared = self.samples.first(self.recipe.windows)  # a distillation may see more
+            self.split = Split.of(len(self.shared), self.recipe, self._tokens_of_a_sample(), BATCH_TOKENS)
             if (distillation := self.recipe.chosen_distillation) is not None:
-                require_room(self.model, self.samples.samples, len(self.samples) - self.split.fitted, distillation)
+                require_room(self.model, self.samples.samples, len(self.shared) - self.split.fitted, distillation)
             self.store = self._gradient_store()
             self.journal.open(self._identity())
         except HalveError:
@@ -243,7 +244,7 @@ class _Run:
             size, blocks = size - saved, blocks - saved
         # Finished blocks lie beside the artefact that is made of them, and those before the distillation beside those after.
         size += blocks * (2 if self.recipe.distill else 1)
-        tokens = len(self.samples) * self._tokens_of_a_sample()
+        tokens = len(self.shared) * self._tokens_of_a_sample()
         # Saved for a resume, and a second time where they are too large for the memory.
         sets = 2 * (2 if self.recipe.wants_dense else 1) * tokens
         if self.recipe.chosen_targets is not None:
@@ -268,7 +269,7 @@ class _Run:
         count = len(self.model.blocks)
         self.progress(self.journal.next_block, count, "reading the calibration samples")
         streams = Streams(self.model, self.recipe, self.journal)
-        passing = self.samples.first(self.split.observed) if self.recipe.chosen_repair is None else self.samples
+        passing = self.shared.first(self.split.observed) if self.recipe.chosen_repair is None else self.shared
         streams.begin(passing, self.split.size)
         memory.give_back()
         for index in range(self.journal.next_block, count):
@@ -337,6 +338,7 @@ class _Run:
                 dense,
                 repair,
                 self.recipe.parsed_pattern,
+                held_out=self.split.held_out,
                 seed=self.recipe.seed,
                 tell=lambda text: self.progress(index, count, text),
             )
@@ -392,7 +394,8 @@ class _Run:
             self.samples.samples,
             options,
             tokens=self.recipe.distill,
-            held_out=len(self.samples) - self.split.fitted,
+            seen=self.split.fitted,
+            held_out=len(self.shared) - self.split.fitted,
             format=self.recipe.format,
             seed=self.recipe.seed,
             tell=self.progress,

@@ -39,11 +39,11 @@ PRESETS = {
         # than few, so the rate is above the default.)
         {
             **_LAYERS,
-            "samples": 128,
+            "samples": 64,
             "tokens_per_input": 16,
             "repair": "block",
-            "repair_options": {"passes": 2, "rate": 0.02},
-            "training_samples": 768,
+            "repair_options": {"passes": 2, "rate": 0.02, "cycles": 2},
+            "training_samples": 896,
         },
     ),
 }

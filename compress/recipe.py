@@ -110,8 +110,8 @@ class Recipe(BaseModel):
     training_samples: int | None = Field(
         None,
         ge=1,
-        description="calibration windows that repair and distill train on; the first --samples of them give the statistics, "
-        "too; left out: --samples",
+        description="calibration windows that repair and distill train on, or all where the text holds fewer; the first "
+        "--samples of them give the statistics, too; left out: --samples",
     )
     length: int = Field(2048, ge=1, description="tokens in a calibration window")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything that is drawn")

@@ -12,8 +12,9 @@ Makni et al. 2025, arXiv 2603.01376), which take inputs and targets from one pre
 within one block: memory holds the block in float32, its optimizer, and two sets of activations. No token is predicted, so
 the text needs no labels and the model's own outputs are all that is learned from.
 
-The last tenth of the windows is held out: it is never trained on (nor seen by the layer-wise statistics), the best state
-on it is kept, and training ends when it stops to fall.
+The last windows are held out, a tenth or what tells enough: they are never trained on (nor seen by the layer-wise
+statistics), the best state on them is kept, and training ends when their error stops to fall. Where it still falls when
+training ends, as in the first blocks, whose errors all others inherit, it begins again.
 
 On request rounds of new masks follow (`compress.remask`), each trained, and kept only where the held-out error is lower
 than before it.
@@ -40,12 +41,16 @@ from compress.seeds import named_seed
 from compress.training import MaskedAdam
 
 HELD_OUT = 0.1
-"""Share of the calibration batches that nothing is fitted to."""
+"""Share of the calibration batches that nothing is fitted to, at most."""
+HELD_OUT_TOKENS = 24_576
+"""More of them would tell no more, and are missed where something is learned."""
 PATIENCE = 2
 """Passes without a better held-out error after which training ends."""
 FEW_TOKENS = 8
 """Tokens per input channel of the widest linear below which a block is trained for fewer passes than asked for."""
 
+STILL_FALLING = 0.05
+"""Share of a held-out error by which the last pass has to lower it for training to begin again."""
 REMASK_RATE = 0.5
 """Of the rate, in a round of new masks: what is trained already has less far to go."""
 
@@ -59,6 +64,13 @@ class RepairOptions(Options):
         gt=0,
         le=1,
         description="length of a step, as a share of the root mean square of a parameter's kept values",
+    )
+    cycles: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="how often a block is trained for so many passes, at most: again where the last pass still lowered the "
+        "held-out error by 5 %",
     )
     clip: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
     rounds: int = Field(
@@ -99,9 +111,9 @@ BLOCK = Repair(
 REPAIRS = {BLOCK.name: BLOCK}
 
 
-def held_out_batches(batches: int) -> int:
-    """How many of the calibration batches, the last ones, are held out; none where there is only one."""
-    return min(math.ceil(HELD_OUT * batches), batches - 1)
+def held_out_batches(batches: int, tokens: int = 1) -> int:
+    """How many of the calibration batches of so many tokens, the last ones, are held out; none where there is only one."""
+    return min(math.ceil(HELD_OUT * batches), math.ceil(HELD_OUT_TOKENS / tokens), batches - 1)
 
 
 def repair_block(
@@ -113,6 +125,7 @@ def repair_block(
     options: RepairOptions,
     pattern: Pattern,
     *,
+    held_out: int,
     seed: int,
     tell: Telling = lambda text: None,
 ) -> Repaired:
@@ -124,6 +137,7 @@ def repair_block(
         inputs: the block's inputs from the pruned prefix, [batch, length, hidden] each.
         targets: the dense block's outputs from the dense prefix, shaped alike.
         pattern: of the masks.
+        held_out: how many of the batches, the last ones, nothing is fitted to.
         seed: of the order of the batches.
         tell: called with a line about the progress.
 
@@ -133,7 +147,6 @@ def repair_block(
     name = model.block_name(index)
     if not masks:
         return Repaired({"name": name, "status": "nothing to repair: no linear of it was pruned"}, set())
-    held_out = held_out_batches(len(inputs))
     if not held_out:
         status = "not repaired: a single calibration window leaves none to hold out"
         return Repaired({"name": name, "status": status, "warning": f"{status}; raise --samples"}, set())
@@ -143,12 +156,17 @@ def repair_block(
     before = best = course.held_out_error()
     if not math.isfinite(before):
         raise NumericalError(f"{name}: its error against the dense block is not finite; try --dtype float32")
-    taken = 0
+    taken = cycles = 0
     rounds: list[dict[str, Any]] = []
     try:
-        for done in _train(course, passes, options.rate, options.clip, best, generator):
-            best, taken = done.best, taken + done.steps
-            tell(f"{name}: pass {done.passes} of {passes}, held-out error {before:.4f} to {best:.4f}")
+        for cycle in range(options.cycles):
+            cycles, last = cycle + 1, best
+            for done in _train(course, passes, options.rate, options.clip, best, generator):
+                last, best, taken = best, done.best, taken + done.steps
+                again = f" (cycle {cycles})" if cycle else ""
+                tell(f"{name}: pass {done.passes} of {passes}{again}, held-out error {before:.4f} to {best:.4f}")
+            if best > last * (1 - STILL_FALLING):
+                break
         for number in range(options.rounds):
             assert isinstance(pattern, NMPattern), "the options were checked"
             said = f"{name}: masks {number + 1} of {options.rounds}, held-out error {before:.4f}"
@@ -172,6 +190,7 @@ def repair_block(
         "training_error": course.error(course.fitted[:held_out]),
         "steps": taken,
         "passes": passes,
+        "cycles": cycles,
         "tokens": course.tokens,
         "tokens_per_input": round(course.tokens / course.widest, 3),
         **({"rounds": rounds} if rounds else {}),

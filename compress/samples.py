@@ -15,7 +15,8 @@ from compress.sources import load_tokenizer
 def choose_samples(
     model: BlockModel, recipe: Recipe, decisions: dict[str, str | None]
 ) -> tuple[CalibrationSet, Recipe]:
-    """Reads the samples; with the recipe that says how many there are, which gives the same ones again.
+    """Reads the samples; with the recipe that says how many there are, which gives the same ones again. Behind those of the
+    recipe there may be more, that only a distillation sees.
 
     Args:
         decisions: for every linear None if it is pruned.
@@ -35,13 +36,14 @@ def choose_samples(
     if limit is not None and recipe.length > limit:
         raise CalibrationError(f"the model reads at most {limit} tokens; --length {recipe.length} is more than that")
     fitted = recipe.fitted_to(widest(model, decisions))
+    distillation = recipe.chosen_distillation
     windows = calibration.load_windows(
         recipe.calibration,
         load_tokenizer(source.directory),
-        samples=fitted.windows,
+        samples=max(fitted.windows, (distillation and distillation.windows) or 0),
         length=recipe.length,
         seed=recipe.seed,
-        at_least=recipe.windows,
+        at_least=recipe.samples,
     )
     vocabulary = getattr(text, "vocab_size", None)
     if isinstance(vocabulary, int) and int(windows.max()) >= vocabulary:
@@ -50,5 +52,5 @@ def choose_samples(
         )
     count = len(windows)
     return calibration.text_set(windows), fitted.with_samples(
-        min(fitted.samples, count), fitted.training_samples and count
+        min(fitted.samples, count), fitted.training_samples and min(fitted.training_samples, count)
     )

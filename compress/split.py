@@ -17,11 +17,13 @@ class Split:
         size: in one forward pass.
         observed: that the statistics see; whole batches, and nothing that a stage that trains holds out.
         fitted: that something may be fitted to; the others are held out.
+        held_out: batches of those.
     """
 
     size: int
     observed: int
     fitted: int
+    held_out: int
 
     @staticmethod
     def of(samples: int, recipe: Recipe, tokens: int, batch_tokens: int) -> Split:
@@ -39,6 +41,6 @@ class Split:
             size = 1  # a gradient is taken of each sample's own loss
         batches = -(-samples // size)
         if not trains or batches == 1:
-            return Split(size, samples, samples)
-        fitted = (batches - held_out_batches(batches)) * size
-        return Split(size, min(-(-recipe.samples // size) * size, fitted), fitted)
+            return Split(size, samples, samples, 0)
+        fitted = (batches - held_out_batches(batches, size * tokens)) * size
+        return Split(size, min(-(-recipe.samples // size) * size, fitted), fitted, batches - fitted // size)

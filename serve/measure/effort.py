@@ -18,7 +18,7 @@ import torch
 from compress import wide
 from compress.patterns import NMPattern
 from compress.recipe import Recipe
-from compress.repair import HELD_OUT
+from compress.repair import HELD_OUT, HELD_OUT_TOKENS
 from serve.measure.gpus import Gpu
 from serve.measure.shapes import ModelShape
 
@@ -177,9 +177,11 @@ def _trained(shape: ModelShape, recipe: Recipe, rates: Rates) -> list[Stage]:
     stages = []
     if (repair := recipe.chosen_repair) is not None:
         tokens = recipe.windows * recipe.length
-        work = forward * tokens * (repair.passes * (3 * (1 - HELD_OUT) + HELD_OUT) + HELD_OUT)
+        held_out = min(HELD_OUT, HELD_OUT_TOKENS / tokens)
+        # (Of the cycles only the first: few blocks are trained again.)
+        work = forward * tokens * (repair.passes * (3 * (1 - held_out) + held_out) + held_out)
         # A round of new masks, if all are kept: one forward and two backward passes to find them, then a pass of training.
-        work += forward * tokens * repair.rounds * ((5 + 3) * (1 - HELD_OUT) + HELD_OUT)
+        work += forward * tokens * repair.rounds * ((5 + 3) * (1 - held_out) + held_out)
         stages.append(_stage("training of blocks", rates, low=work, reaches=TRAINING_REACHES))
     if recipe.distill:
         head = 0 if shape.head is None else 2 * shape.head.n * shape.head.k

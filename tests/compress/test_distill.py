@@ -165,6 +165,43 @@ def test_held_out_windows_are_never_learned_from(
     assert counts == {8 * LENGTH}
 
 
+@pytest.mark.parametrize("repair", ["none", "block"])
+def test_windows_of_its_own_come_first(
+    repair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows: list[torch.Tensor]
+) -> None:
+    """Those that no stage has seen, then the others, then all again; what comes before it is as it was with fewer."""
+    more, held_out = SAMPLES + 20, held_out_batches(SAMPLES)
+    learned: list[int] = []
+    learn = distill._Course.learn
+
+    def watched(self: Any, numbers: list[int]) -> float:
+        learned.extend(numbers)
+        return learn(self, numbers)
+
+    monkeypatch.setattr(distill._Course, "learn", watched)
+    source = build("llama", tmp_path)
+    blocks: dict[str, Any] = {"repair": repair}
+    given = SETTINGS | blocks | {"distill": 2 * more * LENGTH}
+    done = compress(source, tmp_path / "out", **given | {"distill_options": {"batch": 1, "windows": more}})
+    new = more - held_out - FITTED
+    assert set(learned[:new]) == set(range(FITTED, more - held_out))
+    assert set(learned[new : new + FITTED]) == set(range(FITTED))
+    assert set(learned[new + FITTED :]) == set(range(more - held_out))
+    plain = compress(source, tmp_path / "plain", **SETTINGS | blocks)
+    assert done.report["layers"] == plain.report["layers"]
+    assert done.report.get("repairs") == plain.report.get("repairs")
+    assert (done.report["distillation"]["windows"], plain.report["distillation"]["windows"]) == (
+        more - held_out,
+        FITTED,
+    )
+    everything = windows[0]
+    expected = divergence(source, done.directory, everything[-held_out:])
+    assert expected == pytest.approx(done.report["distillation"]["held_out_divergence"], rel=1e-3)
+    drawn = len(windows)
+    compress(source, tmp_path / "all", **SETTINGS | {"distill_options": {"windows": 10**6}})
+    assert len(windows[drawn]) > more  # as many as there are
+
+
 @pytest.fixture
 def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """Of every step."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,7 +15,7 @@ from compress import activations, course, pipeline, pruner, repair
 from compress import calibration as texts
 from compress.architecture import find_blocks, linears_of
 from compress.course import relative_error
-from compress.errors import NumericalError, RecipeError
+from compress.errors import CalibrationError, NumericalError, RecipeError
 from compress.journal import Journal
 from compress.recipe import Recipe
 from compress.repair import held_out_batches
@@ -185,6 +186,61 @@ def test_a_state_that_is_worse_is_not_kept(tmp_path: Path) -> None:
         assert repaired["held_out_error"] == repaired["held_out_error_before"]
         assert repaired["held_out_error"] == pytest.approx(untouched["held_out_error"], rel=1e-4)
         assert repaired["steps"] == repair.PATIENCE * (SAMPLES - held_out_batches(SAMPLES))
+
+
+@pytest.mark.parametrize("share", [0.0, repair.STILL_FALLING, 0.3])
+def test_a_block_whose_error_still_falls_is_trained_again(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the last of its passes lowered the held-out error by that share, and at most so often; said in the report."""
+    monkeypatch.setattr(repair, "STILL_FALLING", share)
+    errors: dict[str, list[float]] = {}
+    train = repair._train
+
+    def watched(course: Any, passes: int, rate: float, clip: float, best: float, generator: Any) -> Any:
+        seen = errors.setdefault(next(iter(course.masks)).partition(".self_attn")[0], [best])
+        for done in train(course, passes, rate, clip, best, generator):
+            seen.append(done.best)
+            yield done
+
+    monkeypatch.setattr(repair, "_train", watched)
+    given = SETTINGS | {"repair_options": {"passes": 2, "rate": 0.02, "cycles": 3}}
+    repairs = report(compress(build("llama", tmp_path), tmp_path / "out", **given).directory)["repairs"]
+    for record in repairs:
+        seen = errors[record["name"]]
+        assert len(seen) == 1 + 2 * record["cycles"]
+        assert record["steps"] == 2 * record["cycles"] * (SAMPLES - held_out_batches(SAMPLES))
+        assert record["held_out_error"] == seen[-1] == min(seen)
+        falling = [seen[last] <= seen[last - 1] * (1 - share) for last in range(2, len(seen), 2)]
+        assert all(falling[:-1])
+        assert record["cycles"] == 3 or not falling[-1]
+    assert {record["cycles"] for record in repairs} == {1 if share == 0.3 else 3} or share == repair.STILL_FALLING
+
+
+@pytest.mark.parametrize(
+    ("batches", "tokens", "held_out"),
+    [(1, 10, 0), (2, 10, 1), (36, 10, 4), (1000, 10, 100), (224, 2048, 12), (900, 512, 48)],
+)
+def test_how_much_is_held_out(batches: int, tokens: int, held_out: int) -> None:
+    """A tenth, until more would tell no more."""
+    assert held_out_batches(batches, tokens) == held_out
+
+
+def test_more_windows_than_the_text_holds(tmp_path: Path) -> None:
+    """All of them are taken to train on, but the statistics get as many as were asked for, or nothing is done."""
+    source = build("llama", tmp_path, layers=1)
+    some = report(compress(source, tmp_path / "out", **SETTINGS | {"training_samples": 10**6}).directory)
+    taken = some["repairs"][0]["tokens"] // LENGTH
+    assert SAMPLES < taken < 10**4
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["recipe"]
+    assert recipe["samples"] == SAMPLES
+    assert recipe["training_samples"] - held_out_batches(recipe["training_samples"], LENGTH) == taken
+    again = report(
+        compress(source, tmp_path / "again", **SETTINGS | {"training_samples": recipe["training_samples"]}).directory
+    )
+    assert again["repairs"] == some["repairs"]
+    with pytest.raises(CalibrationError, match=f"is {recipe['training_samples']} windows of {LENGTH}"):
+        compress(source, tmp_path / "no", **SETTINGS | {"samples": 10**5, "training_samples": 10**6})
 
 
 @pytest.mark.parametrize("moment", ["in the first block", "in the second block", "after the first block"])
