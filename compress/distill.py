@@ -124,7 +124,7 @@ def distill(
     watched = range(fitted, fitted + min(held_out, CHECKED_WINDOWS))
     before = best = course.divergence(watched)
     kept = adam.snapshot()
-    order = _order(fitted, min(seen, fitted), seed)
+    order = _order(fitted, seen, seed)
     checks = {round(steps * (number + 1) / CHECKS) for number in range(CHECKS)}
     taken, notes = 0, {}
     try:
