@@ -33,7 +33,9 @@ UNSEEN = 48
 
 _LAYERS: dict[str, Any] = dict(PRESETS["balanced"].fields)
 _LONG: dict[str, Any] = dict(PRESETS["best"].fields)
-_SHORT: dict[str, Any] = {**_LONG, "samples": 64, "training_samples": 160, "repair_options": {"passes": 2}}
+_OWN: dict[str, Any] = {**_LONG, "training_samples": 160, "repair_options": {"passes": 2}}
+"""All blocks are trained on their own outputs, the last one, too."""
+_SHORT: dict[str, Any] = {**_OWN, "training_samples": 144, "repair_options": {"passes": 2, "predictions": 40_000}}
 
 RUNS: dict[str, dict[str, Any]] = {
     "fast": dict(PRESETS["fast"].fields),
@@ -45,14 +47,28 @@ RUNS: dict[str, dict[str, Any]] = {
     "balanced, channels as they were": {**_LAYERS, "permutation": "none"},
     "balanced, alps": {**_LAYERS, "reconstruction": "alps"},
     "best, short": _SHORT,
-    "best, short, dense targets": {**_SHORT, "targets": "dense"},
-    "best, short, after wanda": {**_SHORT, "metric": "wanda", "reconstruction": "none"},
-    "best, short, after sparsegpt": {**_SHORT, "reconstruction": "sparsegpt"},
-    "best, short, fewer windows more often": {**_SHORT, "repair_options": {"passes": 4}, "training_samples": 88},
-    "best, short, new masks": {**_SHORT, "repair_options": {"passes": 2, "rounds": 1}, "training_samples": 72},
-    "best, short, channels as they were": {**_SHORT, "permutation": "none"},
+    "best, short, no predictions": _OWN,
+    "best, short, no predictions, dense targets": {**_OWN, "targets": "dense"},
+    "best, short, no predictions, after wanda": {**_OWN, "metric": "wanda", "reconstruction": "none"},
+    "best, short, no predictions, after sparsegpt": {**_OWN, "reconstruction": "sparsegpt"},
+    "best, short, no predictions, fewer windows more often": {
+        **_OWN,
+        "repair_options": {"passes": 4},
+        "training_samples": 88,
+    },
+    "best, short, no predictions, new masks": {
+        **_OWN,
+        "repair_options": {"passes": 2, "rounds": 1},
+        "training_samples": 72,
+    },
+    "best, short, no predictions, channels as they were": {**_OWN, "permutation": "none"},
     "best": _LONG,
-    "an hour, distilled": {**_SHORT, "repair_options": {"passes": 1}, "training_samples": 576, "distill": 430_000},
+    "best, no predictions": {
+        **_LONG,
+        "repair_options": {"passes": 2, "rate": 0.02, "cycles": 2},
+        "training_samples": 896,
+    },
+    "an hour, distilled": {**_OWN, "repair_options": {"passes": 1}, "training_samples": 576, "distill": 430_000},
     "an hour, distilled longer": {**_SHORT, "distill": 640_000, "distill_options": {"windows": 924}},
 }
 """Ablations at equal compute are those of one prefix: the passes over windows come to about the same number. (A round of new

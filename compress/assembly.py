@@ -121,14 +121,22 @@ def _entries(model: BlockModel, recipe: Recipe, journal: Journal) -> list[Entry]
 
 
 def _summary_of_repairs(recipe: Recipe, repairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over the blocks of the error against the dense model's activations, before and after, held out."""
+    """Mean over the blocks of the error against the dense model's activations, before and after, held out; and where the last one
+    learned predictions, their divergence from the dense model's."""
     done = [repair for repair in repairs if "held_out_error" in repair]
     if not done:
         return {"repair": recipe.repair}
-    return {"repair": recipe.repair, "blocks_repaired": len(done)} | {
+    means = {
         f"mean_{key}": sum(repair[key] for repair in done) / len(done)
         for key in ("held_out_error_before", "held_out_error")
     }
+    learned = done[-1].get("predictions", {})
+    predictions = {
+        f"predictions_{key}": learned[key]
+        for key in ("tokens", "held_out_divergence_before", "held_out_divergence")
+        if key in learned
+    }
+    return {"repair": recipe.repair, "blocks_repaired": len(done)} | means | predictions
 
 
 def _summary_of_distillation(distillation: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ Pruned to **{{ pattern }}** by halve {{ version }} {{ how }}, and stored {{ stor
 {% endif %}| their weights | {{ before }} bytes dense, {{ after }} bytes here |
 | relative output error | {{ error }} on average over the pruned layers |
 {% if repaired %}| blocks trained to give the dense model's activations | {{ repaired }}; error on held-out windows {{ repair_before }} before, {{ repair_after }} after, on average |
+{% endif %}{% if predictions %}| **last block trained on the dense model's logits** | {{ predictions }} tokens of the calibration text |
 {% endif %}{% if distilled %}| **distilled**: trained from end to end on the dense model's logits | {{ distilled }} tokens of the calibration text |
 {% endif %}
 Exact settings are in `recipe.yaml`; every layer, every byte and every file in `report.json`. Accuracy was not
@@ -103,6 +104,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         repaired=summary.get("blocks_repaired"),
         repair_before=f"{summary.get('mean_held_out_error_before', 0):.4f}",
         repair_after=f"{summary.get('mean_held_out_error', 0):.4f}",
+        predictions=f"{summary['predictions_tokens']:,}" if "predictions_tokens" in summary else None,
         distilled=f"{report['distillation']['tokens']:,}" if "distillation" in report else None,
         measure="" if images else ": `halve eval` does",
         usage=_USAGE_PACKED.format(

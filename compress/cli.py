@@ -128,7 +128,12 @@ def _repair_rows(summary: dict[str, Any]) -> list[list[str]]:
     if "mean_held_out_error" not in summary:
         return []
     before, after = summary["mean_held_out_error_before"], summary["mean_held_out_error"]
-    return [["error of the blocks, held out", f"{before:.4f} before the repair, {after:.4f} after"]]
+    rows = [["error of the blocks, held out", f"{before:.4f} before the repair, {after:.4f} after"]]
+    if "predictions_tokens" in summary:
+        before, after = (summary[f"predictions_held_out_divergence{when}"] for when in ("_before", ""))
+        said = f"{before:.4f} before {summary['predictions_tokens']:,} tokens of the last block, {after:.4f} after"
+        rows.append(["divergence of the predictions, held out", said])
+    return rows
 
 
 def _distillation_rows(summary: dict[str, Any]) -> list[list[str]]:

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class Course:
         self._set_masks(masks)
         for trainable in self.parameters.values():
             trainable.parameter.requires_grad_(True)
+        self._errors: Callable[[Tensor, int], Tensor] = self._against_target
         self.tokens = sum(inputs[batch].shape[:-1].numel() for batch in self.fitted)
         self.widest = max(shape_of(module)[1] for module in self._pruned.values())
 
@@ -59,9 +61,21 @@ class Course:
     def _output(self, batch: int) -> Tensor:
         return _run(self._model, self._index, batch, self._inputs[batch], self._block, self._precision)
 
+    def _against_target(self, output: Tensor, batch: int) -> Tensor:
+        return relative_error(output, self._targets[batch].to(self._model.device))
+
+    @contextmanager
+    def judged_by(self, errors: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+        """Inside, loss and errors are those that ``errors`` gives for an output and the number of its batch."""
+        self._errors = errors
+        try:
+            yield
+        finally:
+            self._errors = self._against_target
+
     def loss(self, batch: int) -> Tensor:
         with torch.enable_grad():
-            return relative_error(self._output(batch), self._targets[batch].to(self._model.device)).mean()
+            return self._errors(self._output(batch), batch).mean()
 
     def held_out_error(self) -> float:
         return self.error(self._held_out)
@@ -69,11 +83,7 @@ class Course:
     @torch.no_grad()
     def error(self, batches: Iterable[int]) -> float:
         """The mean over the tokens of some batches."""
-        errors = [
-            relative_error(self._output(batch), self._targets[batch].to(self._model.device)).flatten()
-            for batch in batches
-        ]
-        return float(torch.cat(errors).mean())
+        return float(torch.cat([self._errors(self._output(batch), batch).flatten() for batch in batches]).mean())
 
     def state(self) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Masks, and copies of all values."""

@@ -338,6 +338,7 @@ class _Run:
                 dense,
                 repair,
                 self.recipe.parsed_pattern,
+                batches=list(self.shared.batches(self.split.size)),
                 held_out=self.split.held_out,
                 seed=self.recipe.seed,
                 tell=lambda text: self.progress(index, count, text),

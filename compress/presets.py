@@ -42,8 +42,8 @@ PRESETS = {
             "samples": 64,
             "tokens_per_input": 16,
             "repair": "block",
-            "repair_options": {"passes": 2, "rate": 0.02, "cycles": 2},
-            "training_samples": 896,
+            "repair_options": {"passes": 2, "rate": 0.02, "cycles": 2, "predictions": 120_000},
+            "training_samples": 848,
         },
     ),
 }

@@ -16,6 +16,8 @@ The last windows are held out, a tenth or what tells enough: they are never trai
 statistics), the best state on them is kept, and training ends when their error stops to fall. Where it still falls when
 training ends, as in the first blocks, whose errors all others inherit, it begins again.
 
+The last block can be trained on, by what the model predicts in place of the block's output (`compress.predictions`).
+
 On request rounds of new masks follow (`compress.remask`), each trained, and kept only where the held-out error is lower
 than before it.
 """
@@ -23,7 +25,7 @@ than before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,7 @@ from compress.course import Course
 from compress.errors import NumericalError, RecipeError
 from compress.methods import Options
 from compress.patterns import NMPattern, Pattern
+from compress.predictions import divergence_of_predictions
 from compress.seeds import named_seed
 from compress.training import MaskedAdam
 
@@ -73,6 +76,13 @@ class RepairOptions(Options):
         "held-out error by 5 %",
     )
     clip: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
+    predictions: int = Field(
+        0,
+        ge=0,
+        description="on about how many tokens the last block, once repaired, learns the dense model's predictions, behind the "
+        "final norm and the head, in place of its own output",
+    )
+    predictions_rate: float = Field(0.003, gt=0, le=1, description="length of a step meanwhile, as rate is")
     rounds: int = Field(
         0,
         ge=0,
@@ -125,6 +135,7 @@ def repair_block(
     options: RepairOptions,
     pattern: Pattern,
     *,
+    batches: Sequence[Mapping[str, Any]] = (),
     held_out: int,
     seed: int,
     tell: Telling = lambda text: None,
@@ -137,6 +148,7 @@ def repair_block(
         inputs: the block's inputs from the pruned prefix, [batch, length, hidden] each.
         targets: the dense block's outputs from the dense prefix, shaped alike.
         pattern: of the masks.
+        batches: what the model is called with for each of the inputs; read where predictions are learned.
         held_out: how many of the batches, the last ones, nothing is fitted to.
         seed: of the order of the batches.
         tell: called with a line about the progress.
@@ -158,6 +170,7 @@ def repair_block(
         raise NumericalError(f"{name}: its error against the dense block is not finite; try --dtype float32")
     taken = cycles = 0
     rounds: list[dict[str, Any]] = []
+    learned: dict[str, Any] = {}
     try:
         for cycle in range(options.cycles):
             cycles, last = cycle + 1, best
@@ -178,6 +191,10 @@ def repair_block(
             if not record["kept"]:
                 break  # much the same would be tried again
             best = record["held_out_error"]
+        if options.predictions and index == len(model.blocks) - 1:
+            with divergence_of_predictions(model, batches, targets) as divergence, course.judged_by(divergence):
+                learned = _learn_predictions(course, options, generator, lambda text: tell(f"{name}: {text}"))
+            best = learned["held_out_error"] = course.held_out_error()
     except NumericalError as error:  # of a block that was sound before: hours of other blocks need not go for it
         notes |= {"warning": f"training ended early, the best state so far is kept: {error}"}
     course.write_back()
@@ -194,6 +211,7 @@ def repair_block(
         "tokens": course.tokens,
         "tokens_per_input": round(course.tokens / course.widest, 3),
         **({"rounds": rounds} if rounds else {}),
+        **({"predictions": learned} if learned else {}),
         **notes,
     }
     return Repaired(record, {join_names(name, parameter) for parameter in course.parameters})
@@ -223,21 +241,29 @@ class _Pass:
 
 
 def _train(
-    course: Course, passes: int, rate: float, clip: float, best: float, generator: torch.Generator
+    course: Course,
+    passes: int,
+    rate: float,
+    clip: float,
+    best: float,
+    generator: torch.Generator,
+    steps: int | None = None,
 ) -> Iterator[_Pass]:
     """Trains a block pass after pass; when it ends, whatever ended it, the block is in its best state.
 
     Args:
         best: the held-out error of the state that it is in; a pass with a higher one is not kept.
+        steps: in a pass, each with another batch of those that are fitted to; left out: all of them.
 
     Raises:
         NumericalError: a gradient is not finite.
     """
-    adam = MaskedAdam(course.parameters, rate=rate, steps=passes * len(course.fitted), clip=clip)
+    steps = steps or len(course.fitted)
+    adam = MaskedAdam(course.parameters, rate=rate, steps=passes * steps, clip=clip)
     kept, since = adam.snapshot(), 0
     try:
         for number in range(passes):
-            order = torch.randperm(len(course.fitted), generator=generator).tolist()
+            order = torch.randperm(len(course.fitted), generator=generator)[:steps].tolist()
             for position in order:
                 course.loss(course.fitted[position]).backward()
                 adam.step()
@@ -284,6 +310,29 @@ def _round(
             course.set_state(before)
     tell(min(error, best))
     return {**record, "held_out_error": error, "kept": kept}, steps
+
+
+def _learn_predictions(
+    course: Course, options: RepairOptions, generator: torch.Generator, tell: Telling
+) -> dict[str, Any]:
+    """Trains a course that is judged by the model's predictions on about as many tokens as asked for; gives what the report says of it."""
+    before = best = course.held_out_error()
+    if not math.isfinite(before):
+        raise NumericalError("the divergence of its predictions is not finite; try --dtype float32")
+    batches = len(course.fitted)
+    asked = max(1, round(options.predictions * batches / course.tokens))
+    passes = math.ceil(asked / batches)
+    taken = 0
+    rate, steps = options.predictions_rate, math.ceil(asked / passes)
+    for done in _train(course, passes, rate, options.clip, before, generator, steps):
+        best, taken = done.best, taken + done.steps
+        tell(f"predictions, pass {done.passes} of {passes}, held-out divergence {before:.4f} to {best:.4f}")
+    return {
+        "held_out_divergence_before": before,
+        "held_out_divergence": best,
+        "tokens": round(taken * course.tokens / batches),
+        "steps": taken,
+    }
 
 
 def _passes(asked: int, tokens: int, widest: int) -> tuple[int, dict[str, Any]]:

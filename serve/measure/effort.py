@@ -174,6 +174,7 @@ def _solved(shape: ModelShape, recipe: Recipe) -> tuple[float, float]:
 
 def _trained(shape: ModelShape, recipe: Recipe, rates: Rates) -> list[Stage]:
     forward = _pass_operations(shape, recipe.length)
+    head = 0 if shape.head is None else 2 * shape.head.n * shape.head.k
     stages = []
     if (repair := recipe.chosen_repair) is not None:
         tokens = recipe.windows * recipe.length
@@ -183,8 +184,12 @@ def _trained(shape: ModelShape, recipe: Recipe, rates: Rates) -> list[Stage]:
         # A round of new masks, if all are kept: one forward and two backward passes to find them, then a pass of training.
         work += forward * tokens * repair.rounds * ((5 + 3) * (1 - held_out) + held_out)
         stages.append(_stage("training of blocks", rates, low=work, reaches=TRAINING_REACHES))
+        if repair.predictions:
+            block, checked = forward / len(shape.kinds), 2 * held_out * tokens  # (before and after)
+            # Of each token: the head for the dense model's output, and forward and back for the block's; it is not trained.
+            work = 3 * (head + block) * repair.predictions + (2 * head + block) * checked
+            stages.append(_stage("predictions of the last block", rates, low=work, reaches=TRAINING_REACHES))
     if recipe.distill:
-        head = 0 if shape.head is None else 2 * shape.head.n * shape.head.k
         stages.append(
             _stage("distillation", rates, low=4 * (forward + head) * recipe.distill, reaches=TRAINING_REACHES)
         )

@@ -68,6 +68,10 @@ def test_the_stages_of_an_8b_llama_by_hand(tmp_path: Path) -> None:
     head = LLAMA_8B["vocab_size"] * hidden
     found = stages(shape, samples=samples, length=length, distill=5000)
     assert found["distillation"]["low"] == pytest.approx(4 * (forward + 2 * head) * 5000)
+    learning = {"repair": "block", "repair_options": {"predictions": 4000}}
+    found = stages(shape, reconstruction="none", samples=samples, length=length, **learning)
+    learned, checked = (2 * head * 3 + 3 * forward / blocks) * 4000, (2 * 2 * head + forward / blocks) * 2 * tokens / 10
+    assert found["predictions of the last block"]["low"] == pytest.approx(learned + checked)
 
 
 def test_more_of_anything_takes_longer(tmp_path: Path) -> None:
@@ -84,6 +88,7 @@ def test_more_of_anything_takes_longer(tmp_path: Path) -> None:
         {"reconstruction": "apt"},
         {"targets": "dense"},
         {"repair": "block"},
+        {"repair": "block", "repair_options": {"predictions": 1_000_000}},
         {"distill": 1000},
         {"allocate": 0.1},
     ):
