@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from compress import wide
+from compress.distill import LOGITS_HELD
 from compress.patterns import NMPattern
+from compress.pipeline import BATCH_TOKENS
 from compress.recipe import Recipe
 from compress.repair import HELD_OUT, HELD_OUT_TOKENS
 from serve.measure.gpus import Gpu
@@ -224,7 +226,11 @@ def _memory(shape: ModelShape, recipe: Recipe) -> dict[str, float]:
     widest = max((layers.shape.k for layers in shape.prunable), default=1)
     hidden = _hidden(shape)
     solving = SQUARES * 4.0 * widest * widest if recipe.needs & GRAMS else 0.0
-    training = block / itemsize * ADAM_BYTES if recipe.chosen_repair is not None else 0.0
+    training = 0.0
+    if (repair := recipe.chosen_repair) is not None:
+        training = block / itemsize * ADAM_BYTES
+        if repair.predictions and shape.head is not None:
+            training += LOGITS_HELD * BATCH_TOKENS * shape.head.n * itemsize
     if recipe.distill:
         training = max(training, shape.weights + shape.weights / itemsize * ADAM_BYTES)
     sets = 2 if recipe.chosen_repair is not None or recipe.chosen_targets is not None else 1

@@ -106,6 +106,10 @@ def test_what_it_would_hold(tmp_path: Path) -> None:
     repaired = effort.estimate(shape, Recipe.create(**fields, repair="block"), RATES)
     assert repaired["activation_bytes"] == 2 * plain["activation_bytes"]
     assert repaired["device_bytes"] - plain["device_bytes"] == pytest.approx(shape.block_bytes / 2 * effort.ADAM_BYTES)
+    predicting = effort.estimate(
+        shape, Recipe.create(**fields, repair="block", repair_options={"predictions": 1000}), RATES
+    )
+    assert predicting["device_bytes"] - repaired["device_bytes"] == 3 * 2048 * LLAMA_8B["vocab_size"] * 2
 
 
 def test_this_device_is_measured() -> None:
