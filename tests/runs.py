@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 import serve.transformers_plugin  # noqa: F401  registers the packed format
+from compress import calibration as texts
 from compress.architecture import auto_class, is_linear, load_config, oriented
 from compress.attention import TORCH, set_attention
 from compress.pipeline import Compressed, compress_model
@@ -88,6 +89,18 @@ class Called:
         assert "error: " not in before + after, self.stderr
         assert len(after.strip().splitlines()) == 1, self.stderr
         return after.strip()
+
+
+def turn_last_windows(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """From now on that many calibration windows, the last ones, hold their tokens in reverse."""
+    load_windows = texts.load_windows
+
+    def windows(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found = load_windows(*args, **kwargs)
+        found[-count:] = found[-count:].flip(1)
+        return found
+
+    monkeypatch.setattr(texts, "load_windows", windows)
 
 
 class Halve:

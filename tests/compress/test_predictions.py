@@ -13,7 +13,7 @@ from compress import pipeline, predictions, repair
 from compress.architecture import find_blocks
 from compress.repair import held_out_batches
 from compress.training import MaskedAdam
-from tests.runs import LENGTH, Halve, calibration, compress, report, stored, tree
+from tests.runs import LENGTH, Halve, calibration, compress, report, stored, tree, turn_last_windows
 from tests.runs import build_with_text as build
 from tests.runs import load as load_model
 
@@ -85,22 +85,11 @@ def test_as_many_tokens_as_asked_for(tokens: int, steps: int, tmp_path: Path) ->
 
 def test_held_out_windows_are_never_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tokens in them change no step, only what is measured on them."""
-    load_windows = texts.load_windows
-    held_out = held_out_batches(SAMPLES)
     source = build("llama", tmp_path, layers=1)
     monkeypatch.setattr(repair, "PATIENCE", 10**6)
-
-    def run(name: str, change: bool) -> Path:
-        def windows(*args: Any, **kwargs: Any) -> torch.Tensor:
-            found = load_windows(*args, **kwargs)
-            if change:
-                found[-held_out:] = found[-held_out:].flip(1)
-            return found
-
-        monkeypatch.setattr(texts, "load_windows", windows)
-        return compress(source, tmp_path / name, repair_options=LEARNED, **SETTINGS).directory
-
-    a, b = run("a", False), run("b", True)
+    a = compress(source, tmp_path / "a", repair_options=LEARNED, **SETTINGS).directory
+    turn_last_windows(monkeypatch, held_out_batches(SAMPLES))
+    b = compress(source, tmp_path / "b", repair_options=LEARNED, **SETTINGS).directory
     mine, theirs = (report(place)["repairs"][0] for place in (a, b))
     assert mine["predictions"]["held_out_divergence"] != theirs["predictions"]["held_out_divergence"]
     assert mine["training_error"] == theirs["training_error"]

@@ -20,7 +20,7 @@ from compress.journal import Journal
 from compress.recipe import Recipe
 from compress.repair import held_out_batches
 from compress.training import MaskedAdam
-from tests.runs import LENGTH, Halve, calibration, compress, report, stored, tree
+from tests.runs import LENGTH, Halve, calibration, compress, report, stored, tree, turn_last_windows
 from tests.runs import build_with_text as build
 from tests.runs import load as load_model
 
@@ -140,22 +140,11 @@ def test_a_leak_of_the_optimizer_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_held_out_windows_are_never_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tokens in them change no layer and no step of the first block, only what is measured on them."""
-    load_windows = texts.load_windows
-    held_out = held_out_batches(SAMPLES)
     source = build("llama", tmp_path, layers=1)
-
-    def run(name: str, change: bool, **options: Any) -> Path:
-        def windows(*args: Any, **kwargs: Any) -> torch.Tensor:
-            found = load_windows(*args, **kwargs)
-            if change:
-                found[-held_out:] = found[-held_out:].flip(1)
-            return found
-
-        monkeypatch.setattr(texts, "load_windows", windows)
-        return compress(source, tmp_path / name, **SETTINGS | options).directory
-
     monkeypatch.setattr(repair, "PATIENCE", 10**6)
-    a, b = run("a", False), run("b", True)
+    a = compress(source, tmp_path / "a", **SETTINGS).directory
+    turn_last_windows(monkeypatch, held_out_batches(SAMPLES))
+    b = compress(source, tmp_path / "b", **SETTINGS).directory
     assert report(a)["layers"] == report(b)["layers"]
     assert report(a)["repairs"][0]["training_error"] == report(b)["repairs"][0]["training_error"]
     assert report(a)["repairs"][0]["held_out_error"] != report(b)["repairs"][0]["held_out_error"]
