@@ -47,6 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "balanced, channels as they were": {**_LAYERS, "permutation": "none"},
     "balanced, alps": {**_LAYERS, "reconstruction": "alps"},
     "best, short": _SHORT,
+    "best, short, rotated": {**_SHORT, "rotation": "heads"},
     "best, short, no predictions": _OWN,
     "best, short, no predictions, dense targets": {**_OWN, "targets": "dense"},
     "best, short, no predictions, after wanda": {**_OWN, "metric": "wanda", "reconstruction": "none"},

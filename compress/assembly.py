@@ -59,6 +59,7 @@ def assemble(
             "layers": len(records),
             "layers_pruned": len(pruned),
             "layers_permuted": sum("permutation" in record for record in records),
+            "layers_rotated": sum("rotation" in record for record in records),
             "mean_relative_output_error": sum(r["relative_output_error"] for r in pruned) / max(len(pruned), 1),
             "pruned_bytes_before": sum(r["bytes_before"] for r in pruned),
             "pruned_bytes_after": sum(r["bytes_after"] for r in pruned),

@@ -26,6 +26,7 @@ Pruned to **{{ pattern }}** by halve {{ version }} {{ how }}, and stored {{ stor
 | calibration | {{ samples }} of `{{ calibration }}`, seed {{ seed }} |
 | layers pruned | {{ pruned }} of {{ layers }} |
 {% if permuted %}| channels reordered for it, folded into neighbouring layers | in {{ permuted }} layers |
+{% endif %}{% if rotated %}| channels of attention heads mixed for it, and mixed back in the next layer | for {{ rotated }} layers |
 {% endif %}{% if dense_targets %}| layers fitted to | what the dense model has where their errors show, not to themselves |
 {% endif %}| their weights | {{ before }} bytes dense, {{ after }} bytes here |
 | relative output error | {{ error }} on average over the pruned layers |
@@ -96,6 +97,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         pruned=summary["layers_pruned"],
         layers=summary["layers"],
         permuted=summary["layers_permuted"],
+        rotated=summary.get("layers_rotated"),
         dense_targets=settings.get("targets") == "dense",
         before=f"{summary['pruned_bytes_before']:,}",
         after=f"{summary['pruned_bytes_after']:,}",

@@ -12,6 +12,7 @@ from compress.metrics import METRICS
 from compress.permutation import FOLD
 from compress.reconstruction import RECONSTRUCTIONS
 from compress.repair import REPAIRS
+from compress.rotation import HEADS
 from compress.targets import TARGETS
 
 LIMITS = {
@@ -47,6 +48,7 @@ SLOTS: dict[str, Iterable[Method]] = {
     "metric": METRICS.values(),
     "reconstruction": RECONSTRUCTIONS.values(),
     "permutation": (FOLD,),
+    "rotation": (HEADS,),
     "allocate": (ALLOCATE,),
     "targets": (TARGETS,),
     "repair": REPAIRS.values(),

@@ -32,6 +32,7 @@ from compress.errors import NumericalError
 from compress.observe import InputObserver
 from compress.patterns import NMPattern
 from compress.permutation import best_order, retained
+from compress.rotation import rotate_columns, rotate_rows
 
 SHORTEST = 8
 """Tokens in a window below which nothing is proved: with one token, attention does not depend on its heads."""
@@ -70,7 +71,13 @@ def spread(orders: Tensor, index: Tensor, size: int) -> Tensor:
 
 
 def find_folds(
-    model: BlockModel, index: int, hidden: Tensor, consumers: Iterable[str], pattern: NMPattern
+    model: BlockModel,
+    index: int,
+    hidden: Tensor,
+    consumers: Iterable[str],
+    pattern: NMPattern,
+    *,
+    rotations: bool = False,
 ) -> Iterator[Fold]:
     """What is proved of a loaded block, at most one fold a consumer, in the order of the consumers.
 
@@ -78,6 +85,7 @@ def find_folds(
         hidden: the block's input in the first batch, [batch, length, hidden].
         consumers: full names of linears that are alone in reading their input.
         pattern: no group of it may lie across two heads.
+        rotations: those within heads alone whose channels may not only be reordered but mixed (`compress.rotation`).
     """
     consumers = list(consumers)
     if not consumers or hidden.shape[-2] < SHORTEST:
@@ -85,7 +93,7 @@ def find_folds(
     trial = Trial(model, index, hidden)
     for consumer in consumers:
         for fold in proposals(trial, consumer, model.config, pattern):
-            if trial.proves(fold):
+            if (fold.within_heads or not rotations) and trial.proves(fold, rotations=rotations):
                 yield fold
                 break
 
@@ -181,17 +189,19 @@ class Trial:
             columns.tolist()
         )
 
-    def proves(self, fold: Fold) -> bool:
+    def proves(self, fold: Fold, *, rotations: bool = False) -> bool:
         """Whether the block's output stays under a reordering of the fold's kind that moves every channel, and does not
-        stay where only the consumer's columns are reordered."""
-        orders = _drawn(fold.columns.shape[0], fold.columns.shape[2])
+        stay where only the consumer's columns are reordered; or the same of a random rotation."""
+        parts, _, channels = fold.columns.shape
+        change = _drawn_rotations(parts, channels) if rotations else _drawn(parts, channels)
+        change_columns, change_rows = (rotate_columns, rotate_rows) if rotations else (reorder_columns, reorder_rows)
         weights = {name: module.weight.data for name, module in self.linears.items()}
         biases = {name: module.bias.data for name, module in self.linears.items() if module.bias is not None}
         try:
-            reorder_columns(self.linears[fold.consumer], orders, fold.columns)
+            change_columns(self.linears[fold.consumer], change, fold.columns)
             consumer_alone = self._distance()
             for name, rows in fold.producers.items():
-                reorder_rows(self.linears[name], orders, rows)
+                change_rows(self.linears[name], change, rows)
             both = self._distance()
         finally:
             for name, weight in weights.items():
@@ -237,6 +247,12 @@ def _drawn(parts: int, channels: int) -> Tensor:
     return orders
 
 
+def _drawn_rotations(parts: int, channels: int) -> Tensor:
+    """A rotation [P, C, C] for each part that mixes every channel with every other; always the same one."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(parts, channels, channels, generator=generator)).Q
+
+
 def reorder_columns(module: LinearModule, orders: Tensor, columns: Tensor) -> Tensor:
     """Reorders a linear's input channels; returns the order [K]."""
     order = spread(orders, columns, shape_of(module)[1])
@@ -256,9 +272,14 @@ def reorder_rows(module: LinearModule, orders: Tensor, rows: Tensor) -> Tensor:
 
 
 class FoldsOfAlike:
-    """Folds that were proved of a block hold for all blocks that are made alike, so they are proved once."""
+    """Folds that were proved of a block hold for all blocks that are made alike, so they are proved once.
 
-    def __init__(self) -> None:
+    Args:
+        rotations: see `find_folds`.
+    """
+
+    def __init__(self, *, rotations: bool = False) -> None:
+        self._rotations = rotations
         self._known: dict[object, dict[str, Fold]] = {}
 
     def of(self, model: BlockModel, index: int, hidden: Tensor, consumers: list[str], pattern: NMPattern) -> list[Fold]:
@@ -267,7 +288,8 @@ class FoldsOfAlike:
         known = self._known.setdefault((make_of(model.blocks[index]), pattern), {})
         # Where nothing was proved before, the weights may have been to blame.
         unknown = [name for name in consumers if name.removeprefix(prefix) not in known]
-        for fold in find_folds(model, index, hidden, unknown, pattern) if unknown else ():
+        proved = find_folds(model, index, hidden, unknown, pattern, rotations=self._rotations) if unknown else ()
+        for fold in proved:
             known[fold.consumer.removeprefix(prefix)] = fold.renamed(lambda name: name.removeprefix(prefix))
         found = [known.get(name.removeprefix(prefix)) for name in consumers]
         return [fold.renamed(lambda name: prefix + name) for fold in found if fold is not None]

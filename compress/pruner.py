@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from compress.norms import ends_with_norm
 from compress.observe import InputObserver
 from compress.patterns import NMPattern
 from compress.recipe import Recipe
+from compress.rotating import rotate_block
 from compress.seeds import named_seed
 from compress.stages import Stage, plan_stages
 from compress.targets import TARGET_NEEDS, Aligned, DenseTensors, StageTargets, TargetOptions, aligned
@@ -71,6 +73,7 @@ class BlockPruner:
         self._directory = directory or Path()
         self._plans: dict[object, list[Stage]] = {}
         self._folds = FoldsOfAlike()
+        self._rotations = FoldsOfAlike(rotations=True)
         self._ends_with_norm: dict[object, bool] = {}
 
     def prune(
@@ -91,10 +94,11 @@ class BlockPruner:
         """
         linears = self.model.linears(index)
         wanted = {name: module for name, module in linears.items() if self.decisions[name] is None}
-        gradients = self._gradients_of(index, wanted, hidden)
         done = PrunedBlock([], {})
         # Biases that the source does not have; methods may change them.
         done.changed |= {f"{name}.bias" for name in linears if f"{name}.bias" in self.model.added}
+        rotated = self._rotate(index, block, wanted, hidden, done)
+        gradients = self._gradients_of(index, wanted, hidden)
         options = self.recipe.chosen_targets
         if options is None:
             observer = self._observe(index, block, wanted, hidden, self.recipe.needs | {"sample"})
@@ -104,6 +108,7 @@ class BlockPruner:
                 advance(batch)
             for name in linears:
                 self._prune_linear(name, linears[name], observer, gradients.get(name, {}), permuted, done)
+            _note(done, "rotation", rotated)
             return done
         assert dense is not None, "the pipeline passes them on for the targets"
         permuted = self._permute_early(index, block, wanted, hidden, gradients, done)
@@ -119,6 +124,7 @@ class BlockPruner:
                 self._prune_linear(name, linears[name], None, {}, permuted, done)
         order = {name: number for number, name in enumerate(linears)}
         done.records.sort(key=lambda record: order[record["name"]])
+        _note(done, "rotation", rotated)
         return done
 
     def trials(self, index: int, block: nn.Module, hidden: list[Tensor]) -> Iterator[tuple[str, ...]]:
@@ -204,6 +210,24 @@ class BlockPruner:
             self._ends_with_norm[key] = ends_with_norm(self.model, index - 1, hidden)
         return self._ends_with_norm[key]
 
+    def _rotate(
+        self, index: int, block: nn.Module, linears: dict[str, LinearModule], hidden: list[Tensor], done: PrunedBlock
+    ) -> dict[str, dict[str, Any]]:
+        """Mixes the channels of heads where the recipe asks for it and it is free; what was done by consumer."""
+        options, pattern = self.recipe.chosen_rotation, self.recipe.parsed_pattern
+        if options is None or not isinstance(pattern, NMPattern) or not linears:
+            return {}
+        observe = partial(self._observe, index, block)
+        rotated = rotate_block(self.model, index, hidden, linears, observe, pattern, options, self._rotations)
+        self._note_changed(index, rotated, "with", done)
+        return rotated
+
+    def _note_changed(self, index: int, records: dict[str, dict[str, Any]], key: str, done: PrunedBlock) -> None:
+        """Everything of the linears that the records name is saved, whether they are pruned or not."""
+        linears = self.model.linears(index)
+        for name in {producer: None for record in records.values() for producer in record[key]}:
+            done.changed |= {f"{name}.{parameter}" for parameter, _ in linears[name].named_parameters()}
+
     def _permute_early(
         self,
         index: int,
@@ -286,9 +310,7 @@ class BlockPruner:
             return importance(name, oriented(module.weight, module), statistics, self.recipe)
 
         permuted = fold_block(self.model, index, hidden, observer, gradients, pattern, score, self._folds)
-        linears = self.model.linears(index)
-        for name in {producer: None for record in permuted.values() for producer in record["folded_into"]}:
-            done.changed |= {f"{name}.{parameter}" for parameter, _ in linears[name].named_parameters()}
+        self._note_changed(index, permuted, "folded_into", done)
         return permuted
 
     def _statistics(
@@ -351,6 +373,13 @@ class BlockPruner:
         assert module.bias is not None
         module.bias.data = bias.to(module.bias.dtype)
         done.changed.add(f"{name}.bias")
+
+
+def _note(done: PrunedBlock, key: str, notes: Mapping[str, Any]) -> None:
+    """Adds to the records of the linears that ``notes`` name."""
+    for record in done.records:
+        if record["name"] in notes:
+            record[key] = notes[record["name"]]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compress.methods import Metric, Options, Reconstruction
     from compress.patterns import Group, Pattern
     from compress.repair import RepairOptions
+    from compress.rotation import RotationOptions
     from compress.targets import TargetOptions
 
 Scalar = bool | int | float | str
@@ -60,6 +61,12 @@ class Recipe(BaseModel):
         "none",
         description="fold: reorder the channels between neighbouring layers so that N:M costs less; free at run time",
     )
+    rotation: Literal["none", "heads"] = Field(
+        "none",
+        description="heads: mix the channels of the values within each attention head so that N:M costs less, and mix them back in "
+        "the output projection; free at run time",
+    )
+    rotation_options: dict[str, Scalar] = Field(default_factory=dict, description="options of the rotation, NAME=VALUE")
     targets: Literal["own", "dense"] = Field(
         "own",
         description="what a layer is fitted to: own: its output on the inputs that the pruned layers before it give; dense: "
@@ -144,6 +151,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
+        from compress.layer_statistics import GRADIENT_NEEDS
         from compress.patterns import NMPattern
 
         pattern = self.parsed_pattern
@@ -166,14 +174,15 @@ class Recipe(BaseModel):
                     f"the options of the metric compare the weights of a whole {options.group}, and group is {self.group!r}; "
                     "leave --group or the options out"
                 )
-        if self.repair == "none" and self.repair_options:
-            raise RecipeError("repair_options were given, but no repair; add repair='block' (flag --repair block)")
-        if not self.distill and self.distill_options:
-            raise RecipeError("distill_options were given, but distill is 0; say on how many tokens (flag --distill)")
-        if not self.allocate and self.allocate_options:
-            raise RecipeError("allocate_options were given, but allocate is 0; say which share (flag --allocate 0.1)")
-        if self.targets == "own" and self.targets_options:
-            raise RecipeError("targets_options were given, but no targets; add targets='dense' (flag --targets dense)")
+        for field, missing, remedy in (
+            ("rotation", "no rotation", "add rotation='heads' (flag --rotation heads)"),
+            ("repair", "no repair", "add repair='block' (flag --repair block)"),
+            ("distill", "distill is 0", "say on how many tokens (flag --distill)"),
+            ("allocate", "allocate is 0", "say which share (flag --allocate 0.1)"),
+            ("targets", "no targets", "add targets='dense' (flag --targets dense)"),
+        ):
+            if getattr(self, field) in ("none", "own", 0) and getattr(self, f"{field}_options"):
+                raise RecipeError(f"{field}_options were given, but {missing}; {remedy}")
         if (
             (allocation := self.chosen_allocation) is not None
             and allocation.by == "latency"
@@ -205,6 +214,17 @@ class Recipe(BaseModel):
                 f"permutation={self.permutation!r} moves columns between the groups of an N:M pattern, and the pattern is "
                 f"{self.pattern!r}; leave --permutation out"
             )
+        if self.chosen_rotation is not None:
+            if not isinstance(pattern, NMPattern):
+                raise RecipeError(
+                    f"rotation={self.rotation!r} goes by the groups of an N:M pattern, and the pattern is {self.pattern!r}; leave "
+                    "--rotation out"
+                )
+            if self.needs & GRADIENT_NEEDS:
+                raise RecipeError(
+                    f"metric {self.metric!r} weighs each weight by a gradient of the model as it is, and rotation={self.rotation!r} "
+                    "makes other weights of them; leave --rotation out, or choose another metric"
+                )
         own_group = self.chosen_reconstruction.group
         if metric is None and self.group == "layer" != own_group and not isinstance(pattern, NMPattern):
             raise RecipeError(
@@ -245,16 +265,24 @@ class Recipe(BaseModel):
         return None if self.chosen_reconstruction.own_metric else METRICS["wanda"]
 
     @property
+    def chosen_rotation(self) -> RotationOptions | None:
+        """How channels are mixed before anything is pruned, or None where they are not."""
+        if self.rotation == "none":
+            return None
+        from compress.methods import parse_options
+        from compress.rotation import HEADS
+
+        return cast("RotationOptions", parse_options(HEADS, self.rotation_options))
+
+    @property
     def chosen_targets(self) -> TargetOptions | None:
         """How layers are fitted to the dense model, or None where they are fitted to themselves."""
         if self.targets == "own":
             return None
         from compress.methods import parse_options
-        from compress.targets import TARGETS, TargetOptions
+        from compress.targets import TARGETS
 
-        options = parse_options(TARGETS, self.targets_options)
-        assert isinstance(options, TargetOptions)
-        return options
+        return cast("TargetOptions", parse_options(TARGETS, self.targets_options))
 
     @property
     def wants_dense(self) -> bool:
@@ -267,35 +295,29 @@ class Recipe(BaseModel):
         if self.repair == "none":
             return None
         from compress.methods import parse_options
-        from compress.repair import REPAIRS, RepairOptions
+        from compress.repair import REPAIRS
 
-        options = parse_options(REPAIRS[self.repair], self.repair_options)
-        assert isinstance(options, RepairOptions)
-        return options
+        return cast("RepairOptions", parse_options(REPAIRS[self.repair], self.repair_options))
 
     @property
     def chosen_distillation(self) -> DistillOptions | None:
         """How the whole model is trained at the end, or None where it is not."""
         if not self.distill:
             return None
-        from compress.distill import DISTILL, DistillOptions
+        from compress.distill import DISTILL
         from compress.methods import parse_options
 
-        options = parse_options(DISTILL, self.distill_options)
-        assert isinstance(options, DistillOptions)
-        return options
+        return cast("DistillOptions", parse_options(DISTILL, self.distill_options))
 
     @property
     def chosen_allocation(self) -> AllocateOptions | None:
         """How linears are chosen that stay dense, or None where all are pruned."""
         if not self.allocate:
             return None
-        from compress.allocate import ALLOCATE, AllocateOptions
+        from compress.allocate import ALLOCATE
         from compress.methods import parse_options
 
-        options = parse_options(ALLOCATE, self.allocate_options)
-        assert isinstance(options, AllocateOptions)
-        return options
+        return cast("AllocateOptions", parse_options(ALLOCATE, self.allocate_options))
 
     @property
     def windows(self) -> int:

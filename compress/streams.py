@@ -72,11 +72,13 @@ class Streams:
         self._kinds = {kind: into.tensors for kind, into in growing.items()}
 
     def _refuse_what_is_carried(self) -> None:
-        """Two streams would write over what the other's blocks hand on, and later blocks may read channels that were reordered."""
+        """Two streams would write over what the other's blocks hand on, and later blocks may read channels that were moved."""
         if self._recipe.wants_dense:
             self._model.refuse_carried("--repair block" if self._recipe.chosen_repair else "--targets dense")
         if self._recipe.permutation != "none":
             self._model.refuse_carried(f"--permutation {self._recipe.permutation}")
+        if self._recipe.rotation != "none":
+            self._model.refuse_carried(f"--rotation {self._recipe.rotation}")
 
     def save(self, index: int) -> None:
         """For a later run, as they go into block ``index``."""

@@ -65,6 +65,7 @@ def test_methods(halve: Halve) -> None:
         ("reconstruction", name) for name in RECONSTRUCTIONS
     } | {
         ("permutation", "fold"),
+        ("rotation", "heads"),
         ("allocate", "allocate"),
         ("targets", "dense"),
         ("repair", "block"),

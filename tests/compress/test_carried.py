@@ -75,6 +75,7 @@ def test_most_families_carry_nothing(family: str, tmp_path: Path) -> None:
         ({"repair": "block"}, "--repair block does not follow"),
         ({"reconstruction": "admm", "targets": "dense"}, "--targets dense does not follow"),
         ({"permutation": "fold"}, "--permutation fold does not follow"),
+        ({"rotation": "heads"}, "--rotation heads does not follow"),
         ({"metric": "gblm", "reconstruction": "none"}, "a metric that needs gradients does not follow"),
     ],
 )

@@ -542,7 +542,9 @@ def test_blocks_that_are_made_alike_are_proved_once(tmp_path: Path, monkeypatch:
     searched: list[int] = []
     search = folding.find_folds
     monkeypatch.setattr(
-        folding, "find_folds", lambda model, index, *rest: searched.append(index) or search(model, index, *rest)
+        folding,
+        "find_folds",
+        lambda model, index, *rest, **more: searched.append(index) or search(model, index, *rest, **more),
     )
     known = folding.FoldsOfAlike()
     for index in range(3):

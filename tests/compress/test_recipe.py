@@ -196,6 +196,7 @@ CHANGES: dict[str, Any] = {
     "group": "row",
     "reconstruction_options": {"damping": 0.1},
     "permutation": "fold",
+    "rotation": "heads",
     "allocate": 0.1,
     "targets": "dense",
     "repair": "block",
@@ -215,7 +216,7 @@ CHANGES: dict[str, Any] = {
 def test_every_field_is_in_the_digest_and_the_differences() -> None:
     default = Recipe.create()
     digests = {default.digest}
-    options = {f"{stage}_options" for stage in ("metric", "targets", "allocate", "repair", "distill")}
+    options = {f"{stage}_options" for stage in ("metric", "rotation", "targets", "allocate", "repair", "distill")}
     assert CHANGES.keys() | options | {"training_samples"} == Recipe.model_fields.keys(), (
         "a new field belongs in this test"
     )

@@ -57,6 +57,7 @@ def interrupted(source: Path, out: Path, *, blocks: int = 2, **settings: Any) ->
 
 EVERYTHING = (
     *("--reconstruction", "admm", "--permutation", "fold", "--targets", "dense", "--allocate", "0.1"),
+    *("--rotation", "heads", "--rotation-options", "steps=20"),
     *("--repair", "block", "--repair-options", "passes=1", "--repair-options", "rounds=1", "--training-samples", "16"),
     *("--distill", "640", "--distill-options", "batch=2"),
 )
