@@ -63,3 +63,12 @@ def spilled(batches: list[Tensor], file: Path, limit: int | None = None) -> list
     flat = torch.from_file(str(file), shared=True, size=sum(map(Tensor.numel, batches)), dtype=batches[0].dtype)
     views = flat.split([states.numel() for states in batches])
     return [view.view(states.shape).copy_(states) for view, states in zip(views, batches, strict=True)]
+
+
+def first_tokens(batches: list[Tensor], tokens: int) -> list[Tensor]:
+    """The first batches [batch, length, hidden] that hold so many tokens together; all where there are fewer."""
+    some, seen = 0, 0
+    while some < len(batches) and seen < tokens:
+        seen += batches[some].shape[:-1].numel()
+        some += 1
+    return batches[:some]

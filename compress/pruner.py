@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress import artefact, memory, packed
+from compress.activations import first_tokens
 from compress.architecture import LinearModule, join_names, make_of, oriented
 from compress.backward import regional_gradients
 from compress.blocks import BlockModel
@@ -241,11 +242,8 @@ class BlockPruner:
         calibration, which tells as much."""
         if self.recipe.permutation == "none" or not linears:
             return {}
-        some, tokens = 0, 0
-        while some < len(hidden) and tokens < PERMUTATION_TOKENS:
-            tokens += hidden[some].shape[:-1].numel()
-            some += 1
-        observer = self._observe(index, block, linears, hidden[:some], self.recipe.scoring_needs)
+        some = first_tokens(hidden, PERMUTATION_TOKENS)
+        observer = self._observe(index, block, linears, some, self.recipe.scoring_needs)
         return self._permute(index, hidden[0], observer, gradients, done)
 
     def _stages(self, index: int, block: nn.Module, linears: dict[str, LinearModule], hidden: Tensor) -> list[Stage]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compress import packed
+from compress.activations import first_tokens
 from compress.architecture import LinearModule, oriented
 from compress.blocks import BlockModel
 from compress.folding import Fold, FoldsOfAlike
@@ -61,13 +62,12 @@ def rotate_block(
     found = known.of(model, index, hidden[0], alone, pattern)
     if not found:
         return {}
-    involved = {name for fold in found for name in (fold.consumer, *fold.producers)} & pruned.keys()
-    some, tokens = 0, 0
-    while some < len(hidden) and tokens < options.tokens:
-        tokens += hidden[some].shape[:-1].numel()
-        some += 1
-    needs = frozenset({"gram", "sum_of_squares"})
-    observer = observe({name: pruned[name] for name in involved}, hidden[:some], needs)
+    involved = {name for fold in found for name in (fold.consumer, *fold.producers)}
+    observer = observe(
+        {name: module for name, module in pruned.items() if name in involved},
+        first_tokens(hidden, options.tokens),
+        frozenset({"gram", "sum_of_squares"}),
+    )
     linears = model.linears(index)
     records = {}
     for fold in found:

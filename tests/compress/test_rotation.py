@@ -273,16 +273,17 @@ def test_what_can_be_reordered_is_not_always_rotated(tmp_path: Path) -> None:
     assert search(rotations=True) == []
 
 
-def rotated(loaded: Loaded, **more: Any) -> dict[str, dict[str, Any]]:
+def rotated(loaded: Loaded, known: FoldsOfAlike | None = None, **options: Any) -> dict[str, dict[str, Any]]:
+    """The loaded block as the pipeline rotates it."""
+
     def observe(linears: Any, hidden: list[Tensor], needs: frozenset[str]) -> InputObserver:
         tokens = sum(states.shape[:-1].numel() for states in hidden)
         observer = InputObserver(linears, needs, tokens, loaded.model.blocks[loaded.index])
         observer.run(loaded.model, loaded.index, hidden)
         return observer
 
-    pruned = more.pop("pruned", loaded.linears)
-    known, options = FoldsOfAlike(rotations=True), RotationOptions(**{**QUICK, **more})
-    return rotate_block(loaded.model, loaded.index, loaded.hidden, pruned, observe, P24, options, known)
+    known, chosen = known or FoldsOfAlike(rotations=True), RotationOptions(**{**QUICK, **options})
+    return rotate_block(loaded.model, loaded.index, loaded.hidden, loaded.linears, observe, P24, chosen, known)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -317,14 +318,8 @@ def test_weights_that_are_not_finite_are_named(bad: str, tmp_path: Path) -> None
     known = FoldsOfAlike(rotations=True)
     known.of(loaded.model, 1, loaded.hidden[0], [loaded.name("o_proj")], P24)  # proved of another block that is sound
     loaded.linears[loaded.name(bad)].weight.data[0, 0] = float("inf")
-
-    def observe(linears: Any, hidden: list[Tensor], needs: frozenset[str]) -> InputObserver:
-        observer = InputObserver(linears, needs, 1, loaded.model.blocks[1])
-        observer.run(loaded.model, 1, hidden)
-        return observer
-
     with pytest.raises(NumericalError, match=rf"{bad if bad == 'o_proj' else '[ov]_proj'}"):
-        rotate_block(loaded.model, 1, loaded.hidden, loaded.linears, observe, P24, RotationOptions(**QUICK), known)
+        rotated(loaded, known)
 
 
 # From end to end
