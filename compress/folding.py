@@ -19,6 +19,7 @@ p is in the consumer's columns [P, R, C] R times (the query heads that share a k
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,15 +93,17 @@ def find_folds(
         return
     trial = Trial(model, index, hidden)
     for consumer in consumers:
-        for fold in proposals(trial, consumer, model.config, pattern):
-            if (fold.within_heads or not rotations) and trial.proves(fold, rotations=rotations):
+        for fold in proposals(trial, consumer, model.config, pattern, within_heads=rotations):
+            if trial.proves(fold, rotations=rotations):
                 yield fold
                 break
 
 
-def proposals(trial: Trial, consumer: str, config: Any, pattern: NMPattern) -> Iterator[Fold]:
+def proposals(
+    trial: Trial, consumer: str, config: Any, pattern: NMPattern, *, within_heads: bool = False
+) -> Iterator[Fold]:
     """Folds of a consumer that fit the shapes and of whose producers a probe shows that they make its input channel by
-    channel: first over all channels, then within the heads."""
+    channel: first over all channels, then within the heads; or those within the heads alone."""
     columns = shape_of(trial.linears[consumer])[1]
     others = {name: shape_of(module)[0] for name, module in trial.linears.items() if name != consumer}
 
@@ -116,10 +119,11 @@ def proposals(trial: Trial, consumer: str, config: Any, pattern: NMPattern) -> I
         if producers:
             yield Fold(consumer, places, producers, within_heads)
 
-    fitting = {
-        name: [torch.arange(n).view(1, -1, columns)] for name, n in others.items() if n in (columns, 2 * columns)
-    }
-    yield from propose(1, columns, fitting, False)
+    if not within_heads:
+        fitting = {
+            name: [torch.arange(n).view(1, -1, columns)] for name, n in others.items() if n in (columns, 2 * columns)
+        }
+        yield from propose(1, columns, fitting, False)
 
     heads = getattr(config.get_text_config(), "num_attention_heads", None)
     if not isinstance(heads, int) or columns % heads or (columns // heads) % pattern.m:
@@ -163,7 +167,11 @@ class Trial:
         self.linears = linears_of(self._block, model.block_name(index))
         self._call = lambda: model.run_copy(index, 0, hidden, self._block, torch.float32)
         self._inputs: dict[str, Tensor | None] = {}
-        self._output = self._run()
+
+    @functools.cached_property
+    def _output(self) -> Tensor:
+        """Of the block as it is, so it is asked for before anything is changed."""
+        return self._run()
 
     def makes(self, producer: str, rows: Tensor, consumer: str, columns: Tensor) -> bool:
         """Whether a push at some ``rows`` of the producer's output moves those ``columns`` of the consumer's input and no
@@ -192,6 +200,7 @@ class Trial:
     def proves(self, fold: Fold, *, rotations: bool = False) -> bool:
         """Whether the block's output stays under a reordering of the fold's kind that moves every channel, and does not
         stay where only the consumer's columns are reordered; or the same of a random rotation."""
+        before = self._output
         parts, _, channels = fold.columns.shape
         change = _drawn_rotations(parts, channels) if rotations else _drawn(parts, channels)
         change_columns, change_rows = (rotate_columns, rotate_rows) if rotations else (reorder_columns, reorder_rows)
@@ -199,10 +208,10 @@ class Trial:
         biases = {name: module.bias.data for name, module in self.linears.items() if module.bias is not None}
         try:
             change_columns(self.linears[fold.consumer], change, fold.columns)
-            consumer_alone = self._distance()
+            consumer_alone = self._distance(before)
             for name, rows in fold.producers.items():
                 change_rows(self.linears[name], change, rows)
-            both = self._distance()
+            both = self._distance(before)
         finally:
             for name, weight in weights.items():
                 self.linears[name].weight.data = weight
@@ -211,10 +220,10 @@ class Trial:
         # (a NaN makes every comparison False)
         return consumer_alone > _POWER and both <= _EQUAL * consumer_alone
 
-    def _distance(self) -> float:
+    def _distance(self, before: Tensor) -> float:
         """How far the output is from what it was, as a share of that; by token, so that no single one outweighs all."""
-        difference = (self._run() - self._output).norm(dim=-1).sum(dtype=torch.float64)
-        return float(difference / self._output.norm(dim=-1).sum(dtype=torch.float64))
+        difference = (self._run() - before).norm(dim=-1).sum(dtype=torch.float64)
+        return float(difference / before.norm(dim=-1).sum(dtype=torch.float64))
 
     def _run(self) -> Tensor:
         output = self._call()

@@ -22,7 +22,7 @@ class Preset:
     fields: Mapping[str, Any]
 
 
-_LAYERS = {"reconstruction": "admm", "permutation": "fold", "length": 512}
+_LAYERS = {"reconstruction": "admm", "permutation": "fold", "rotation": "heads", "length": 512}
 
 PRESETS = {
     "fast": Preset(
@@ -31,7 +31,7 @@ PRESETS = {
     ),
     "balanced": Preset(
         "what each layer can do, made to repair what those before it lost: minutes for a small model",
-        {**_LAYERS, "targets": "dense", "samples": 48, "tokens_per_input": 8},
+        {**_LAYERS, "targets": "dense", "samples": 40, "tokens_per_input": 8},
     ),
     "best": Preset(
         "each block trained to give the dense block's output again, a block in memory at a time",
@@ -67,8 +67,8 @@ def merged(
 
     What was given wins, and options are merged one by one. What the base says only for the sake of something that was given
     otherwise goes with it, so that nobody reads of a field that he never wrote: options of a method that was replaced,
-    windows to train on where nothing trains any more, a reordering of channels where the pattern has no groups. Windows of
-    another length come in another number, so that the tokens stay as many.
+    windows to train on where nothing trains any more, reordered or rotated channels where the pattern has no groups, rotated ones
+    where the metric goes by gradients. Windows of another length come in another number, so that the tokens stay as many.
     """
     fields = dict(base)
     for field, value in given.items():
@@ -81,8 +81,11 @@ def merged(
     kept = base.keys() - given.keys()
     if "training_samples" in kept and fields.get("repair", "none") == "none" and not fields.get("distill"):
         del fields["training_samples"]
-    if "permutation" in kept and fields.get("pattern") == "unstructured":
+    no_groups = given.get("pattern") == "unstructured"
+    if no_groups and "permutation" in kept:
         del fields["permutation"]
+    if (no_groups or _goes_by_gradients(given.get("metric"))) and "rotation" in kept:
+        fields = {name: value for name, value in fields.items() if name not in {"rotation", "rotation_options"} & kept}
     if "length" in base and isinstance(given.get("length"), int) and given["length"] > 0:
         for name in {"samples", "training_samples"} & kept & fields.keys():
             if isinstance(fields[name], int):
@@ -90,6 +93,16 @@ def merged(
     if "training_samples" in kept & fields.keys() and _is_more(fields.get("samples"), fields["training_samples"]):
         fields["training_samples"] = fields["samples"]
     return fields
+
+
+def _goes_by_gradients(metric: Any) -> bool:
+    """Of the model as it is, so that its weights cannot be made others before."""
+    from compress.layer_statistics import GRADIENT_NEEDS
+    from compress.metrics import METRICS
+
+    if not isinstance(metric, str) or metric not in METRICS:
+        return False
+    return bool((METRICS[metric].needs | METRICS[metric].options().needs) & GRADIENT_NEEDS)
 
 
 def _is_more(one: Any, other: Any) -> bool:

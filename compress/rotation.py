@@ -40,9 +40,9 @@ TINY = 1e-30
 
 
 class RotationOptions(Options):
-    steps: int = Field(200, ge=2, le=100_000, description="steps of the descent: the first half on the entropy")
+    steps: int = Field(100, ge=4, le=100_000, description="steps of the descent: the first quarter on the entropy")
     rate: float = Field(0.02, gt=0, le=1, description="length of a step of Adam, in radians about")
-    tokens: int = Field(16_384, ge=1, description="calibration tokens whose second moments it goes by, at most")
+    tokens: int = Field(8192, ge=1, description="calibration tokens whose second moments it goes by, at most")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ HEADS = Rotation(
     name="heads",
     paper="orthogonal mixing within heads as SpinQuant's R2 (arXiv 2405.16406) and DenoiseRotator (arXiv 2505.23049), on the share "
     "that N:M drops",
-    cost="for each step of 200 about six products with each head's part of the values' and output projections; a Gram matrix [K, K] "
+    cost="for each step of 100 about six products with each head's part of the values' and output projections; a Gram matrix [K, K] "
     "of two inputs; nothing at run time. N:M patterns only",
 )
 
@@ -124,9 +124,10 @@ def best_rotations(problem: HeadProblem, options: RotationOptions) -> Tensor:
     """The rotations [P, C, C] that were found; for a head for which none drops less than none at all, the identity."""
     judge = problem.sampled()
     _, start = torch.linalg.eigh(problem.moments.sum(dim=1).double())
-    rotations = _descend(start.float(), judge.entropy, options.steps // 2, options.rate)
+    early = options.steps // 4
+    rotations = _descend(start.float(), judge.entropy, early, options.rate)
     rotations = _in_order(rotations, judge)
-    rotations = _descend(rotations, judge.dropped, options.steps - options.steps // 2, options.rate)
+    rotations = _descend(rotations, judge.dropped, options.steps - early, options.rate)
     identity = torch.eye(rotations.shape[-1], device=rotations.device).expand_as(rotations)
     better = problem.dropped(rotations) < problem.dropped(identity)  # (a NaN is not)
     return torch.where(better[:, None, None], rotations, identity)
