@@ -25,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"reconstruction": "sparsegpt", "samples": 32, "length": 512},
     "apt": {"reconstruction": "apt", "samples": 32, "length": 512},
     "admm": {"reconstruction": "admm", "samples": 32, "length": 512},
+    "admm, heads rotated": {"reconstruction": "admm", "samples": 32, "length": 512, "rotation": "heads"},
     "admm, dense targets": {"reconstruction": "admm", "samples": 32, "length": 512, "targets": "dense"},
     "admm, blocks trained": {
         "reconstruction": "admm", "samples": 16, "training_samples": 32, "length": 512,

@@ -21,6 +21,7 @@ from compress.patterns import NMPattern
 from compress.pipeline import BATCH_TOKENS
 from compress.recipe import Recipe
 from compress.repair import HELD_OUT, HELD_OUT_TOKENS
+from compress.rotation import COLUMNS, ROWS
 from serve.measure.gpus import Gpu
 from serve.measure.shapes import ModelShape
 
@@ -36,6 +37,9 @@ DISK_BYTES_A_SECOND = 1e9
 """Read, or written with a digest; taken for granted."""
 ADMM_STEPS = 20
 REFIT_STEPS = 10
+ROTATION_OPERATIONS = 2400
+"""Of a weight in a step of a rotation's descent, besides products: scores, masks and their gradients are passes over memory, which
+take as long as so many operations of a large product; fitted."""
 ADAM_BYTES = 21
 """A trained weight in float32: itself, its gradient, two moments, the best state so far, and its mask."""
 GRAMS = frozenset({"gram", "split_gram"})
@@ -100,7 +104,12 @@ def estimate(shape: ModelShape, recipe: Recipe, rates: Rates) -> dict[str, Any]:
     memory = _memory(shape, recipe)
     moved = shape.weights + 2 * memory["disk_bytes"]  # blocks are written, and then the artefact of them
     files = Stage("files", 0.0, 0.0, moved / DISK_BYTES_A_SECOND)
-    stages = [*_layer_wise(shape, recipe, rates), *_trained(shape, recipe, rates), files]
+    stages = [
+        *_rotated(shape, recipe, rates),
+        *_layer_wise(shape, recipe, rates),
+        *_trained(shape, recipe, rates),
+        files,
+    ]
     return {
         "seconds": sum(stage.seconds for stage in stages),
         "stages": [vars(stage) for stage in stages],
@@ -121,6 +130,26 @@ def _pass_operations(shape: ModelShape, length: int) -> float:
     linears = sum(2 * layers.count * layers.shape.n * layers.shape.k for layers in shape.layers)
     experts = sum(2 * e.parameters * e.chosen / e.experts for e in shape.experts)
     return linears + experts + 4 * shape.attention_width * length / 2
+
+
+def _rotated(shape: ModelShape, recipe: Recipe, rates: Rates) -> list[Stage]:
+    """The descent, as if every head's values could be rotated, and what is observed for it."""
+    config = shape.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if (options := recipe.chosen_rotation) is None or not isinstance(heads, int) or not shape.attention_width:
+        return []
+    width = shape.attention_width / len(shape.kinds)  # of the mean block
+    parts = getattr(config, "num_key_value_heads", None) or heads
+    hidden, channels = _hidden(shape), width / heads
+    judged = parts * channels * (min(ROWS, heads / parts * hidden) + min(COLUMNS, hidden))
+    descent = len(shape.kinds) * options.steps * judged * (4 * channels + ROTATION_OPERATIONS)
+    tokens = min(options.tokens, recipe.samples * recipe.length)
+    observed = tokens * _pass_operations(shape, recipe.length)
+    squares = tokens * len(shape.kinds) * width * width
+    return [
+        _stage("observation for rotations", rates, low=observed, single=squares, reaches=GRAM_REACHES),
+        _stage("rotations", rates, single=descent),
+    ]
 
 
 def _layer_wise(shape: ModelShape, recipe: Recipe, rates: Rates) -> list[Stage]:

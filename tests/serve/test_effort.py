@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from compress import rotation
 from compress.architecture import find_blocks
 from compress.recipe import Recipe
 from serve.measure import effort, gpus, shapes
@@ -74,6 +75,19 @@ def test_the_stages_of_an_8b_llama_by_hand(tmp_path: Path) -> None:
     assert found["predictions of the last block"]["low"] == pytest.approx(learned + checked)
 
 
+def test_rotations_of_an_8b_llama_by_hand(tmp_path: Path) -> None:
+    """Of 8 heads the values' 128 x 4096 weights, and as many of the output projection's four times 4096 rows as are judged by."""
+    found = stages(
+        shapes.read(llama(tmp_path)), rotation="heads", rotation_options={"steps": 50}, samples=4, length=512
+    )
+    judged = 8 * 128 * (rotation.ROWS + 4096)
+    expected = LLAMA_8B["num_hidden_layers"] * 50 * judged * (4 * 128 + effort.ROTATION_OPERATIONS)
+    assert found["rotations"]["single"] == pytest.approx(expected)
+    observation = found["observation for rotations"]
+    assert observation["single"] == pytest.approx(LLAMA_8B["num_hidden_layers"] * 4096**2 * 2048)
+    assert observation["low"] == pytest.approx(found["forward passes"]["low"] / 2), "(which are passed on, too)"
+
+
 def test_more_of_anything_takes_longer(tmp_path: Path) -> None:
     shape = shapes.read(llama(tmp_path))
 
@@ -87,6 +101,8 @@ def test_more_of_anything_takes_longer(tmp_path: Path) -> None:
         {"reconstruction": "admm"},
         {"reconstruction": "apt"},
         {"targets": "dense"},
+        {"rotation": "heads"},
+        {"rotation": "heads", "rotation_options": {"steps": 1000}},
         {"repair": "block"},
         {"repair": "block", "repair_options": {"predictions": 1_000_000}},
         {"distill": 1000},
