@@ -66,7 +66,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "best, short, no predictions, channels as they were": {**_OWN, "permutation": "none"},
     "best": _LONG,
-    "best, not rotated": {**_LONG, "rotation": "none"},
+    "best, not rotated": {**_LONG, "rotation": "none", "training_samples": 848},
     "best, not rotated, no predictions": {
         **_LONG,
         "rotation": "none",
