@@ -31,7 +31,7 @@ PRESETS = {
     ),
     "balanced": Preset(
         "what each layer can do, made to repair what those before it lost: minutes for a small model",
-        {**_LAYERS, "targets": "dense", "samples": 32, "tokens_per_input": 8},
+        {**_LAYERS, "targets": "dense", "samples": 40, "tokens_per_input": 8},
     ),
     "best": Preset(
         "each block trained to give the dense block's output again, a block in memory at a time",

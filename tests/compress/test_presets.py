@@ -72,7 +72,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ("best", {"metric": "gblm"}, {"metric": "gblm", "rotation": "none", "permutation": "fold"}),
         ("best", {"metric": "pruner-zero"}, {"metric": "pruner-zero", "rotation": "none"}),
         ("balanced", {"metric": "wanda"}, {"metric": "wanda", "rotation": "heads"}),
-        ("balanced", {"reconstruction": "sparsegpt", "targets": "own"}, {"targets": "own", "samples": 32}),
+        ("balanced", {"reconstruction": "sparsegpt", "targets": "own"}, {"targets": "own", "samples": 40}),
     ],
 )
 def test_what_a_preset_says_for_the_sake_of_something_goes_with_it(
@@ -92,7 +92,7 @@ def test_a_field_that_was_written_is_not_dropped() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "widest", "samples", "windows"),
-    [("balanced", 1536, 32, 32), ("balanced", 14336, 224, 224), ("best", 1536, 64, 800), ("best", 28672, 896, 896)],
+    [("balanced", 1536, 40, 40), ("balanced", 14336, 224, 224), ("best", 1536, 64, 800), ("best", 28672, 896, 896)],
 )
 def test_wide_models_get_more_windows(preset: str, widest: int, samples: int, windows: int) -> None:
     """So many tokens for each input of the widest layer: SmolLM2, an 8B Llama, a 70B one."""
