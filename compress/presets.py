@@ -85,7 +85,8 @@ def merged(
     if no_groups and "permutation" in kept:
         del fields["permutation"]
     if (no_groups or _goes_by_gradients(given.get("metric"))) and "rotation" in kept:
-        fields = {name: value for name, value in fields.items() if name not in {"rotation", "rotation_options"} & kept}
+        for name in {"rotation", "rotation_options"} & kept & fields.keys():
+            del fields[name]
     if "length" in base and isinstance(given.get("length"), int) and given["length"] > 0:
         for name in {"samples", "training_samples"} & kept & fields.keys():
             if isinstance(fields[name], int):

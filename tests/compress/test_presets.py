@@ -85,9 +85,23 @@ def test_what_a_preset_says_for_the_sake_of_something_goes_with_it(
         assert {name: getattr(recipe, name) for name in expected} == expected
 
 
-def test_a_field_that_was_written_is_not_dropped() -> None:
+def test_options_of_rotations_go_with_them(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("rotation: heads\nrotation_options: {steps: 8}\n")
+    assert Recipe.load(file).rotation_options == {"steps": 8}
+    loaded = Recipe.load(file, metric="gblm")
+    assert (loaded.rotation, loaded.rotation_options) == ("none", {})
+
+
+def test_a_field_that_was_written_is_not_dropped(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="nothing trains"):
         Recipe.create(**preset_fields("fast", {"training_samples": 300}))
+    file = tmp_path / "recipe.yaml"
+    file.write_text("pattern: unstructured\nsparsity: 0.5\nformat: dense\npermutation: fold\n")
+    with pytest.raises(RecipeError, match="leave --permutation out"):
+        Recipe.load(file)
+    with pytest.raises(RecipeError, match="leave --rotation out"):
+        Recipe.create(**preset_fields("balanced", {"metric": "gblm", "rotation": "heads"}))
 
 
 @pytest.mark.parametrize(
