@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,20 +120,29 @@ def test_rows_are_packed_a_few_at_a_time(at_once: int, monkeypatch: pytest.Monke
 
 
 CLEAR_PEAK = Path("/proc/self/clear_refs")
+MEMORY_ON_THE_WAY = """
+import os
+from pathlib import Path
+import torch
+from compress.packed import pack
+weight = torch.ones(2048, 4096, dtype=torch.bfloat16)
+weight.view(-1, 4)[:, 2:] = 0
+pack(weight[:8])
+Path("/proc/self/clear_refs").write_text("5")
+before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+packed = pack(weight)
+status = Path("/proc/self/status").read_text()
+peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+print((peak - before - packed.nbytes) / weight.numel())
+"""
 
 
 @pytest.mark.skipif(not os.access(CLEAR_PEAK, os.W_OK), reason="the peak of the memory is Linux' to tell")
 def test_packing_needs_little_memory_on_the_way() -> None:
-    """Layers are packed as they are loaded, when memory is full of the others."""
-    weight = torch.ones(2048, 4096, dtype=torch.bfloat16)
-    weight.view(-1, 4)[:, 2:] = 0
-    pack(weight[:8])
-    CLEAR_PEAK.write_text("5")
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    packed = pack(weight)
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    assert peak - before - packed.nbytes < 4 * weight.numel()
+    """Layers are packed as they are loaded, when memory is full of the others. In a process of its own: one that ran other
+    tests has freed memory at hand, which hides what is needed, and threads of theirs that need more."""
+    done = subprocess.run([sys.executable, "-c", MEMORY_ON_THE_WAY], capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout) < 4
 
 
 def test_layout_of_one_row_by_hand() -> None:
