@@ -51,20 +51,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "best, short, not rotated": {**_SHORT, "rotation": "none"},
     "best, short, no predictions": _OWN,
     "best, short, not rotated, no predictions": {**_OWN, "rotation": "none"},
-    "best, short, no predictions, dense targets": {**_OWN, "targets": "dense"},
-    "best, short, no predictions, after wanda": {**_OWN, "metric": "wanda", "reconstruction": "none"},
-    "best, short, no predictions, after sparsegpt": {**_OWN, "reconstruction": "sparsegpt"},
-    "best, short, no predictions, fewer windows more often": {
-        **_OWN,
-        "repair_options": {"passes": 4},
-        "training_samples": 88,
+    "best, short, dense targets": {**_SHORT, "targets": "dense"},
+    "best, short, after wanda": {**_SHORT, "metric": "wanda", "reconstruction": "none"},
+    "best, short, after sparsegpt": {**_SHORT, "reconstruction": "sparsegpt"},
+    "best, short, fewer windows more often": {
+        **_SHORT,
+        "repair_options": {"passes": 4, "predictions": 40_000},
+        "training_samples": 80,
     },
-    "best, short, no predictions, new masks": {
-        **_OWN,
-        "repair_options": {"passes": 2, "rounds": 1},
-        "training_samples": 72,
+    "best, short, new masks": {
+        **_SHORT,
+        "repair_options": {"passes": 2, "rounds": 1, "predictions": 40_000},
+        "training_samples": 64,
     },
-    "best, short, no predictions, channels as they were": {**_OWN, "permutation": "none"},
+    "best, short, channels as they were": {**_SHORT, "permutation": "none"},
     "best": _LONG,
     "best, not rotated": {**_LONG, "rotation": "none", "training_samples": 848},
     "best, not rotated, no predictions": {
