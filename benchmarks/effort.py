@@ -2,7 +2,8 @@
 
     python -m benchmarks.effort [--model DIR] [--threads 2] [--only NAME ...]
 
-Each recipe is a process of its own; the rates are measured in it, just before. Nothing else may run beside it.
+Each recipe is a process of its own; the rates are measured in it, just before. Nothing else may run beside it. What is left out
+keeps the result that it has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from compress.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,7 +53,10 @@ def main() -> None:
 
         prepare_smollm2(arguments.model)
     path = RESULTS / "effort.json"
-    document: dict[str, Any] = {"model": arguments.model.name, "threads": arguments.threads, "runs": {}}
+    document: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    same = {"model": arguments.model.name, "threads": arguments.threads}
+    if any(document.get(key) != value for key, value in same.items()):
+        document = {**same, "runs": {}}
     for name in arguments.only:
         request = json.dumps({"model": str(arguments.model), "name": name})
         done = subprocess.run(
@@ -61,11 +67,11 @@ def main() -> None:
             text=True,
             check=True,
         )
-        found = json.loads(done.stdout.splitlines()[-1])
-        document["runs"][name], document["environment"] = found["run"], found["environment"]
-        print(name, found["run"]["seconds"], found["run"]["estimate"]["seconds"], file=sys.stderr)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    path.with_suffix(".md").write_text(render(document))
+        run = document["runs"][name] = json.loads(done.stdout.splitlines()[-1])
+        document["runs"] = {name: document["runs"][name] for name in RECIPES if name in document["runs"]}
+        write_text(path, json.dumps(document, indent=1) + "\n")
+        write_text(path.with_suffix(".md"), render(document))
+        print(name, run["seconds"], run["estimate"]["seconds"], file=sys.stderr)
 
 
 def _measure(model: str, name: str) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def _measure(model: str, name: str) -> dict[str, Any]:
         started = time.perf_counter()
         compress_model(model, Path(directory) / "out", recipe=recipe, attention=attention.name())
         seconds = time.perf_counter() - started
-    return {"run": {"seconds": seconds, "estimate": estimate}, "environment": environment()}
+    return {"seconds": seconds, "estimate": estimate, "environment": environment()}
 
 
 def render(document: dict[str, Any]) -> str:
@@ -91,15 +97,15 @@ def render(document: dict[str, Any]) -> str:
     lines = [
         f"# What pruning takes: estimated and measured, {document['model']}",
         "",
-        "| recipe | estimated, s | measured, s | error | most of it, by the estimate |",
-        "|---|---:|---:|---:|---|",
+        "| recipe | estimated, s | measured, s | error | most of it, by the estimate | measured on |",
+        "|---|---:|---:|---:|---|---|",
     ]
     for name, run in document["runs"].items():
         said, took = run["estimate"]["seconds"], run["seconds"]
         most = max(run["estimate"]["stages"], key=lambda stage: stage["seconds"])["name"]
-        lines.append(f"| {name} | {said:.0f} | {took:.0f} | {said / took - 1:+.0%} | {most} |")
-    place = document["environment"]
-    lines += ["", f"{place['machine']}, {document['threads']} threads, {place['date']}."]
+        place = f"{run['environment']['machine']}, {run['environment']['date']}"
+        lines.append(f"| {name} | {said:.0f} | {took:.0f} | {said / took - 1:+.0%} | {most} | {place} |")
+    lines += ["", f"{document['threads']} threads."]
     return "\n".join(lines) + "\n"
 
 
