@@ -232,23 +232,28 @@ def _available(tokenizer: Any, length: int) -> int:
 
 
 def render(document: dict[str, Any]) -> str:
-    """The table."""
-    dense = document["dense"]
-    rows = sorted(document["runs"].items(), key=lambda item: item[1]["perplexity_wikitext2"])
+    """Two tables: each recipe over its seeds, and every run."""
+    dense, runs = document["dense"], document["runs"]
     lines = [
         f"# Accuracy of the presets and what each stage buys, {document['model']}",
         "",
         "Pure 2:4 in all linears of all blocks, calibrated on the built-in part of C4 alone. Perplexity of WikiText-2 (first 40 "
-        f"windows of 2,048) and of {UNSEEN} windows of C4 that no stage saw, others for each seed (dense: seed 0). "
-        "Block error: against the dense model's activations, on held-out windows, mean over the blocks, before and after the "
-        "repair. Layer error: each layer's output against that of the weights that it was pruned from; in brackets where these were fitted to the dense model first (dense targets), which "
-        "is another quantity.",
+        f"windows of 2,048) and of {UNSEEN} windows of C4 that no stage saw. Seeds draw the windows, those of unseen C4, too, and "
+        "their order (dense: seed 0); where there are several, the mean, and in brackets the lowest and the highest.",
+        "",
+        "| recipe | seeds | WikiText-2 | C4, unseen | seconds |",
+        "|---|---:|---:|---:|---:|",
+        f"| dense | | {dense['perplexity_wikitext2']:.2f} | {dense['perplexity_c4']:.2f} | |",
+        *_over_seeds(runs.values()),
+        "",
+        "Every run. Block error: against the dense model's activations, on held-out windows, mean over the blocks, before and after "
+        "the repair. Layer error: each layer's output against that of the weights that it was pruned from; in brackets where these "
+        "were fitted to the dense model first (dense targets), which is another quantity.",
         "",
         "| run | WikiText-2 | C4, unseen | layer error | block error before | after | seconds | of the processor |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
-        f"| dense | {dense['perplexity_wikitext2']:.2f} | {dense['perplexity_c4']:.2f} | | | | | |",
     ]
-    for key, run in rows:
+    for key, run in sorted(runs.items(), key=lambda item: item[1]["perplexity_wikitext2"]):
         errors = [
             run.get(f"mean_{name}") for name in ("relative_output_error", "held_out_error_before", "held_out_error")
         ]
@@ -265,32 +270,25 @@ def render(document: dict[str, Any]) -> str:
                 f"| the same, before it was distilled | {before['perplexity_wikitext2']:.2f} | {before['perplexity_c4']:.2f} | "
                 f"| | | {before['seconds']:.0f} | |"
             )
-    return "\n".join([*lines, *_over_seeds(document["runs"].values())]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _over_seeds(runs: Iterable[dict[str, Any]]) -> list[str]:
-    """Mean and spread of what was run with several seeds."""
+    """A row for each recipe, the most accurate first."""
     named: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         named.setdefault(run["name"], []).append(run)
-    several = {name: group for name, group in named.items() if len(group) > 1}
-    if not several:
-        return []
 
     def spread(group: list[dict[str, Any]], key: str, digits: int) -> str:
         values = [run[key] for run in group]
-        return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        around = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{around}"
 
-    lines = [
-        "",
-        "Mean (lowest to highest) over seeds, which draw the windows, those of unseen C4 too, and their order:",
-        "",
-    ]
-    lines += ["| run | seeds | WikiText-2 | C4, unseen | seconds |", "|---|---:|---:|---:|---:|"]
-    for name, group in several.items():
+    lines = []
+    wikitext2 = "perplexity_wikitext2"
+    for name, group in sorted(named.items(), key=lambda item: statistics.mean(run[wikitext2] for run in item[1])):
         cells = " | ".join(
-            spread(group, key, digits)
-            for key, digits in (("perplexity_wikitext2", 2), ("perplexity_c4", 2), ("seconds", 0))
+            spread(group, key, digits) for key, digits in ((wikitext2, 2), ("perplexity_c4", 2), ("seconds", 0))
         )
         lines.append(f"| {name} | {len(group)} | {cells} |")
     return lines
