@@ -3,8 +3,9 @@
     python -m benchmarks.accuracy [--model DIR] [--only NAME ...] [--seeds 0 1 2] [--threads 2] [--keep DIR] [--render]
 
 Each run is a process of its own and is kept as soon as it is done; started again, the script goes on with what is missing.
-Times count the compression alone. Texts: WikiText-2 (test, first 40 windows of 2,048), and windows of the calibration text
-that no stage of the run saw. Nothing else may run beside it.
+Times count the compression alone. Texts: WikiText-2 (test, first 40 windows of 2,048), windows of the calibration text
+that no stage of the run saw, and Python code (modules of the standard library, so another Python has slightly other windows), which
+the calibration text lacks. Nothing else may run beside it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import argparse
 import contextlib
 import json
 import os
+import random
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,12 +34,18 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 UNSEEN = 48
 """Windows of the calibration text, the last ones of the draw, that measure."""
+CODE_MODULES = 40
+"""Of Python's standard library, drawn; the windows that measure are of the first ones."""
+CODE_WINDOWS = 20
+MEASURED = ("perplexity_wikitext2", "perplexity_c4", "perplexity_code")
 
 _LAYERS: dict[str, Any] = dict(PRESETS["balanced"].fields)
 _LONG: dict[str, Any] = dict(PRESETS["best"].fields)
-_OWN: dict[str, Any] = {**_LONG, "training_samples": 160, "repair_options": {"passes": 2}}
-"""All blocks are trained on their own outputs, the last one, too."""
-_SHORT: dict[str, Any] = {**_OWN, "training_samples": 144, "repair_options": {"passes": 2, "predictions": 40_000}}
+_OWN: dict[str, Any] = {**_LONG, "training_samples": 160, "repair_options": {"passes": 2}, "substitute": 0.0}
+"""All blocks are trained on their own outputs, the last one, too, and on the text as it is."""
+_TEXT: dict[str, Any] = {**_OWN, "training_samples": 144, "repair_options": {"passes": 2, "predictions": 40_000}}
+"""No tokens are exchanged."""
+_SHORT: dict[str, Any] = {**_TEXT, "substitute": _LONG["substitute"]}
 
 RUNS: dict[str, dict[str, Any]] = {
     "fast": dict(PRESETS["fast"].fields),
@@ -48,32 +58,35 @@ RUNS: dict[str, dict[str, Any]] = {
     "balanced, channels as they were": {**_LAYERS, "permutation": "none"},
     "balanced, alps": {**_LAYERS, "reconstruction": "alps"},
     "best, short": _SHORT,
-    "best, short, not rotated": {**_SHORT, "rotation": "none"},
-    "best, short, no predictions": _OWN,
-    "best, short, not rotated, no predictions": {**_OWN, "rotation": "none"},
-    "best, short, dense targets": {**_SHORT, "targets": "dense"},
-    "best, short, after wanda": {**_SHORT, "metric": "wanda", "reconstruction": "none"},
-    "best, short, after sparsegpt": {**_SHORT, "reconstruction": "sparsegpt"},
-    "best, short, fewer windows more often": {
-        **_SHORT,
+    "best, short, text as it is": _TEXT,
+    "best, short, text as it is, not rotated": {**_TEXT, "rotation": "none"},
+    "best, short, text as it is, no predictions": _OWN,
+    "best, short, text as it is, not rotated, no predictions": {**_OWN, "rotation": "none"},
+    "best, short, text as it is, dense targets": {**_TEXT, "targets": "dense"},
+    "best, short, text as it is, after wanda": {**_TEXT, "metric": "wanda", "reconstruction": "none"},
+    "best, short, text as it is, after sparsegpt": {**_TEXT, "reconstruction": "sparsegpt"},
+    "best, short, text as it is, fewer windows more often": {
+        **_TEXT,
         "repair_options": {"passes": 4, "predictions": 40_000},
         "training_samples": 80,
     },
-    "best, short, new masks": {
-        **_SHORT,
+    "best, short, text as it is, new masks": {
+        **_TEXT,
         "repair_options": {"passes": 2, "rounds": 1, "predictions": 40_000},
         "training_samples": 64,
     },
-    "best, short, channels as they were": {**_SHORT, "permutation": "none"},
+    "best, short, text as it is, channels as they were": {**_TEXT, "permutation": "none"},
     "best": _LONG,
-    "best, not rotated": {**_LONG, "rotation": "none", "training_samples": 848},
-    "best, not rotated, no predictions": {
+    "best, text as it is": {**_LONG, "substitute": 0.0},
+    "best, text as it is, not rotated": {**_LONG, "substitute": 0.0, "rotation": "none", "training_samples": 848},
+    "best, text as it is, not rotated, no predictions": {
         **_LONG,
+        "substitute": 0.0,
         "rotation": "none",
         "repair_options": {"passes": 2, "rate": 0.02, "cycles": 2},
         "training_samples": 896,
     },
-    "an hour, not rotated, distilled": {
+    "an hour, text as it is, not rotated, distilled": {
         **_OWN,
         "rotation": "none",
         "repair_options": {"passes": 1},
@@ -136,16 +149,9 @@ def _run(arguments: argparse.Namespace, name: str | None, seed: int) -> dict[str
 
 
 def _measure(model: str, name: str | None, seed: int, kept: str | None) -> dict[str, Any]:
-    import shutil
-    import tempfile
-
-    from compress.calibration import evaluation_windows, load_windows
     from compress.pipeline import compress_model
-    from compress.sources import load_tokenizer
     from serve import attention
-    from serve.loading import load_model
     from serve.measure.environment import peak_memory
-    from serve.measure.perplexity import perplexity
 
     found: dict[str, Any] = {"versions": versions()}
     undistilled: _Undistilled | None = None
@@ -180,19 +186,9 @@ def _measure(model: str, name: str | None, seed: int, kept: str | None) -> dict[
                 "distillation": done.report.get("distillation"),
             }
             place = done.directory
-        tokenizer = load_tokenizer(place)
-        # The whole text in the order of the draw: what is at its end, no stage was given.
-        total = _available(tokenizer, 512)
-        unseen = load_windows("c4", tokenizer, samples=total, length=512, seed=seed)[-UNSEEN:]
-        texts = {"wikitext2": evaluation_windows("wikitext2", tokenizer, length=2048, windows=40), "c4": unseen}
-
-        def perplexities(of: Path) -> dict[str, float]:
-            loaded = load_model(of)
-            return {f"perplexity_{text}": perplexity(loaded, windows).value for text, windows in texts.items()}
-
-        found |= perplexities(place)
+        found |= perplexities(place, seed)
         if undistilled is not None and undistilled.seconds is not None:
-            found["before_distillation"] = {"seconds": undistilled.seconds, **perplexities(undistilled.directory)}
+            found["before_distillation"] = {"seconds": undistilled.seconds, **perplexities(undistilled.directory, seed)}
         if kept is not None:
             shutil.rmtree(kept, ignore_errors=True)
             Path(kept).parent.mkdir(parents=True, exist_ok=True)
@@ -200,6 +196,33 @@ def _measure(model: str, name: str | None, seed: int, kept: str | None) -> dict[
         return found
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def perplexities(place: Path, seed: int) -> dict[str, float]:
+    """Of a checkpoint on the three texts."""
+    from compress.calibration import evaluation_windows, load_windows
+    from compress.sources import load_tokenizer
+    from serve.loading import load_model
+    from serve.measure.perplexity import perplexity
+
+    tokenizer, model = load_tokenizer(place), load_model(place)
+    # The whole text in the order of the draw: what is at its end, no stage was given.
+    total = _available(tokenizer, 512)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "code.txt"
+        file.write_text(_code(), encoding="utf-8")
+        texts = {
+            "wikitext2": evaluation_windows("wikitext2", tokenizer, length=2048, windows=40),
+            "c4": load_windows("c4", tokenizer, samples=total, length=512, seed=seed)[-UNSEEN:],
+            "code": evaluation_windows(str(file), tokenizer, length=2048, windows=CODE_WINDOWS),
+        }
+    return {f"perplexity_{text}": perplexity(model, windows).value for text, windows in texts.items()}
+
+
+def _code() -> str:
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))
+    random.Random(0).shuffle(modules)
+    return "\n\n".join(module.read_text(encoding="utf-8") for module in modules[:CODE_MODULES])
 
 
 class _Undistilled:
@@ -238,20 +261,21 @@ def render(document: dict[str, Any]) -> str:
         f"# Accuracy of the presets and what each stage buys, {document['model']}",
         "",
         "Pure 2:4 in all linears of all blocks, calibrated on the built-in part of C4 alone. Perplexity of WikiText-2 (first 40 "
-        f"windows of 2,048) and of {UNSEEN} windows of C4 that no stage saw. Seeds draw the windows, those of unseen C4, too, and "
-        "their order (dense: seed 0); where there are several, the mean, and in brackets the lowest and the highest.",
+        f"windows of 2,048), of {UNSEEN} windows of C4 that no stage saw, and of Python code ({CODE_WINDOWS} windows of 2,048 of the "
+        "standard library; empty where it was not measured). Seeds draw the windows, those of unseen C4, too, and their order "
+        "(dense: seed 0); where there are several, the mean, and in brackets the lowest and the highest.",
         "",
-        "| recipe | seeds | WikiText-2 | C4, unseen | seconds |",
-        "|---|---:|---:|---:|---:|",
-        f"| dense | | {dense['perplexity_wikitext2']:.2f} | {dense['perplexity_c4']:.2f} | |",
+        "| recipe | seeds | WikiText-2 | C4, unseen | code | seconds |",
+        "|---|---:|---:|---:|---:|---:|",
+        f"| dense | | {' | '.join(_perplexities(dense))} | |",
         *_over_seeds(runs.values()),
         "",
         "Every run. Block error: against the dense model's activations, on held-out windows, mean over the blocks, before and after "
         "the repair. Layer error: each layer's output against that of the weights that it was pruned from; in brackets where these "
         "were fitted to the dense model first (dense targets), which is another quantity.",
         "",
-        "| run | WikiText-2 | C4, unseen | layer error | block error before | after | seconds | of the processor |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| run | WikiText-2 | C4, unseen | code | layer error | block error before | after | seconds | of the processor |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for key, run in sorted(runs.items(), key=lambda item: item[1]["perplexity_wikitext2"]):
         errors = [
@@ -262,15 +286,17 @@ def render(document: dict[str, Any]) -> str:
             said[0] = f"({said[0]})"
         cells = " | ".join(said)
         lines.append(
-            f"| {key} | {run['perplexity_wikitext2']:.2f} | {run['perplexity_c4']:.2f} | {cells} | {run['seconds']:.0f} | "
-            f"{run['processor_seconds']:.0f} |"
+            f"| {key} | {' | '.join(_perplexities(run))} | {cells} | {run['seconds']:.0f} | {run['processor_seconds']:.0f} |"
         )
         if before := run.get("before_distillation"):
             lines.append(
-                f"| the same, before it was distilled | {before['perplexity_wikitext2']:.2f} | {before['perplexity_c4']:.2f} | "
-                f"| | | {before['seconds']:.0f} | |"
+                f"| the same, before it was distilled | {' | '.join(_perplexities(before))} | | | | {before['seconds']:.0f} | |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _perplexities(found: dict[str, Any]) -> list[str]:
+    return [f"{found[name]:.2f}" if name in found else "" for name in MEASURED]
 
 
 def _over_seeds(runs: Iterable[dict[str, Any]]) -> list[str]:
@@ -280,16 +306,15 @@ def _over_seeds(runs: Iterable[dict[str, Any]]) -> list[str]:
         named.setdefault(run["name"], []).append(run)
 
     def spread(group: list[dict[str, Any]], key: str, digits: int) -> str:
-        values = [run[key] for run in group]
+        values = [run[key] for run in group if key in run]
+        if not values:
+            return ""
         around = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{around}"
 
     lines = []
-    wikitext2 = "perplexity_wikitext2"
-    for name, group in sorted(named.items(), key=lambda item: statistics.mean(run[wikitext2] for run in item[1])):
-        cells = " | ".join(
-            spread(group, key, digits) for key, digits in ((wikitext2, 2), ("perplexity_c4", 2), ("seconds", 0))
-        )
+    for name, group in sorted(named.items(), key=lambda item: statistics.mean(run[MEASURED[0]] for run in item[1])):
+        cells = " | ".join([*(spread(group, key, 2) for key in MEASURED), spread(group, "seconds", 0)])
         lines.append(f"| {name} | {len(group)} | {cells} |")
     return lines
 

@@ -43,7 +43,6 @@ from compress.recipe import Recipe
 from compress.repair import repair_block
 from compress.samples import choose_samples
 from compress.sources import Source, fingerprint, resolve
-from compress.split import Split
 from compress.streams import Streams, advance, pass_on
 from compress.targets import TENSORS_OF_TARGETS
 from compress.version import versions
@@ -168,9 +167,10 @@ class _Run:
                 self.source, self._dtype(), self.device, add_bias=self.recipe.add_bias, attention=self.attention
             )
             self.decisions = decide(self.model, self.recipe)
-            self.samples, self.recipe = choose_samples(self.model, self.recipe, self.decisions)
+            self.samples, self.recipe, self.split = choose_samples(
+                self.model, self.recipe, self.decisions, BATCH_TOKENS
+            )
             self.shared = self.samples.first(self.recipe.windows)  # a distillation may see more
-            self.split = Split.of(len(self.shared), self.recipe, self._tokens_of_a_sample(), BATCH_TOKENS)
             if (distillation := self.recipe.chosen_distillation) is not None:
                 require_room(self.model, self.samples.samples, len(self.shared) - self.split.fitted, distillation)
             self.store = self._gradient_store()

@@ -44,6 +44,7 @@ PRESETS = {
             "repair": "block",
             "repair_options": {"passes": 2, "rate": 0.02, "cycles": 2, "predictions": 120_000},
             "training_samples": 800,
+            "substitute": 0.2,
         },
     ),
 }

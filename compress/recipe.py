@@ -121,6 +121,13 @@ class Recipe(BaseModel):
         "--samples of them give the statistics, too; left out: --samples",
     )
     length: int = Field(2048, ge=1, description="tokens in a calibration window")
+    substitute: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the different tokens in every second calibration window that others stand for, drawn from the whole "
+        "vocabulary, so that the model holds in fields that the text lacks, too; nothing that is held out",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything that is drawn")
     ignore: tuple[str, ...] = Field((), description="linear layers to leave dense: names or globs such as '*.k_proj'")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(

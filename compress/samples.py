@@ -10,16 +10,19 @@ from compress.decisions import widest
 from compress.errors import CalibrationError, RecipeError, SourceError
 from compress.recipe import Recipe
 from compress.sources import load_tokenizer
+from compress.split import Split
+from compress.substitution import exchangeable_tokens, substitute
 
 
 def choose_samples(
-    model: BlockModel, recipe: Recipe, decisions: dict[str, str | None]
-) -> tuple[CalibrationSet, Recipe]:
-    """Reads the samples; with the recipe that says how many there are, which gives the same ones again. Behind those of the
-    recipe there may be more, that only a distillation sees.
+    model: BlockModel, recipe: Recipe, decisions: dict[str, str | None], batch_tokens: int
+) -> tuple[CalibrationSet, Recipe, Split]:
+    """Reads the samples; with the recipe that says how many there are, which gives the same ones again, and what each is for.
+    Behind those of the recipe there may be more, that only a distillation sees.
 
     Args:
         decisions: for every linear None if it is pruned.
+        batch_tokens: in one forward pass, if nothing speaks for fewer.
 
     Raises:
         HalveError: they cannot be read, there are too few, or they do not belong to the model.
@@ -29,7 +32,7 @@ def choose_samples(
         if recipe.distill:
             raise RecipeError("distill learns from the logits of a language model, and this is an image classifier")
         images = vision.load_images(recipe.calibration, source.directory, samples=recipe.windows, seed=recipe.seed)
-        return images, recipe
+        return images, recipe, Split.of(len(images), recipe, vision.TOKENS_OF_AN_IMAGE, batch_tokens)
     text = model.config.get_text_config()
     sizes = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     limit = next((size for size in sizes if isinstance(size, int)), None)
@@ -37,9 +40,10 @@ def choose_samples(
         raise CalibrationError(f"the model reads at most {limit} tokens; --length {recipe.length} is more than that")
     fitted = recipe.fitted_to(widest(model, decisions))
     distillation = recipe.chosen_distillation
+    tokenizer = load_tokenizer(source.directory)
     windows = calibration.load_windows(
         recipe.calibration,
-        load_tokenizer(source.directory),
+        tokenizer,
         samples=max(fitted.windows, (distillation and distillation.windows) or 0),
         length=recipe.length,
         seed=recipe.seed,
@@ -51,6 +55,13 @@ def choose_samples(
             f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together"
         )
     count = len(windows)
-    return calibration.text_set(windows), fitted.with_samples(
+    fitted = fitted.with_samples(
         min(fitted.samples, count), fitted.training_samples and min(fitted.training_samples, count)
     )
+    split = Split.of(fitted.windows, fitted, recipe.length, batch_tokens)
+    if recipe.substitute:
+        held_out = fitted.windows - split.fitted
+        learned = [*range(split.fitted), *range(fitted.windows, count - held_out)]  # (see `distill` for the latter)
+        candidates = exchangeable_tokens(tokenizer, vocabulary if isinstance(vocabulary, int) else None)
+        windows[learned] = substitute(windows[learned], recipe.substitute, candidates, recipe.seed)
+    return calibration.text_set(windows), fitted, split

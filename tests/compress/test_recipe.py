@@ -206,6 +206,7 @@ CHANGES: dict[str, Any] = {
     "samples": 64,
     "tokens_per_input": 4,
     "length": 512,
+    "substitute": 0.2,
     "seed": 1,
     "ignore": ("*.k_proj",),
     "dtype": "float32",
