@@ -126,7 +126,8 @@ class Recipe(BaseModel):
         ge=0,
         le=1,
         description="share of the different tokens in every second calibration window that others stand for, drawn from the whole "
-        "vocabulary, so that the model holds in fields that the text lacks, too; nothing that is held out",
+        "vocabulary, so that the model holds in fields that the text lacks, too; not in windows that are held out, or that "
+        "distillation alone sees",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything that is drawn")
     ignore: tuple[str, ...] = Field((), description="linear layers to leave dense: names or globs such as '*.k_proj'")

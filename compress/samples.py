@@ -60,8 +60,7 @@ def choose_samples(
     )
     split = Split.of(fitted.windows, fitted, recipe.length, batch_tokens)
     if recipe.substitute:
-        held_out = fitted.windows - split.fitted
-        learned = [*range(split.fitted), *range(fitted.windows, count - held_out)]  # (see `distill` for the latter)
         candidates = exchangeable_tokens(tokenizer, vocabulary if isinstance(vocabulary, int) else None)
+        learned = slice(split.fitted)  # nothing held out; and distillation does better on text as it is
         windows[learned] = substitute(windows[learned], recipe.substitute, candidates, recipe.seed)
     return calibration.text_set(windows), fitted, split
