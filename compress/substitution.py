@@ -2,7 +2,7 @@
 
 A text that is short enough to calibrate on lacks most of a vocabulary, and with it whole fields: code, names, other languages,
 the line ends of another layout. What was fitted to it may do anything there, and does: a pruned model is furthest from the dense
-one where a rare token has to be copied from a few lines before. So in every second window some of the tokens that occur there
+one where a token that the text lacks is to be repeated. So in every second window some of the tokens that occur there
 are exchanged for others, each for the same one wherever it stands in the window: where the text repeats itself, the window still
 does. The sense is lost, but nothing here needs sense: the dense model says for any input what is right.
 
