@@ -1,10 +1,9 @@
 """Calibration windows in which some tokens stand for others, so that what is fitted meets the whole vocabulary.
 
-A text that is short enough to calibrate on lacks much of a vocabulary (halve's own 44 % of SmolLM2's), and with it whole fields: code,
-names, the line ends of another layout. What was fitted to it may do anything there, and does: a pruned model is furthest from the dense
-one where a token that the text lacks is to be repeated. So in every second window some of the tokens that occur there
-are exchanged for others, each for the same one wherever it stands in the window: where the text repeats itself, the window still
-does. The sense is lost, but nothing here needs sense: the dense model says for any input what is right.
+A text that is short enough to calibrate on lacks much of a vocabulary, and with it whole fields: code, names, the line ends of
+another layout. Nothing that is fitted to it holds the model to the dense one there. So in every second window some of the tokens
+that occur are exchanged for others, each for the same one wherever it stands in the window: where the text repeats itself, the
+window still does. The sense is lost, but nothing here needs sense: the dense model says for any input what is right.
 
 Easy data augmentation exchanges words for synonyms (Wei & Zou 2019, arXiv 1901.11196), for labels that have to stay true; here
 any token will do.

@@ -45,7 +45,7 @@ def test_what_changes_and_how(rows: list[list[int]], share: float, candidates: s
 
 
 def test_as_many_as_asked_for_and_all_others_before_one_comes_twice() -> None:
-    windows = torch.arange(100).repeat(6, 1)  # (what comes in is never in the window already)
+    windows = torch.arange(100).repeat(6, 1)
     candidates = torch.arange(1000)
     found = substitute(windows, 0.25, candidates, seed=3)
     changed = found != windows
