@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from compress.calibration import CalibrationSet
 from compress.files import Entry, TensorFiles
 from compress.journal import Journal
 from compress.recipe import Recipe
-from compress.sources import said_dtype
+from compress.sources import is_hub_id, said_dtype
 from compress.version import versions
 
 
@@ -41,14 +42,16 @@ def assemble(
     saved_recipe = {
         "recipe": recipe.model_dump(mode="json"),
         "model": name,
+        "from_hub": is_hub_id(name),
         "versions": versions(),
         "device": model.device.type,
         "calibration": _calibration_record(samples),
     }
     metric = recipe.chosen_metric
+    called = Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100  (a link has a name of its own)
     report = {
         "report_version": 1,
-        "name": Path(name.rstrip("/")).name.removesuffix(".gguf"),
+        "name": called.name.removesuffix(".gguf"),
         "model": name,
         "recipe_sha256": recipe.digest,
         "summary": {

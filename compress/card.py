@@ -29,7 +29,7 @@ Pruned to **{{ pattern }}** by halve {{ version }} {{ how }}, and stored {{ stor
 {% endif %}{% if rotated %}| channels of attention heads mixed for it, and mixed back in the next layer | for {{ rotated }} layers |
 {% endif %}{% if dense_targets %}| layers fitted to | what the dense model has where their errors show, not to themselves |
 {% endif %}| their weights | {{ before }} bytes dense, {{ after }} bytes here |
-| relative output error | {{ error }} on average over the pruned layers |
+| relative output error | {{ error }} on average over the pruned layers{{ error_of }} |
 {% if repaired %}| blocks trained to give the dense model's activations | {{ repaired }}; error on held-out windows {{ repair_before }} before, {{ repair_after }} after, on average |
 {% endif %}{% if predictions %}| **last block trained on the dense model's logits** | {{ predictions }} tokens of the calibration text |
 {% endif %}{% if distilled %}| **distilled**: trained from end to end on the dense model's logits | {{ distilled }} tokens of the calibration text |
@@ -63,6 +63,20 @@ def _samples(settings: dict[str, Any], images: bool) -> str:
     return f"{settings['samples']} {what}" + (f" ({more} to train on)" if more else "")
 
 
+def _how(report: dict[str, Any]) -> str:
+    if "distillation" in report:
+        return "and distilled"
+    return "without training it as a whole" if "predictions_tokens" in report["summary"] else "without retraining"
+
+
+def _error_of(settings: dict[str, Any], report: dict[str, Any]) -> str:
+    """What the layers' errors are of, where it is not the layers here against those of the source."""
+    said = ", against the weights that were fitted to the dense model" if settings.get("targets") == "dense" else ""
+    if report["summary"].get("blocks_repaired") or "distillation" in report:
+        said += ", before anything was trained"
+    return said
+
+
 def _stored(format: str, before: int, after: int) -> str:
     if format != "packed":
         return "as a dense checkpoint with zeros"
@@ -74,7 +88,8 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
     settings, summary = recipe["recipe"], report["summary"]
     model = recipe["model"]
     images = "images" in recipe["calibration"]
-    is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    # (older recipes do not say it)
+    is_hub_id = recipe.get("from_hub", model.count("/") == 1 and not model.startswith((".", "/", "~")))
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification" if images else "text-generation",
@@ -102,7 +117,8 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         before=f"{summary['pruned_bytes_before']:,}",
         after=f"{summary['pruned_bytes_after']:,}",
         error=f"{summary['mean_relative_output_error']:.4f}",
-        how="and distilled" if "distillation" in report else "without retraining",
+        how=_how(report),
+        error_of=_error_of(settings, report),
         repaired=summary.get("blocks_repaired"),
         repair_before=f"{summary.get('mean_held_out_error_before', 0):.4f}",
         repair_after=f"{summary.get('mean_held_out_error', 0):.4f}",

@@ -32,7 +32,7 @@ from compress.architecture import auto_class, find_blocks, oriented
 from compress.artefact import weight_entries
 from compress.blocks import BlockModel
 from compress.divergence import KLDivergence
-from compress.errors import HalveError, NumericalError
+from compress.errors import CalibrationError, NumericalError, UsageError
 from compress.files import TensorFiles
 from compress.methods import Options
 from compress.norms import norms_of
@@ -48,7 +48,7 @@ CHECKED_WINDOWS = 16
 LOGITS_AT_ONCE = 1 << 28
 """Of the windows that go through the models together."""
 LOGITS_HELD = 3
-"""Tensors of the size of the logits, in the model's dtype: both models', and the gradient."""
+"""Tensors of the size of the logits: both models', and the gradient."""
 KEPT_SHARE = 0.5
 """Of the free memory that may hold what the backward pass needs; blocks are run twice where it would be more."""
 
@@ -113,7 +113,7 @@ def distill(
         not finite on the way, the training ends, and the best state so far stays.
 
     Raises:
-        HalveError: see `require_room`. NumericalError: the divergence is not finite before anything is trained.
+        CalibrationError, UsageError: see `require_room`. NumericalError: the divergence is not finite before anything is trained.
     """
     require_room(model, windows, held_out, options)
     course = _Course(model, blocks, set(pruned), windows)
@@ -224,7 +224,7 @@ class _Course:
     def _groups(self, windows: Iterable[int]) -> Iterator[list[int]]:
         """As many windows as go through the models together. (What fits, by the memory that is free, would make other
         sums on another day.)"""
-        count = max(1, LOGITS_AT_ONCE // (self._windows.shape[1] * self._vocabulary))
+        count = _together(self._windows.shape[1], self._vocabulary)
         windows = list(windows)
         for start in range(0, len(windows), count):
             yield windows[start : start + count]
@@ -244,7 +244,7 @@ class _Course:
         """Runs blocks twice where what they keep for the backward pass is too much to be held; decided once."""
         if windows not in self._twice:
             fixed, a_window = self._measure_kept_bytes()
-            logits = LOGITS_HELD * windows * self._windows.shape[1] * self._vocabulary * self._model.dtype.itemsize
+            logits = _logits_bytes(self._model, windows * self._windows.shape[1] * self._vocabulary)
             room = KEPT_SHARE * (_free_memory(self._model.device) - logits)
             self._twice[windows] = fixed + windows * a_window > room
         with _checkpointed(self._sparse) if self._twice[windows] else contextlib.nullcontext():
@@ -348,23 +348,35 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def require_room(model: BlockModel, windows: Tensor, held_out: int, options: DistillOptions) -> None:
-    """Raises HalveError where no window is left to hold out, or the two models, the optimizer, the best state and the logits of
-    a step's tokens will not fit. To be called before anything else is done: pruning may take hours."""
+    """Raises CalibrationError where no window is left to hold out, UsageError where the two models, the optimizer, the best state
+    and the logits of a step's tokens will not fit. To be called before anything else is done: pruning may take hours."""
     if not 0 < held_out < len(windows):
-        raise HalveError(
+        raise CalibrationError(
             "distillation needs at least two calibration windows, one of them to hold out; raise --samples"
         )
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     need = parameters * (model.dtype.itemsize + 5 * 4 + 1)  # dense; pruned, gradients, two moments, best state; masks
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
-    tokens = min(options.batch, len(windows)) * windows.shape[1]
-    need += LOGITS_HELD * min(LOGITS_AT_ONCE, tokens * vocabulary) * model.dtype.itemsize
+    most = max(options.batch, min(held_out, CHECKED_WINDOWS))  # in a step, or where the divergence is measured
+    together = min(most, len(windows), _together(windows.shape[1], vocabulary or 1))
+    need += _logits_bytes(model, together * windows.shape[1] * vocabulary)
     free = _free_memory(model.device)
     if need > free:
-        raise HalveError(
+        raise UsageError(
             f"distillation holds the whole model in float32 with its optimizer: about {need / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free; leave --distill out, or use a larger machine"
         )
+
+
+def _together(length: int, vocabulary: int) -> int:
+    """Windows that go through the models together."""
+    return max(1, LOGITS_AT_ONCE // (length * vocabulary))
+
+
+def _logits_bytes(model: BlockModel, logits: int) -> int:
+    """What so many logits take: the dense model's in its dtype, the pruned model's and their gradient in that of its products."""
+    low = precision(model.dtype, model.device) or torch.float32
+    return logits * (model.dtype.itemsize + (LOGITS_HELD - 1) * low.itemsize)
 
 
 def _free_memory(device: torch.device) -> int:

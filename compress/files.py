@@ -59,8 +59,12 @@ class TensorInfo:
     shape: tuple[int, ...]
 
     @property
+    def numel(self) -> int:
+        return _numel(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return _numel(self.shape) * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,13 @@ class FoldsOfAlike:
         for fold in proved:
             known[fold.consumer.removeprefix(prefix)] = fold.renamed(lambda name: name.removeprefix(prefix))
         found = [known.get(name.removeprefix(prefix)) for name in consumers]
-        return [fold.renamed(lambda name: prefix + name) for fold in found if fold is not None]
+        folds = [fold.renamed(lambda name: prefix + name) for fold in found if fold is not None]
+        # Of zeros alone nothing could be proved, so a fold that was proved before does not count either: what a block becomes
+        # must not depend on which blocks this run has seen.
+        linears = model.linears(index)
+        return [
+            fold for fold in folds if all(bool(linears[name].weight.any()) for name in (fold.consumer, *fold.producers))
+        ]
 
 
 def fold_block(

@@ -27,6 +27,7 @@ COLUMN_MULTIPLE = 8
 VALUES_SUFFIX = ".weight_packed"
 MASK_SUFFIX = ".weight_mask"
 DENSE_SUFFIX = ".weight"
+MASK_BYTES_OF_A_WEIGHT = 1 / 8
 VALUE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _BIT_VALUES = [1 << bit for bit in range(8)]

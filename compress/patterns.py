@@ -8,6 +8,7 @@ kept; both agree on 2:4). Here it is always the number of weights that are **kep
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,8 +118,8 @@ def has_pattern(weight: Tensor, pattern: Pattern) -> bool:
         if pattern.why_not(weight.shape[1]) is not None:
             return False
         return int(nonzero.unflatten(-1, (-1, pattern.m)).sum(dim=-1, dtype=torch.int32).max()) <= pattern.keep_n
-    # Each comparison group rounds by half a weight at most, and there are no more groups than rows, or than columns.
-    rounding = max(weight.shape) / 2
+    # Each comparison group rounds by half a weight at most. Groups are rows, or blocks of all rows and four columns at least.
+    rounding = max(weight.shape[0], math.ceil(weight.shape[1] / 4)) / 2
     return weight.numel() - int(nonzero.sum()) >= pattern.sparsity * weight.numel() - rounding
 
 

@@ -7,8 +7,9 @@ recipe on the same machine gives the same bytes, so an interrupted run can go on
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from compress.errors import (
     OutputError,
     RecipeError,
     SourceError,
+    UsageError,
 )
 from compress.files import TensorFiles
 from compress.gradients import GradientStore
@@ -43,8 +45,8 @@ from compress.recipe import Recipe
 from compress.repair import repair_block
 from compress.samples import choose_samples
 from compress.sources import Source, fingerprint, resolve
+from compress.space import bytes_needed
 from compress.streams import Streams, advance, pass_on
-from compress.targets import TENSORS_OF_TARGETS
 from compress.version import versions
 
 BATCH_TOKENS = 2048
@@ -171,7 +173,8 @@ class _Run:
                 self.model, self.recipe, self.decisions, BATCH_TOKENS
             )
             self.shared = self.samples.first(self.recipe.windows)  # a distillation may see more
-            if (distillation := self.recipe.chosen_distillation) is not None:
+            distillation = self.recipe.chosen_distillation if self.journal.distillation is None else None
+            if distillation is not None:
                 require_room(self.model, self.samples.samples, len(self.shared) - self.split.fitted, distillation)
             self.store = self._gradient_store()
             self.journal.open(self._identity())
@@ -194,19 +197,28 @@ class _Run:
                 self.journal.abandon_if_new()
                 raise
             self.pruner = self._pruner()
-            try:
+            with self._keeping_what_is_finished():
                 self._prune_blocks()
-            except (SourceError, NumericalError) as error:
-                self.journal.abandon_if_new()
-                if self.journal.directory.is_dir():
-                    error.args = (f"{error} (what was finished is kept in {self.journal.directory})",)
-                raise
-        if self.recipe.chosen_distillation is not None and self.journal.distillation is None:
-            self._distill(self.recipe.chosen_distillation)
+        if distillation is not None:
+            with self._keeping_what_is_finished():
+                self._distill(distillation)
         self.progress(count, count, "writing the checkpoint")
         assemble(self.final, self.model_name, self.model, self.recipe, self.samples, self.journal)
         self.journal.finish(self.final)
         return self._result()
+
+    @contextlib.contextmanager
+    def _keeping_what_is_finished(self) -> Iterator[None]:
+        """Tells the user about it where something fails inside."""
+        try:
+            yield
+        except OutputError:
+            raise  # says itself how to go on
+        except (UsageError, NumericalError) as error:
+            self.journal.abandon_if_new()
+            if self.journal.directory.is_dir():
+                error.args = (f"{error} (what was finished is kept in {self.journal.directory})",)
+            raise
 
     def _result(self) -> Compressed:
         report = artefact.read_report(self.journal.out)
@@ -236,30 +248,16 @@ class _Run:
         }
 
     def _require_space(self) -> None:
-        size = sum(info.nbytes for info in self.source.tensors.info.values())
-        pruned = {self.model.key_of(f"{name}.weight") for name, reason in self.decisions.items() if reason is None}
-        blocks = sum(self.source.tensors.info[key].nbytes for key in pruned)
-        if self.recipe.format == "packed":
-            saved = int(blocks * 7 / 16 * (1 - self.recipe.allocate))
-            size, blocks = size - saved, blocks - saved
-        # Finished blocks lie beside the artefact that is made of them, and those before the distillation beside those after.
-        size += blocks * (2 if self.recipe.distill else 1)
-        tokens = len(self.shared) * self._tokens_of_a_sample()
-        # Saved for a resume, and a second time where they are too large for the memory.
-        sets = 2 * (2 if self.recipe.wants_dense else 1) * tokens
-        if self.recipe.chosen_targets is not None:
-            sets += TENSORS_OF_TARGETS * self.split.observed * self._tokens_of_a_sample()
-        activations = sets * self._hidden_size() * self.model.dtype.itemsize
+        needed = bytes_needed(
+            self.model, self.recipe, self.decisions, self.split, len(self.shared), self._tokens_of_a_sample()
+        )
         free = shutil.disk_usage(self.journal.directory).free
-        if free < size + activations:
+        if free < needed:
             self.journal.abandon_if_new()
             raise OutputError(
-                f"not enough disk space at {self.journal.directory.parent}: the run needs about {(size + activations) / 1e9:.2f} GB, "
+                f"not enough disk space at {self.journal.directory.parent}: the run needs about {needed / 1e9:.2f} GB, "
                 f"and {free / 1e9:.2f} GB are free"
             )
-
-    def _hidden_size(self) -> int:
-        return int(getattr(self.model.config.get_text_config(), "hidden_size", 0))
 
     def _tokens_of_a_sample(self) -> int:
         """About, for an image."""

@@ -49,6 +49,22 @@ def divergence_of_predictions(
         def divergence(output: Tensor, batch: int) -> Tensor:
             with torch.no_grad():
                 expected = logits(targets[batch], batch)
-            return KLDivergence.apply(logits(output, batch), expected)
+            # The gradient of a mean over many tokens would vanish on its way through float16: it goes as that of a sum.
+            scale = float(len(expected)) if targets[batch].dtype == torch.float16 else 1.0
+            found = logits(_Scaled.apply(output, 1 / scale), batch)
+            return _Scaled.apply(KLDivergence.apply(found, expected), scale)
 
         yield divergence
+
+
+class _Scaled(torch.autograd.Function):
+    """``_Scaled.apply(x, factor)`` -> x, with ``factor`` times its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradients[0] * ctx.factor, None

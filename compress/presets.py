@@ -74,7 +74,7 @@ def merged(
     fields = dict(base)
     for field, value in given.items():
         options = f"{field}_options"
-        if options in fields and value != fields.get(field, (defaults or {}).get(field)):
+        if options in fields and _is_another(value, fields.get(field, (defaults or {}).get(field))):
             del fields[options]
         if isinstance(value, Mapping) and isinstance(fields.get(field), Mapping):
             value = {**fields[field], **value}
@@ -88,13 +88,24 @@ def merged(
     if (no_groups or _goes_by_gradients(given.get("metric"))) and "rotation" in kept:
         for name in {"rotation", "rotation_options"} & kept & fields.keys():
             del fields[name]
-    if "length" in base and isinstance(given.get("length"), int) and given["length"] > 0:
+    if isinstance(base.get("length"), int) and isinstance(given.get("length"), int) and given["length"] > 0:
         for name in {"samples", "training_samples"} & kept & fields.keys():
             if isinstance(fields[name], int):
                 fields[name] = max(1, math.ceil(fields[name] * base["length"] / given["length"]))
     if "training_samples" in kept & fields.keys() and _is_more(fields.get("samples"), fields["training_samples"]):
         fields["training_samples"] = fields["samples"]
     return fields
+
+
+def _is_another(value: Any, before: Any) -> bool:
+    """Whether a field chooses something else now. Of another number (of tokens, a share) the options are the same; 0 is none."""
+    if _is_number(value) and _is_number(before):
+        return not value
+    return value != before
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _goes_by_gradients(metric: Any) -> bool:

@@ -126,8 +126,8 @@ class Recipe(BaseModel):
         ge=0,
         le=1,
         description="share of the different tokens in every second calibration window that others stand for, drawn from the whole "
-        "vocabulary, so that the model holds in fields that the text lacks, too; not in windows that are held out, or that "
-        "distillation alone sees",
+        "vocabulary, so that the model holds in fields that the text lacks, too; not in windows that are held out from training, or "
+        "that distillation alone sees",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything that is drawn")
     ignore: tuple[str, ...] = Field((), description="linear layers to leave dense: names or globs such as '*.k_proj'")
@@ -398,13 +398,14 @@ class Recipe(BaseModel):
         defaults = {name: field.default for name, field in cls.model_fields.items()}
         return cls.create(**merged({str(key): value for key, value in data.items()}, overrides, defaults))
 
-    def fitted_to(self, widest: int) -> Recipe:
+    def fitted_to(self, widest: int, tokens: int | None = None) -> Recipe:
         """The same with as many windows as ``tokens_per_input`` wants for a model.
 
         Args:
             widest: input channels of its widest layer that is pruned.
+            tokens: in a window; left out: ``length``.
         """
-        wanted = math.ceil(self.tokens_per_input * widest / self.length)
+        wanted = math.ceil(self.tokens_per_input * widest / (tokens or self.length))
         return self.with_samples(
             max(self.samples, wanted), self.training_samples and max(self.training_samples, wanted)
         )
@@ -412,6 +413,12 @@ class Recipe(BaseModel):
     def with_samples(self, samples: int, training_samples: int | None) -> Recipe:
         """The same with other numbers of windows."""
         return self.model_copy(update={"samples": samples, "training_samples": training_samples})
+
+    def at_most(self, windows: int) -> Recipe:
+        """The same with no more windows than there are."""
+        return self.with_samples(
+            min(self.samples, windows), self.training_samples and min(self.training_samples, windows)
+        )
 
     def differences(self, other: Recipe) -> list[str]:
         """``"samples: 64 instead of 128"`` for each field in which this one differs from the other."""

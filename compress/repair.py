@@ -193,10 +193,11 @@ def repair_block(
             best = record["held_out_error"]
         if options.predictions and index == len(model.blocks) - 1:
             with divergence_of_predictions(model, batches, targets) as divergence, course.judged_by(divergence):
-                learned = _learn_predictions(course, options, generator, lambda text: tell(f"{name}: {text}"))
-            best = learned["held_out_error"] = course.held_out_error()
+                _learn_predictions(course, options, generator, lambda text: tell(f"{name}: {text}"), learned)
     except NumericalError as error:  # of a block that was sound before: hours of other blocks need not go for it
         notes |= {"warning": f"training ended early, the best state so far is kept: {error}"}
+    if learned:
+        best = learned["held_out_error"] = course.held_out_error()
     course.write_back()
     masks.update(course.masks)
     record = {
@@ -313,10 +314,11 @@ def _round(
 
 
 def _learn_predictions(
-    course: Course, options: RepairOptions, generator: torch.Generator, tell: Telling
-) -> dict[str, Any]:
-    """Trains a course that is judged by the model's predictions on about as many tokens as asked for; gives what the report says of it."""
-    before = best = course.held_out_error()
+    course: Course, options: RepairOptions, generator: torch.Generator, tell: Telling, record: dict[str, Any]
+) -> None:
+    """Trains a course that is judged by the model's predictions on about as many tokens as asked for; notes in ``record`` what the
+    report says of it after every pass, so that it is right where training ends early."""
+    before = course.held_out_error()
     if not math.isfinite(before):
         raise NumericalError("the divergence of its predictions is not finite; try --dtype float32")
     batches = len(course.fitted)
@@ -325,14 +327,14 @@ def _learn_predictions(
     taken = 0
     rate, steps = options.predictions_rate, math.ceil(asked / passes)
     for done in _train(course, passes, rate, options.clip, before, generator, steps):
-        best, taken = done.best, taken + done.steps
-        tell(f"predictions, pass {done.passes} of {passes}, held-out divergence {before:.4f} to {best:.4f}")
-    return {
-        "held_out_divergence_before": before,
-        "held_out_divergence": best,
-        "tokens": round(taken * course.tokens / batches),
-        "steps": taken,
-    }
+        taken += done.steps
+        record |= {
+            "held_out_divergence_before": before,
+            "held_out_divergence": done.best,
+            "tokens": round(taken * course.tokens / batches),
+            "steps": taken,
+        }
+        tell(f"predictions, pass {done.passes} of {passes}, held-out divergence {before:.4f} to {done.best:.4f}")
 
 
 def _passes(asked: int, tokens: int, widest: int) -> tuple[int, dict[str, Any]]:

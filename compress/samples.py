@@ -31,8 +31,12 @@ def choose_samples(
     if reads_images(source.config):
         if recipe.distill:
             raise RecipeError("distill learns from the logits of a language model, and this is an image classifier")
-        images = vision.load_images(recipe.calibration, source.directory, samples=recipe.windows, seed=recipe.seed)
-        return images, recipe, Split.of(len(images), recipe, vision.TOKENS_OF_AN_IMAGE, batch_tokens)
+        fitted = recipe.fitted_to(widest(model, decisions), vision.TOKENS_OF_AN_IMAGE)
+        images = vision.load_images(
+            recipe.calibration, source.directory, samples=fitted.windows, seed=recipe.seed, at_least=recipe.samples
+        )
+        fitted = fitted.at_most(len(images)).model_copy(update={"substitute": 0.0})  # images have no tokens to exchange
+        return images, fitted, Split.of(len(images), fitted, vision.TOKENS_OF_AN_IMAGE, batch_tokens)
     text = model.config.get_text_config()
     sizes = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     limit = next((size for size in sizes if isinstance(size, int)), None)
@@ -55,12 +59,10 @@ def choose_samples(
             f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}: they do not belong together"
         )
     count = len(windows)
-    fitted = fitted.with_samples(
-        min(fitted.samples, count), fitted.training_samples and min(fitted.training_samples, count)
-    )
+    fitted = fitted.at_most(count)
     split = Split.of(fitted.windows, fitted, recipe.length, batch_tokens)
     if recipe.substitute:
         candidates = exchangeable_tokens(tokenizer, vocabulary if isinstance(vocabulary, int) else None)
-        learned = slice(split.fitted)  # nothing held out; and distillation does better on text as it is
+        learned = slice(split.fitted)  # nothing that training holds out; and distillation does better on text as it is
         windows[learned] = substitute(windows[learned], recipe.substitute, candidates, recipe.seed)
     return calibration.text_set(windows), fitted, split

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from compress.artefact import companions
-from compress.errors import CorruptCheckpointError, SourceError, one_line
-from compress.files import TensorFiles
+from compress.errors import CorruptCheckpointError, OutputError, SourceError, one_line
+from compress.files import TensorFiles, explain_os_error
 from compress.own_code import NEVER, explain
 
 _HUB_PATTERNS = [
@@ -104,9 +104,14 @@ def resolve(model: str, scratch: Path) -> Path:
         return scratch
     if path.exists():
         raise SourceError(f"{path} is a file; a model is a directory with config.json and safetensors, or a .gguf file")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if not is_hub_id(model):
         raise SourceError(f"there is no model directory {path}")
     return _download(model)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model is one of the hub, as the user called it: what is here comes first."""
+    return not (model.startswith((".", "/", "~")) or model.count("/") != 1 or Path(model).exists())
 
 
 def _download(repository: str) -> Path:
@@ -130,7 +135,9 @@ def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) 
 
     Raises:
         SourceError: the file cannot be read, or its architecture is unknown to transformers.
+        OutputError: there is no space for what is made of it.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils import quantization_config
@@ -148,15 +155,24 @@ def from_gguf(gguf: Path, directory: Path, dtype: torch.dtype = torch.bfloat16) 
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
         if isinstance(quantizer := getattr(model, "hf_quantizer", None), HfQuantizer):
             quantizer.remove_quantization_config(model)
+    except Exception as error:  # anything can come out of a damaged file
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SourceError(
+            f"cannot read {gguf} as a GGUF model: {explain(error)} ({gguf.stat().st_size:,} bytes; a download may be cut off)"
+        ) from None
+    try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    except (ImportError, ValueError, KeyError, OSError) as error:
-        raise SourceError(f"cannot read {gguf} as a GGUF model: {one_line(error)}") from None
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.replace(directory)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {directory}: {one_line(error)}") from None
+    except OSError as error:
+        raise explain_os_error(error, directory) from None
+    except Exception as error:  # what transformers refuses to save
+        raise SourceError(f"cannot make a Hugging Face directory of {gguf}: {explain(error)}") from None
     finally:
-        if not (partial / "config.json").is_file():
-            shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.replace(directory)
+        shutil.rmtree(partial, ignore_errors=True)
     return directory
 
 

@@ -24,16 +24,22 @@ SAMPLE_TOKENS = 512
 
 
 class Sample:
-    """About ``SAMPLE_TOKENS`` rows of X as they came, spread evenly over the calibration set."""
+    """About ``SAMPLE_TOKENS`` rows of X as they came: one of each stretch of the calibration set, drawn at random.
+
+    Not the first one: stretches and windows have lengths with common divisors, so that would take the same few places of every
+    window, and the first of all, whose activations are like no others, far too often.
+    """
 
     def __init__(self, features: int, device: torch.device, tokens: int) -> None:
-        self._stride = max(1, tokens // SAMPLE_TOKENS)
+        self._positions = positions_of_sample(tokens)
         self._seen = 0
         self._rows: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
-        first = -self._seen % self._stride
-        self._rows.append(x[first :: self._stride].clone())
+        first, behind = torch.searchsorted(
+            self._positions, torch.tensor([self._seen, self._seen + x.shape[0]])
+        ).tolist()
+        self._rows.append(x[(self._positions[first:behind] - self._seen).to(x.device)])
         self._seen += x.shape[0]
 
     @property
@@ -42,6 +48,14 @@ class Sample:
 
     def permute(self, order: Tensor) -> None:
         self._rows = [rows[:, order] for rows in self._rows]
+
+
+def positions_of_sample(tokens: int) -> Tensor:
+    """Which of so many tokens are kept, ascending; the same ones every time."""
+    stride = max(1, tokens // SAMPLE_TOKENS)
+    stretches = torch.arange(0, tokens, stride)
+    drawn = stretches + torch.randint(stride, stretches.shape, generator=torch.Generator().manual_seed(0))
+    return drawn[drawn < tokens]
 
 
 ACCUMULATORS = {

@@ -27,7 +27,7 @@ TOKENS_OF_AN_IMAGE = 256
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def load_images(source: str, model: Path, *, samples: int, seed: int) -> CalibrationSet:
+def load_images(source: str, model: Path, *, samples: int, seed: int, at_least: int | None = None) -> CalibrationSet:
     """Images as ``pixel_values`` [samples, 3, height, width] float32.
 
     The class of an image is the nearest directory above it, within ``source``, that has the name of a label of the
@@ -39,6 +39,7 @@ def load_images(source: str, model: Path, *, samples: int, seed: int) -> Calibra
         model: the model's directory.
         samples: how many images.
         seed: of the draw, or of the noise.
+        at_least: how many will do where there are no more; left out, all of ``samples``.
 
     Raises:
         CalibrationError: there are too few images, or one of them cannot be read.
@@ -54,7 +55,10 @@ def load_images(source: str, model: Path, *, samples: int, seed: int) -> Calibra
         )
     root = Path(source).expanduser()
     files = find_images(root, source)
+    if at_least is not None and at_least <= len(files) < samples:
+        samples = len(files)
     if len(files) < samples:
+        samples = samples if at_least is None else at_least
         raise CalibrationError(
             f"{root} holds {len(files)} images, and {samples} were asked for; add images, or give --samples {len(files)}"
         )

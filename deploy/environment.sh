@@ -11,7 +11,8 @@ python=${PYTHON:-python3}
     exit 2
 }
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv || {
+# (An interpreter alone is left of an attempt that failed for the lack of ensurepip.)
+[ -x .venv/bin/pip ] || .venv/bin/python -m ensurepip >/dev/null 2>&1 || "$python" -m venv .venv || {
     echo "cannot make .venv: on Debian and Ubuntu, 'apt install python3-venv' first." >&2
     exit 2
 }

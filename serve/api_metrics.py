@@ -29,7 +29,7 @@ class EngineCollector(Collector):
         for name, text, value in (
             ("vllm:num_requests_running", "Sequences that are prefilled or decoded now.", stats.running),
             ("vllm:num_requests_waiting", "Sequences that wait for a place in the batch.", stats.waiting),
-            ("vllm:kv_cache_usage_perc", "Used part of the key/value budget; 1 is all.", stats.kv_cache_usage),
+            ("vllm:kv_cache_usage_perc", "Reserved part of the key/value budget; 1 is all.", stats.kv_cache_usage),
             (
                 "halve:kv_cache_bytes",
                 "The key/value budget: the most that keys and values may take.",
@@ -51,6 +51,7 @@ class EngineCollector(Collector):
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+            ("num_preemptions", "Sequences that made room for others, to be prefilled again.", stats.preemptions),
         ):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             counter.add_metric([self._model], value)

@@ -164,24 +164,29 @@ class ContentPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn. Other keys that clients send back (`refusal`, `annotations`, ...) are ignored."""
+    """One turn. What a template may read goes on to it; other keys that clients send back (`refusal`, `annotations`, ...) are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart]
+    name: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _no_tools(cls, message: Any) -> Any:
-        if isinstance(message, dict) and message.get("tool_calls"):
-            raise bad_request("tool_calls in messages are not supported by this server.", "messages")
+        for field in ("tool_calls", "function_call"):
+            if isinstance(message, dict) and message.get(field):
+                raise bad_request(f"{field} in messages are not supported by this server.", "messages")
         return message
 
     def for_template(self) -> dict[str, str]:
         """As chat templates know it: `developer` is the newer name of `system`."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        turn = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        given = {"name": self.name, "reasoning_content": self.reasoning_content}
+        return turn | {key: value for key, value in given.items() if value is not None}
 
 
 class ChatRequest(GenerationRequest):

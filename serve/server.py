@@ -133,7 +133,8 @@ class BackgroundServer(ServerProcess):
     def __init__(self, model_dir: str, *, timeout: float = 120.0, **options: str | int | None) -> None:
         flags = {"port": 0, **options}
         key = flags.pop("api_key", None)
-        command = [sys.executable, "-m", "serve.server", str(model_dir), "--stop-on-eof"]
+        # -P: else what lies in the user's directory would be imported in place of halve's modules, if it is called alike.
+        command = [sys.executable, "-P", "-m", "serve.server", str(model_dir), "--stop-on-eof"]
         for name, value in flags.items():
             if value is not None:
                 command += [f"--{name.replace('_', '-')}", str(value)]

@@ -25,7 +25,7 @@ REFIT = Reconstruction(
     run=refit,
     paper="the joint optimum of a mask, as APT's multiple removal (arXiv 2410.15567), by ALPS's conjugate gradients "
     "(arXiv 2406.07831); its ridge is chosen on held-out windows",
-    cost="K² N for each of some 10 to 30 conjugate gradient steps, and as much on at most 256 to 511 rows for each of "
+    cost="K² N for each of some 10 to 30 conjugate gradient steps, and as much on at most 128 to 255 rows for each of "
     "some 4 dampings; three Gram matrices [K, K] in memory",
     needs=frozenset({"split_gram"}),
     options=RefitOptions,

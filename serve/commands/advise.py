@@ -8,13 +8,15 @@ from typing import Annotated
 import typer
 
 from compress.console import Json, emit, progress_bar
+from compress.files import try_place
 from compress.recipe import Recipe
 from serve.commands.shared import ALWAYS, refuse_misplaced
 
-_NEW, _KEPT = "a model", "an advice's file"
+_NEW, _KEPT, _MEASURED, _AWAY = "a model", "an advice's file", "a measurement", "a GPU that is not here"
 _BELONGS = {
     "model": ALWAYS, "as_json": ALWAYS, "check": (_KEPT,),
-    **dict.fromkeys(("device", "batch", "prompt", "output", "measure", "budget", "file", "recipe"), (_NEW,)),
+    **dict.fromkeys(("device", "batch", "prompt", "output", "measure", "file"), (_NEW,)),
+    "budget": (_MEASURED,), "recipe": (_MEASURED, _AWAY),
 }  # fmt: skip
 """What each option is for; an option that a call would ignore is refused."""
 
@@ -65,7 +67,7 @@ def advise(
     from serve.measure.advice_check import is_advice, read_advice
 
     is_kept = check is not None or is_advice(Path(model))
-    refuse_misplaced(context, _BELONGS, {_KEPT if is_kept else _NEW})
+    refuse_misplaced(context, _BELONGS, {_KEPT} if is_kept else _kinds(device, measure))
     if check is not None:
         checked = run_check(Path(model), check)
         emit(checked, as_json, lambda: advice_text.print_check(checked))
@@ -76,6 +78,9 @@ def advise(
         return
     from serve.measure.advise import advise as run
     from serve.measure.advise import write
+
+    if file is not None:
+        try_place(file)  # not after a minute and a half of measuring
 
     with progress_bar("measuring") as progress:
         document = run(
@@ -92,3 +97,12 @@ def advise(
     if file is not None:
         write(document, file)
     emit(document, as_json, lambda: advice_text.print_advice(document))
+
+
+def _kinds(device: str, measure: bool | None) -> set[str]:
+    """What a call for a model is of what options are for."""
+    from serve.measure.advise import Place
+
+    if Place.of(device).here is None:
+        return {_NEW, _AWAY}
+    return {_NEW} if measure is False else {_NEW, _MEASURED}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from compress.console import Json, emit
+from compress.errors import UsageError
 
 
 def compare(
@@ -28,6 +29,8 @@ def compare(
     """Two results or checkpoints side by side: ratios, intervals, what is a difference; gates give the exit code."""
     from serve.measure.compare import compare as run
 
+    if confident and not gate:
+        raise UsageError("--confident is for --gate, and would do nothing here; leave it out")
     document = run(a, b, gates=gate or [], confident=confident)
 
     def human() -> None:

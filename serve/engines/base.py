@@ -117,6 +117,8 @@ class EngineStats:
     """The budget of keys and values: the most that they may take."""
     backends: Sequence[Mapping[str, Any]] = ()
     """Which backend multiplies how many layers, and why: ``phase``, ``backend``, ``reason``, ``layers``."""
+    preemptions: int = 0
+    """How often a sequence had to make room for others, and was prefilled again later."""
 
 
 class Engine(Protocol):

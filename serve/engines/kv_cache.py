@@ -7,8 +7,8 @@ transformers model handles (positions, sliding windows and ALiBi alike); the cal
 
 A sequence that leaves is replaced by the last row, so the rows in use are always the first ones. When the
 columns run out, everything moves to the left edge of a new rectangle with a quarter to spare, so moving costs
-a constant a token. Rows double, and shrink back whenever the rectangle is made anew; an empty cache holds no
-memory.
+a constant a token. Rows double as long as there is room for that, and shrink back whenever the rectangle is made anew; an
+empty cache holds no memory.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ SPARE_COLUMNS = 64
 
 def _columns_allocated_for(longest: int) -> int:
     return longest + max(SPARE_COLUMNS, longest // 4)
+
+
+def slots_for(rows: int, longest: int) -> int:
+    """The fewest token slots that so many rows of at most ``longest`` tokens take."""
+    return rows * _columns_allocated_for(longest)
 
 
 def keys_and_values(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -109,13 +114,17 @@ class BatchLayer(CacheLayerMixin):
 
 
 class BatchCache(Cache):
-    """The caches of all layers; rows come and go with `insert` and `remove`."""
+    """The caches of all layers; rows come and go with `insert` and `remove`.
+
+    It never takes more than ``max_slots`` token slots, rows times columns, if `can_insert` and `can_step` are asked before.
+    """
 
     layers: list[BatchLayer]
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, max_slots: int) -> None:
         super().__init__(layers=[])
         self.max_rows = max_rows
+        self.max_slots = max_slots
         self.lengths: list[int] = []
         self.end = 0
         self.row_capacity = 0
@@ -133,12 +142,24 @@ class BatchCache(Cache):
     def start(self) -> int:
         return self.end - self.longest
 
-    def slots_for(self, rows: int, longest: int) -> int:
-        """The most token slots that are ever allocated for this many rows of at most ``longest`` tokens."""
-        return self._rows_allocated_for(rows) * _columns_allocated_for(longest)
+    def fits(self, rows: int, longest: int) -> bool:
+        """Whether there is room for this many rows of at most ``longest`` tokens."""
+        return slots_for(rows, longest) <= self.max_slots
 
-    def _rows_allocated_for(self, rows: int) -> int:
-        return min(self.max_rows, 1 << (rows - 1).bit_length()) if rows else 0
+    def can_insert(self, length: int) -> bool:
+        """Whether there is room for one more row, of ``length`` tokens."""
+        return not self._is_full_for(length) or self.fits(self.rows + 1, max(self.longest, length))
+
+    def can_step(self) -> bool:
+        """Whether there is room for one more token in every row."""
+        return self.end < self.column_capacity or self.fits(self.rows, self.longest)
+
+    def _is_full_for(self, length: int) -> bool:
+        return self.rows >= self.row_capacity or self.end < length or self.end >= self.column_capacity
+
+    def _rows_allocated_for(self, rows: int, columns: int) -> int:
+        """Twice as many as before, where that is within both limits."""
+        return max(rows, min(self.max_rows, 1 << (rows - 1).bit_length(), self.max_slots // columns)) if rows else 0
 
     def attention_mask(self) -> torch.Tensor | None:
         """[rows, longest + 1] for a step of one token a row, 0 at padding; None if there is none."""
@@ -152,9 +173,8 @@ class BatchCache(Cache):
     def insert(self, prefilled: DynamicCache, length: int) -> None:
         """Appends a row with the cache of one sequence of ``length`` tokens."""
         states = keys_and_values(prefilled)
-        rows, longest = self.rows + 1, max(self.longest, length)
-        if rows > self.row_capacity or self.end < length or self.end >= self.column_capacity:
-            self._resize(rows, longest)
+        if self._is_full_for(length):
+            self._resize(self.rows + 1, max(self.longest, length))
         if not self.layers:
             self.layers = [BatchLayer(self) for _ in states]
             for layer, (keys, values) in zip(self.layers, states, strict=True):
@@ -188,8 +208,8 @@ class BatchCache(Cache):
     def _resize(self, rows: int, longest: int) -> None:
         old = slice(self.start, self.end)
         new = slice(longest - self.longest, longest)
-        self.row_capacity = self._rows_allocated_for(rows)
         self.column_capacity = _columns_allocated_for(longest)
+        self.row_capacity = self._rows_allocated_for(rows, self.column_capacity)
         for layer in self.layers:
             layer.relocate(self.rows, old, new)
         self.end = longest

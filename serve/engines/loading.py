@@ -26,28 +26,30 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def choose_dtype(wish: str, stored: torch.dtype | None, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype to compute in, and why. Raises `UsageError` for an unknown name."""
+def choose_dtype(
+    wish: str, stored: torch.dtype | None, device: torch.device, *, is_packed: bool = False
+) -> tuple[torch.dtype, str]:
+    """The dtype to compute in, and why: of packed values no other than their own. Raises `UsageError` for an unknown name."""
     if wish != "auto":
         if wish not in DTYPES:
             raise UsageError(f"--dtype {wish!r} is not known{did_you_mean(wish, [*DTYPES, 'auto'])}.")
         return DTYPES[wish], "asked for"
     if stored is None or stored not in DTYPES.values():
         return torch.float32, "the checkpoint names no dtype to keep"
-    if device.type == "cuda" and stored == torch.float32:
+    if device.type == "cuda" and stored == torch.float32 and not is_packed:
         return torch.bfloat16, "the checkpoint is float32, and 16 bits halve what a GPU reads for each token"
     return stored, "the dtype of the checkpoint"
 
 
-def _stored_dtype(path: Path) -> torch.dtype | None:
-    """Of a packed checkpoint that of its values, which cannot be another one."""
+def _stored_dtype(path: Path) -> tuple[torch.dtype | None, bool]:
+    """The dtype of a checkpoint, of a packed one that of its values; and whether it is packed."""
     config = read_config(path)
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "halve":
-        found = quantization.get("value_dtype")
+        found, is_packed = quantization.get("value_dtype"), True
     else:
-        found = said_dtype(config) or dtype_of(config, TensorFiles(path))
-    return DTYPES.get(found) if isinstance(found, str) else None
+        found, is_packed = said_dtype(config) or dtype_of(config, TensorFiles(path)), False
+    return DTYPES.get(found) if isinstance(found, str) else None, is_packed
 
 
 def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrainedModel, Tokenizer, list[str]]:
@@ -60,7 +62,8 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
     place, why_place = choose_device(device)
     config = load_config(path).get_text_config()
     _check_layers(config, directory)
-    kind, why_kind = choose_dtype(dtype, _stored_dtype(path), place)
+    stored, is_packed = _stored_dtype(path)
+    kind, why_kind = choose_dtype(dtype, stored, place, is_packed=is_packed)
     tokenizer = load_tokenizer(path)
     # Drops a truncation or padding that tokenizer.json may ask for. Done here because to change a
     # tokenizer while another thread decodes with it fails; from now on it is only read.

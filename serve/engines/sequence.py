@@ -16,6 +16,9 @@ from serve.engines.text import StopScanner, TextStream, TokenPieces
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+PLANNED_TOKENS = 1024
+"""Of an answer, that there has to be room for before it begins, and again each time it has come to as many."""
+
 
 class Sequence:
     """The state of one submitted prompt. Only the engine's thread touches it, `cancelled` excepted."""
@@ -38,7 +41,10 @@ class Sequence:
         self.generated: list[int] = []
         self.counts: Counter[int] = Counter()
 
+        self.number = -1
+        """In the order in which they began."""
         self.prefill_cache: DynamicCache | None = None
+        self.prefill_ids: SequenceOf[int] = ()
         self.prefilled = 0
         self.prompt_logprobs: list[TokenLogprob] = []
 
@@ -75,13 +81,24 @@ class Sequence:
         return (torch.tensor(list(changes)), torch.tensor(list(changes.values()))) if changes else None
 
     @property
-    def reserved_length(self) -> int:
-        """The most tokens it can come to, prompt included."""
-        return len(self.prompt_ids) + self.params.max_tokens
+    def planned_length(self) -> int:
+        """Tokens that there has to be room for, prompt included: not to its end, which few come to that name no limit, but to the
+        next multiple of `PLANNED_TOKENS` of its answer."""
+        planned = PLANNED_TOKENS * (len(self.generated) // PLANNED_TOKENS + 1)
+        return len(self.prompt_ids) + min(self.params.max_tokens, planned)
 
     @property
     def last_token(self) -> int:
         return self.generated[-1]
+
+    def begin(self, cache: DynamicCache) -> None:
+        """Starts to fill a cache with the prompt, and with what was generated, if the sequence had to make room before."""
+        self.prefill_cache, self.prefilled = cache, 0
+        # (the last token is the next one to go through the model)
+        self.prefill_ids = [*self.prompt_ids, *self.generated[:-1]] if self.generated else self.prompt_ids
+
+    def end_prefill(self) -> None:
+        self.prefill_cache, self.prefill_ids = None, ()
 
     def push(self, token: int, logprob: TokenLogprob | None) -> Delta:
         """Takes the next token and says what becomes visible by it."""

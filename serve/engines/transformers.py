@@ -2,8 +2,10 @@
 
 Requests decode in one batch that others join and leave between two steps. A step first prefills waiting
 prompts, at most `PREFILL_TOKENS` tokens of them so that a long prompt does not stall the others, and then
-decodes one token for every sequence. A sequence is admitted when the cache can hold it at its full length, so
-nothing is ever evicted and no request fails for memory halfway; until then it waits, first come first served.
+decodes one token for every sequence. A sequence is admitted when the cache can hold what is planned for it, first come
+first served: a request that names no limit may come to the whole context, and hardly one does. Where the plans of those that
+run outgrow the memory after all, the one that began last makes room: it goes back to the head of the queue, and later
+its tokens so far are prefilled again. So no request fails for memory halfway, and who reads it sees a pause.
 
 Why not the continuous-batching manager that transformers ships (read and tried at 5.23): on a CPU it decodes
 about as fast as `generate` and idles well, but sampling is a property of the manager, from one global random
@@ -29,7 +31,7 @@ from transformers import DynamicCache, GenerationConfig
 from compress.errors import UsageError
 from serve.engines import loading
 from serve.engines.base import EngineBusyError, EngineDeadError, EngineStats, SamplingParams, Sink, Ticket
-from serve.engines.kv_cache import BatchCache, keys_and_values
+from serve.engines.kv_cache import BatchCache, keys_and_values, slots_for
 from serve.engines.ranges import read_advice
 from serve.engines.sampling import next_tokens, top_logprobs
 from serve.engines.sequence import Sequence
@@ -75,9 +77,11 @@ class TransformersEngine:
         self._waiting: deque[Sequence] = deque()
         self._prefilling: Sequence | None = None
         self._running: list[Sequence] = []  # in the order of the rows of the cache
-        self._cache = BatchCache(max_num_seqs)
+        self._cache = BatchCache(max_num_seqs, 0)
+        self._begun = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._preemptions = 0
 
     def load(self) -> None:
         """Reads the model, chooses the limits and starts the thread. Raises a `HalveError`."""
@@ -97,10 +101,14 @@ class TransformersEngine:
 
         self.max_model_len, why = loading.choose_context(config, self.tokenizer, self._wished_len)
         self._budget = self._size_budget()
+        self._cache = BatchCache(self._max_num_seqs, self._budget)
         self._weight_bytes = weight_bytes(self.model)
         self._backends = backends(self.model, {"prefill": PREFILL_TOKENS, "decode": 1})
         notes.append(f"max_model_len {self.max_model_len}: {why}")
-        notes.append(f"key/value cache up to {self._budget * self._bytes_per_token / 2**20:,.0f} MiB")
+        notes.append(
+            f"key/value cache up to {self._budget * self._bytes_per_token / 2**20:,.0f} MiB, which is "
+            f"{self._budget // slots_for(1, self.max_model_len)} of {self._max_num_seqs} sequences at their longest"
+        )
         for note in notes:
             log.info(note)
         self._thread = threading.Thread(target=self._run, name="halve-engine", daemon=True)
@@ -113,7 +121,7 @@ class TransformersEngine:
         self._forward([[0]], cache, first_position=0)
         self._bytes_per_token = sum(keys.nbytes + values.nbytes for keys, values in keys_and_values(cache))
         free = loading.cache_slots(self._bytes_per_token, self._device)
-        one = self._cache.slots_for(1, self.max_model_len)
+        one = slots_for(1, self.max_model_len)
         if one > free:
             fits = int(free / 1.25) - 64
             if self._wished_len is not None or fits < 1:
@@ -125,7 +133,7 @@ class TransformersEngine:
             log.warning("max_model_len is lowered from %d to %d: more keys and values would not fit half of "
                         "the free memory.", self.max_model_len, fits)  # fmt: skip
             self.max_model_len = fits
-        return min(free, self._cache.slots_for(self._max_num_seqs, self.max_model_len))
+        return min(free, slots_for(self._max_num_seqs, self.max_model_len))
 
     # What other threads call.
 
@@ -148,17 +156,22 @@ class TransformersEngine:
 
     def stats(self) -> EngineStats:
         prefilling = int(self._prefilling is not None and self._prefilling not in self._running)
-        slots = self._cache.row_capacity * self._cache.column_capacity
         return EngineStats(
             running=len(self._running) + prefilling,
             waiting=len(self._waiting) + len(self._arrived),
-            kv_cache_usage=min(1.0, slots / self._budget),
+            kv_cache_usage=min(1.0, self._planned_slots() / self._budget),
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             weight_bytes=self._weight_bytes,
             kv_cache_bytes=self._budget * self._bytes_per_token,
             backends=self._backends,
+            preemptions=self._preemptions,
         )
+
+    def _planned_slots(self) -> int:
+        prefilling = self._prefilling
+        active = {*self._running, prefilling} if prefilling is not None else {*self._running}
+        return slots_for(len(active), max(sequence.planned_length for sequence in active)) if active else 0
 
     def close(self) -> None:
         with self._changed:
@@ -185,7 +198,7 @@ class TransformersEngine:
         self._waiting.clear()
         self._running.clear()
         self._prefilling = None
-        self._cache = BatchCache(self._max_num_seqs)
+        self._cache = BatchCache(self._max_num_seqs, self._budget)
         for sequence in left:
             if not sequence.ended:
                 sequence.sink(sequence.fail(message))
@@ -218,39 +231,56 @@ class TransformersEngine:
                 self._leave(row)
 
     def _admit(self) -> bool:
-        """Takes the next waiting sequence to prefill, if the cache can hold it to its end."""
+        """Takes the next waiting sequence to prefill, if the cache can hold what is planned for it and for the others."""
         if not self._waiting or len(self._running) >= self._max_num_seqs:
             return False
-        lengths = [sequence.reserved_length for sequence in (*self._running, self._waiting[0])]
-        if self._running and self._cache.slots_for(len(lengths), max(lengths)) > self._budget:
+        lengths = [sequence.planned_length for sequence in (*self._running, self._waiting[0])]
+        if self._running and not self._cache.fits(len(lengths), max(lengths)):
             return False
-        self._prefilling = self._waiting.popleft()
-        self._prefilling.prefill_cache = DynamicCache()
+        self._prefilling = sequence = self._waiting.popleft()
+        if sequence.number < 0:
+            sequence.number, self._begun = self._begun, self._begun + 1
+        sequence.begin(DynamicCache())
         return True
+
+    def _preempt(self) -> None:
+        """The running sequence that began last makes room for the others."""
+        row = max(range(len(self._running)), key=lambda row: self._running[row].number)
+        sequence = self._running[row]
+        self._leave(row)
+        self._put_back(sequence)
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """To the head of the queue, without its cache. (It will not be admitted at once: what it needs now did not fit.)"""
+        self._waiting.appendleft(sequence)
+        self._preemptions += 1
 
     def _prefill(self, budget: int) -> int:
         """Runs the next chunk of a prompt, and what follows from its end. Returns the tokens spent."""
         sequence = self._prefilling
         assert sequence is not None
         assert sequence.prefill_cache is not None
-        first, ids = sequence.prefilled, sequence.prompt_ids
+        first, ids, goes_on = sequence.prefilled, sequence.prefill_ids, bool(sequence.generated)
         chunk = list(ids[first : first + budget])
-        scored = sequence.params.prompt_logprobs is not None
+        scored = sequence.params.prompt_logprobs is not None and not goes_on
         logits = self._forward([chunk], sequence.prefill_cache, first_position=first, all_logits=scored)[0]
         if scored:
             self._score(sequence, logits, ids[first + 1 : first + 1 + len(chunk)])
         sequence.prefilled += len(chunk)
         if sequence.prefilled < len(ids):
             return len(chunk)
-        self._prompt_tokens += len(ids)
-        if sequence.params.max_tokens == 0:
-            sequence.sink(sequence.push_nothing())
-        else:
-            self._advance([sequence], logits[-1:].float())
-            if not sequence.ended:
-                self._cache.insert(sequence.prefill_cache, len(ids))
-                self._running.append(sequence)
-        sequence.prefill_cache = None
+        if not goes_on:
+            self._prompt_tokens += len(ids)
+            if sequence.params.max_tokens == 0:
+                sequence.sink(sequence.push_nothing())
+            else:
+                self._advance([sequence], logits[-1:].float())
+        if not sequence.ended and (not self._running or self._cache.can_insert(len(ids))):
+            self._cache.insert(sequence.prefill_cache, len(ids))
+            self._running.append(sequence)
+        elif not sequence.ended:
+            self._put_back(sequence)
+        sequence.end_prefill()
         self._prefilling = None  # last, so that an engine that dies on the way still knows of it
         return len(chunk)
 
@@ -263,6 +293,8 @@ class TransformersEngine:
 
     def _decode(self) -> None:
         """One token for every running sequence."""
+        while len(self._running) > 1 and not self._cache.can_step():
+            self._preempt()
         self._cache.make_room()
         logits = self._forward([[s.last_token] for s in self._running], self._cache)
         self._cache.step_done()

@@ -107,7 +107,8 @@ def launch(
         "max-model-len": max_model_len,
         "max-num-seqs": max_num_seqs,
     }
-    command = [sys.executable, "-m", MODULE]
+    # -P: else what lies in the user's directory would be imported in place of halve's modules, if it is called alike.
+    command = [sys.executable, "-P", "-m", MODULE]
     for name, value in options.items():
         if value is not None:
             command += [f"--{name}", str(value)]

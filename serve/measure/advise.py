@@ -21,6 +21,7 @@ from compress.device import choose_device
 from compress.errors import OutputError, UsageError
 from compress.presets import PRESETS
 from compress.recipe import Recipe
+from serve import support
 from serve.kernels import choose
 from serve.measure import effort, estimate, gpus, kernel_entries, kernel_table, model_kernels, shallow, shapes, verdict
 from serve.measure.environment import environment, processor
@@ -187,6 +188,9 @@ def _refusal(model: ModelShape, place: Place) -> str | None:
     if place.gpu is not None and not place.gpu.sparse:
         capability = ".".join(map(str, place.gpu.capability))
         return f"{place.name} has no sparse tensor cores (compute capability {capability}; they came with 8.0)"
+    dtype = kernel_entries.dtype_name(model.dtype)
+    if place.gpu is not None and dtype not in support.KERNELS["cuda"].dtypes:
+        return f"there is no sparse kernel of GPUs for {dtype}; convert by `halve compress --dtype bfloat16`"
     if place.here is not None:
         choice = choose(place.here, model.dtype, 1, *_first(model))
         if choice.backend.prepare is None:

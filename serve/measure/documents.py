@@ -336,8 +336,8 @@ def _of_round(samples: tuple[float, ...], statistic: str) -> float:
 
 
 def _better(name: str) -> Better:
-    """Times and bytes are better low, rates are better high."""
-    return "higher" if any(rate in name for rate in ("per_second", "throughput", "goodput")) else "lower"
+    """Times and bytes are better low, rates are better high, and so is what is left for keys and values."""
+    return "higher" if any(part in name for part in ("per_second", "throughput", "goodput", "kv_cache")) else "lower"
 
 
 def _is_number(value: Any) -> bool:

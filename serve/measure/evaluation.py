@@ -221,7 +221,11 @@ def _runner(path: Path, endpoint: Endpoint | None, concurrency: int, device: str
     from serve.measure.endpoint import EndpointRunner
     from serve.server import BackgroundServer
 
-    server = nullcontext() if endpoint.url else BackgroundServer(str(path), device=device, max_num_seqs=concurrency)
+    server = (
+        nullcontext()
+        if endpoint.url
+        else BackgroundServer(str(path), device=device, max_num_seqs=concurrency, timeout=600.0)
+    )
     started = stack.enter_context(server)
     return stack.enter_context(
         EndpointRunner(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.errors import UsageError, did_you_mean
-from serve.kernels.cuda.plan import MOST_ROWS
+from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS
 from serve.measure.kernel_entries import Shape
 from serve.support import capability_refusal
 
@@ -103,7 +103,8 @@ class Roofline:
 
     ASSUMPTIONS = (
         "kernels move bytes at 0.85 of the peak and compute at 0.7 of it, sparse ones like dense ones",
-        f"above {MOST_ROWS} rows of x halve expands a packed weight and multiplies densely",
+        f"halve reads a packed weight once for each {MOST_ROWS} rows of x; above {MOST_PASSES * MOST_ROWS} it expands it and "
+        "multiplies densely",
         "launches cost nothing, as with CUDA graphs; norms and activations are left out",
     )
 
@@ -113,14 +114,15 @@ class Roofline:
         return max(moved / (self.gpu.bandwidth * self.bandwidth_reached), operations / (peak * self.flops_reached))
 
     def layer(self, shape: Shape, rows: int, itemsize: int, *, packed: bool) -> float:
-        """Of one linear layer on ``rows`` rows of x, as halve runs it there: weight, x and y are moved once."""
+        """Of one linear layer on ``rows`` rows of x, as halve runs it there: x and y are moved once, the weight as often as it is read."""
         dense_bytes = shape.n * shape.k * itemsize
         activations = rows * (shape.n + shape.k) * itemsize
         operations = 2 * rows * shape.n * shape.k
         if not packed:
             return self.seconds(dense_bytes + activations, operations)
         packed_bytes = dense_bytes / 2 + shape.n * shape.k / 8
-        if self.gpu.sparse and rows <= MOST_ROWS:
-            return self.seconds(packed_bytes + activations, operations, sparse=True)
+        if self.gpu.sparse and rows <= MOST_PASSES * MOST_ROWS:
+            passes = -(-rows // MOST_ROWS)
+            return self.seconds(passes * packed_bytes + activations, operations, sparse=True)
         expanding = self.seconds(packed_bytes + dense_bytes, 0)
         return expanding + self.seconds(dense_bytes + activations, operations)

@@ -82,7 +82,7 @@ def levels(
     fixed["output"] = OUTPUT if output is None else output
     if concurrency is None and not rates and trace is None:
         concurrency = "1"
-    found = [closed(number, **fixed) for number in _numbers(concurrency or "")]
+    found = [] if concurrency is None else [closed(number, **fixed) for number in _numbers(concurrency)]
     found += [poisson(rate, **fixed) for rate in rates]
     if trace is not None:
         found.append(replay(trace, scale=trace_scale, requests=trace_requests, prompt=prompt, output=output))
@@ -94,7 +94,7 @@ def levels(
 
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"--concurrency {text!r} is no list of numbers of requests, such as 1,4,16")
     return [int(part) for part in parts]
 

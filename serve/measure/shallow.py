@@ -222,14 +222,15 @@ def _generate(model: PreTrainedModel, tokens: Tensor, output: int) -> tuple[floa
         raise SourceError(
             f"{type(model).__name__} keeps nothing from one token to the next, so its decoding has no time"
         )
-    decoded = min(_DECODED, output)
+    warm_up = min(1, output - 1)  # (together no more positions than an answer has)
+    decoded = max(1, min(_DECODED, output - warm_up))
     between = (output - decoded) // 2
     if between and name == "past_key_values":  # a state does not grow, so its length takes no time
         result = model(
             input_ids=tokens[:, :1].expand(-1, between), use_cache=True, logits_to_keep=1, **{name: result[name]}
         )
-    for turn in range(decoded + 1):
-        if turn == 1:  # the first one is a warm-up
+    for turn in range(warm_up + decoded):
+        if turn == warm_up:
             started = _now(tokens)
         result = model(input_ids=token, use_cache=True, **{name: result[name]})
         token = result.logits[:, -1:].argmax(dim=-1)

@@ -26,9 +26,7 @@ from compress.own_code import NEVER
 from compress.packed import VALUE_DTYPES
 from compress.quiet import quiet_transformers
 from serve.measure.kernel_entries import Shape
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Layers that read one input, by the name of the one that vLLM makes of them."""
+from serve.vllm.shards import FUSED
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,10 @@ class Servers:
 
             return BackgroundServer(str(path), max_num_seqs=self.max_num_seqs, device=self.device, timeout=600.0)
         from serve.engines.vllm import VllmServer
+        from serve.engines.vllm_arguments import option
 
         arguments = list(self.extra)
-        shares = any(argument.startswith("--gpu-memory-utilization") for argument in arguments)
+        shares = option(arguments, "--gpu-memory-utilization") is not None
         if self.sides == 2 and not shares and _vllm() == "vllm":
             arguments += ["--gpu-memory-utilization", "0.45"]  # each takes nine tenths by itself
         options: dict[str, Any] = {

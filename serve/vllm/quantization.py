@@ -19,11 +19,12 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from compress.errors import SourceError
+from compress.files import TensorFiles
 from serve import support
 from serve.vllm import compile_cache, stored
 from serve.vllm.linear import Outcome, SparseLinearMethod
 from serve.vllm.names import Names
-from serve.vllm.shards import modules_of
+from serve.vllm.shards import FUSED, modules_of
 from serve.vllm.sound import CHECKED_VARIABLE, require_sound
 from serve.vllm.stored import DENSE, Stored
 
@@ -82,6 +83,8 @@ class HalveQuantization(QuantizationConfig):
         for config in (hf_config, getattr(hf_config, "text_config", None)):
             self._model_types.add(str(getattr(config, "model_type", "")))
         directory = Path(model_name)
+        if directory.is_dir():
+            self.stored = self.stored.with_what_is_there(TensorFiles(directory))
         if os.environ.get(CHECKED_VARIABLE) == str(directory.resolve()):
             return
         if directory.is_dir():
@@ -103,7 +106,7 @@ class HalveQuantization(QuantizationConfig):
             if hasattr(layer, "weight_loader") or "expert" in prefix.rpartition(".")[2]:
                 self._left.append(prefix.rpartition(".")[2] or type(layer).__name__)
             return None
-        modules = modules_of(prefix, self.packed_modules_mapping)
+        modules = self._modules_of(prefix)
         packed = [self.stored.is_packed(module, self._names) for module in modules]
         found = [module for module, is_packed in zip(modules, packed, strict=True) if is_packed]
         stored.require_order(self.stored, self._model_types, found)
@@ -112,6 +115,16 @@ class HalveQuantization(QuantizationConfig):
             return UnquantizedLinearMethod()
         self._waiting.add(prefix)
         return SparseLinearMethod(self.stored, prefix, modules, packed, self._processed)
+
+    def _modules_of(self, prefix: str) -> list[str]:
+        """The modules of the checkpoint behind a layer of vLLM."""
+        modules = modules_of(prefix, self.packed_modules_mapping)
+        if self.stored.kind != "dense" and modules == [prefix]:
+            # Some of vLLM's models fuse layers and do not say so. It makes a difference where not all of the parts are packed.
+            parts = modules_of(prefix, FUSED)
+            if not all(self.stored.is_packed(part, self._names) for part in parts):
+                return parts
+        return modules
 
     def _processed(self, prefix: str, outcome: Outcome) -> None:
         """Notes what became of a layer, and says what became of all after the last one."""

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from compress.errors import CorruptCheckpointError
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What fused layers are made of, by the names that most models have."""
 _QKV = ("q", "k", "v")
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from compress.checkpoint import parse_config
 from compress.errors import CorruptCheckpointError, SourceError
-from compress.packed import VALUE_DTYPES
+from compress.files import TensorFiles
+from compress.packed import DENSE_SUFFIX, VALUE_DTYPES
 from serve.vllm.names import Names
 
 _AS_STORED = Names()
@@ -46,6 +47,15 @@ class Stored:
     def mask(self) -> str:
         """The name of the tensor of bits [N, K/8]."""
         return "bitmask" if self.kind == "bitmask" else "weight_mask"
+
+    def with_what_is_there(self, files: TensorFiles) -> Stored:
+        """The same where every matrix that is stored whole is one that is ignored: `ignore` names linears alone, and of vLLM's there may
+        be more (routers of experts)."""
+        if self.kind == "dense":
+            return self
+        whole = (name.removesuffix(DENSE_SUFFIX) for name, info in files.info.items() if len(info.shape) == 2)
+        there = (stem for stem in whole if f"{stem}{DENSE_SUFFIX}" in files)
+        return replace(self, ignore=(*self.ignore, *there))
 
     def is_packed(self, module: str, names: Names = _AS_STORED) -> bool:
         """Whether a linear module is stored as values and mask. ``names``: how its name comes from that in the checkpoint."""

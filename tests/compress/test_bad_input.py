@@ -101,6 +101,33 @@ def test_file_instead_of_directory(case: Case) -> None:
     case.fails(case.directory / "model", USAGE, "is a file; a model is a directory")
 
 
+@pytest.mark.parametrize("bytes_kept", [0, 3, 20, 150, 2000])
+def test_a_gguf_file_that_is_cut_off(bytes_kept: int, case: Case) -> None:
+    pytest.importorskip("gguf")
+    file = case.directory / "model.gguf"
+    writer = gguf_of_a_llama(file)
+    writer.close()
+    whole = file.read_bytes()
+    assert len(whole) > 2000
+    file.write_bytes(whole[:bytes_kept])
+    case.fails(file, USAGE, "cannot read", "model.gguf", f"({bytes_kept:,} bytes; a download may be cut off)")
+
+
+def gguf_of_a_llama(file: Path) -> Any:
+    import gguf
+
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(8)
+    writer.add_token_list([f"token{number}" for number in range(300)])
+    writer.add_tensor("token_embd.weight", torch.zeros(300, 8).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    return writer
+
+
 def test_no_safetensors(case: Case) -> None:
     model = case.model()
     (model / "model.safetensors").rename(model / "pytorch_model.bin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import yaml
 
 from compress import calibration as texts
 from compress import distill, pipeline, pruner
+from compress.blocks import BlockModel
 from compress.divergence import KLDivergence
-from compress.errors import HalveError, RecipeError
+from compress.errors import CalibrationError, NumericalError, RecipeError, UsageError
 from compress.recipe import Recipe
 from compress.repair import held_out_batches
+from compress.sources import Source
 from compress.training import MaskedAdam, precision
 from tests import tiny_models
 from tests.runs import LENGTH, compress, report, stored, tree
@@ -317,14 +320,62 @@ def test_too_little_memory_is_said_before(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(psutil, "virtual_memory", Little)
     monkeypatch.setattr(pruner, "prune_layer", never)
-    with pytest.raises(HalveError, match=r"whole model in float32.*free"):
+    with pytest.raises(UsageError, match=r"whole model in float32.*free"):
         compress(build("llama", tmp_path), tmp_path / "out", **SETTINGS)
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_window_that_is_longer_than_what_goes_together_is_counted_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One goes through the models in any case."""
+
+    class Memory:
+        available = 0
+
+    model = BlockModel(Source(build("llama", tmp_path)), torch.float32, torch.device("cpu"))
+    windows = torch.zeros(4, 8192, dtype=torch.int64)
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 1000)
+    vocabulary = model.config.vocab_size
+    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    need = parameters * 25 + 3 * 8192 * vocabulary * 4
+    for Memory.available, fits in ((need, True), (need - 1, False)):
+        with nullcontext() if fits else pytest.raises(UsageError, match="whole model"):
+            distill.require_room(model, windows, 1, distill.DistillOptions())
+
+
+def test_a_run_that_has_distilled_needs_no_room_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def stop(done: int, total: int, text: str) -> None:
+        if text == "writing the checkpoint":
+            raise Killed
+
+    source = build("llama", tmp_path)
+    expected = tree(compress(source, tmp_path / "whole" / "out", **SETTINGS).directory)
+    out = tmp_path / "killed" / "out"
+    with pytest.raises(Killed):
+        compress(source, out, progress=stop, **SETTINGS)
+    monkeypatch.setattr(distill, "_free_memory", lambda device: 0)
+    assert tree(compress(source, out, resume=True, **SETTINGS).directory) == expected
+
+
+def test_what_was_pruned_is_kept_where_distilling_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = build("llama", tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(distill._Course, "divergence", lambda *_: (_ for _ in ()).throw(NumericalError("no number")))
+        with pytest.raises(NumericalError, match=r"no number \(what was finished is kept in .*out\.partial"):
+            compress(source, out, **SETTINGS)
+    pruned: list[str] = []
+    compress(source, out, resume=True, progress=lambda done, total, text: pruned.append(text), **SETTINGS)
+    assert not [text for text in pruned if "relative output error" in text], "no block is pruned again"
+
+
 def test_a_single_window_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruner, "prune_layer", None)
-    with pytest.raises(HalveError, match="at least two calibration windows"):
+    with pytest.raises(CalibrationError, match="at least two calibration windows"):
         compress(build("llama", tmp_path), tmp_path / "out", **SETTINGS | {"samples": 1})
     assert not (tmp_path / "out.partial").exists()
 

@@ -561,6 +561,23 @@ def test_blocks_that_are_made_alike_are_proved_once(tmp_path: Path, monkeypatch:
     assert searched == [0]
 
 
+@pytest.mark.parametrize("silent", ["self_attn.o_proj", "self_attn.v_proj", "mlp.down_proj"])
+def test_what_is_zero_has_no_fold_whatever_was_proved_before(silent: str, tmp_path: Path) -> None:
+    """So that a run that begins at such a block, because it was interrupted, does the same to it."""
+    model, hidden = blocks_of("llama", tmp_path, layers=2)
+    found = []
+    for known, blocks in ((folding.FoldsOfAlike(), (0, 1)), (folding.FoldsOfAlike(), (1,))):
+        for index in blocks:
+            model.load_block(index)
+            if index == 1:
+                model.linears(1)[f"model.layers.1.{silent}"].weight.data.zero_()
+            alone = [name for name in model.linears(index) if name.endswith(("o_proj", "down_proj"))]
+            folds = [fold.consumer for fold in known.of(model, index, hidden, alone, P24)]
+        found.append(folds)
+    other = "mlp.down_proj" if "attn" in silent else "self_attn.o_proj"
+    assert found == [[f"model.layers.1.{other}"]] * 2
+
+
 def test_blocks_that_are_made_otherwise_are_searched_again(tmp_path: Path) -> None:
     model, _ = blocks_of("llama", tmp_path, layers=3)
     other, _ = blocks_of("qwen3", tmp_path / "other", layers=1)

@@ -188,5 +188,16 @@ def test_what_a_mask_leaves_has_the_pattern(pattern: Pattern, group: Group) -> N
     assert not has_pattern(filled, pattern)
 
 
+@pytest.mark.parametrize("shape", [(1, 2048), (2, 2048), (3, 64), (2048, 1)])
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9])
+def test_a_flat_weight_that_was_not_pruned_has_no_pattern(shape: tuple[int, int], sparsity: float) -> None:
+    pattern = UnstructuredPattern(sparsity)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).abs() + 1
+    for group in ("row", "layer", "block"):
+        assert has_pattern(weight * pattern.mask(weight, group), pattern)
+    if shape[1] > 1:
+        assert not has_pattern(weight, pattern)
+
+
 def test_a_width_that_groups_do_not_divide_has_no_pattern() -> None:
     assert not has_pattern(torch.zeros(2, 6), NMPattern(2, 4))

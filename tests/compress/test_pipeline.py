@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from compress import calibration as texts
 from compress import pipeline, pruner, wide
 from compress.architecture import find_blocks
+from compress.card import model_card
 from compress.convert import pack_checkpoint, unpack_checkpoint
 from compress.errors import RecipeError
 from compress.files import check_digest
@@ -32,12 +33,14 @@ from tests.runs import (
     SAMPLES,
     beside,
     block_linears,
+    calibration,
     compress,
     generated,
     identical,
     kept_in_groups,
     load,
     logits,
+    report,
     stored,
     tree,
 )
@@ -229,6 +232,26 @@ def test_the_card_says_what_is_there(settings: dict[str, Any], stored: str, pack
     card = (compress(source, tmp_path / "out", **settings).directory / "README.md").read_text()
     assert stored in card
     assert ("halve pack" in card) == packs
+
+
+def test_a_directory_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card names a base model where the hub has one, and not a directory that is called like one."""
+    tiny_models.build("llama", tmp_path / "models" / "smol", layers=1)
+    monkeypatch.chdir(tmp_path)
+    text = calibration(tmp_path)
+    out = compress(Path("models/smol"), tmp_path / "out", calibration=str(text)).directory
+    card = (out / "README.md").read_text()
+    assert "base_model" not in card
+    assert "# smol, 2:4" in card
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["from_hub"] is False
+    monkeypatch.chdir(tmp_path / "models" / "smol")
+    here = compress(Path(), tmp_path / "here", calibration=str(text)).directory
+    assert "# smol, 2:4" in (here / "README.md").read_text()
+    saved, said = yaml.safe_load((out / "recipe.yaml").read_text()), report(out)
+    named = {**saved, "model": "someone/smol"}
+    assert "base_model: someone/smol" in model_card({**named, "from_hub": True}, said)
+    del named["from_hub"]  # of an older halve
+    assert "base_model: someone/smol" in model_card(named, said)
 
 
 def test_cast(tmp_path: Path) -> None:

@@ -85,6 +85,23 @@ def test_what_a_preset_says_for_the_sake_of_something_goes_with_it(
         assert {name: getattr(recipe, name) for name in expected} == expected
 
 
+def test_another_number_keeps_its_options(tmp_path: Path) -> None:
+    """Of more tokens, or another share, they are the same; of none there are none."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("distill: 1000\ndistill_options: {windows: 900}\nallocate: 0.1\nallocate_options: {by: latency}\n")
+    more = Recipe.load(file, distill=2000, allocate=0.2)
+    assert (more.distill_options, more.allocate_options) == ({"windows": 900}, {"by": "latency"})
+    none = Recipe.load(file, distill=0, allocate=0.0)
+    assert (none.distill_options, none.allocate_options) == ({}, {})
+
+
+def test_a_length_in_quotes(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("samples: 128\nlength: '512'\n")
+    assert Recipe.load(file).length == 512
+    assert Recipe.load(file, length=1024).length == 1024
+
+
 def test_options_of_rotations_go_with_them(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("rotation: heads\nrotation_options: {steps: 8}\n")

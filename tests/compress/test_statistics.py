@@ -13,7 +13,7 @@ from torch import Tensor
 from compress import gram as gram_module
 from compress.errors import NumericalError
 from compress.gram import Gram, exact_products
-from compress.statistics import SAMPLE_TOKENS, InputStatistics
+from compress.statistics import SAMPLE_TOKENS, InputStatistics, positions_of_sample
 
 EVERYTHING = ("sum", "sum_of_squares", "moments", "gram", "sample")
 """But "split_gram", which stands for "gram" where it is gathered: see `test_split_gram`."""
@@ -199,7 +199,7 @@ def assert_statistics_of(statistics: InputStatistics, x: Tensor) -> None:
     torch.testing.assert_close(statistics.moments.variance, other.moments.variance, rtol=1e-5, atol=0)
     assert gram_error(statistics.gram, x) < 1e-5
     assert torch.equal(statistics.gram, statistics.gram.T)
-    assert torch.equal(statistics.sample, x[:: max(1, len(x) // SAMPLE_TOKENS)])
+    assert torch.equal(statistics.sample, x[positions_of_sample(len(x))])
 
 
 @given(
@@ -274,10 +274,21 @@ def test_the_sample_is_spread_evenly(tokens: int, cut: int) -> None:
     x = torch.arange(float(tokens))[:, None]
     cut = min(cut, tokens)
     rows = gathered([x[:cut], x[cut:]], ("sample",)).sample[:, 0]
+    stride = max(1, tokens // SAMPLE_TOKENS)
     assert min(tokens, SAMPLE_TOKENS) <= len(rows) < 2 * SAMPLE_TOKENS
-    assert rows[0] == 0
-    assert len(rows.diff().unique()) <= 1, "one stride"
-    assert tokens - rows[-1] <= max(1, tokens // SAMPLE_TOKENS), "up to the end"
+    assert (rows // stride).diff().eq(1).all(), "one of each stretch"
+    assert tokens - rows[-1] <= 2 * stride, "up to the end"
+
+
+@pytest.mark.parametrize("length", [40, 512, 2048])
+def test_the_sample_has_every_place_of_a_window(length: int) -> None:
+    """And the first one as often as it comes, not in a fourth of the rows."""
+    tokens = 128 * 2048
+    x = (torch.arange(tokens) % length).float()[:, None]
+    places = gathered(list(x.split(3 * length)), ("sample",)).sample[:, 0] / length
+    assert float((places == 0).float().mean()) <= 3 / length + 0.01
+    quarters = torch.histc(places, 4, min=0, max=1) / len(places)
+    assert (quarters - 0.25).abs().max() < 0.08
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -441,6 +441,26 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "pip install -e '.[vision]'" in message
 
 
+def test_as_many_images_as_there_are(tmp_path: Path) -> None:
+    """What trains on more takes what there is, as with text; what is left out is not recorded as done."""
+    source = tiny_models.build("vit", tmp_path / "source", layers=1)
+    settings = {"samples": 8, "training_samples": 100, "repair": "block", "repair_options": {"passes": 1}}
+    done = compress(source, tmp_path / "out", substitute=0.2, **settings)
+    saved = yaml.safe_load((done.directory / "recipe.yaml").read_text())
+    recipe = saved["recipe"]
+    assert (recipe["samples"], recipe["training_samples"], recipe["substitute"]) == (8, 12, 0)
+    assert saved["calibration"]["images"] == 12
+    with pytest.raises(CalibrationError, match="holds 12 images, and 13 were asked for"):
+        compress(source, tmp_path / "no", **{**settings, "samples": 13})
+
+
+def test_wide_models_get_more_images(tmp_path: Path) -> None:
+    source = tiny_models.build("vit", tmp_path / "source", layers=1)
+    wide = max(model.in_features for model in load(source).modules() if isinstance(model, torch.nn.Linear))
+    done = compress(source, tmp_path / "out", calibration="random", samples=2, tokens_per_input=4.9 * 256 / wide)
+    assert yaml.safe_load((done.directory / "recipe.yaml").read_text())["recipe"]["samples"] == 5
+
+
 def test_commands(tmp_path: Path, halve: Halve) -> None:
     source = tiny_models.build("vit", tmp_path / "source", layers=1)
     pictures(tmp_path / "images")

@@ -14,7 +14,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MixtralConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+)
 
 from benchmarks.llama_shape import write_sparse
 from compress.errors import SourceError, UsageError
@@ -152,6 +160,9 @@ def test_a_layer_on_the_roofline_by_hand() -> None:
     rate = 3350e9 * 0.85
     assert roofline.layer(shape, 1, 2, packed=False) == pytest.approx((dense + moved) / rate)
     assert roofline.layer(shape, 1, 2, packed=True) == pytest.approx((dense * 9 / 16 + moved) / rate)
+    # 129 rows: the packed weight is read three times.
+    sparse = 3 * dense * 9 / 16 + 129 * moved
+    assert roofline.layer(shape, 129, 2, packed=True) == pytest.approx(sparse / rate)
     # 4,096 rows: 137.4 GFLOP at 0.7 of 989.5 TFLOP/s; packed, the weight is read and written once before.
     product = 2 * 4096**3 / (989.5e12 * 0.7)
     assert roofline.layer(shape, 4096, 2, packed=False) == pytest.approx(product)
@@ -345,6 +356,12 @@ def test_configurations_that_cannot_be_used(tmp_path: Path, halve: Halve, conten
         (("--device", "cpu", "--estimate"), "kernel table"),
         (("--check", "bench.json"), "advice"),
         (("--device", "h100", "--out", "no/such/place.json"), "--out"),
+        (("--device", "h100", "--budget", "9"), "--budget is for a measurement, and would do nothing here"),
+        (("--device", "cpu", "--estimate", "--budget", "9"), "--budget is for a measurement"),
+        (
+            ("--device", "cpu", "--estimate", "--recipe", "r.yaml"),
+            "--recipe is for a measurement or a GPU that is not here",
+        ),
     ],
 )
 def test_calls_that_are_wrong(tmp_path: Path, halve: Halve, arguments: tuple[str, ...], says: str) -> None:
@@ -376,6 +393,24 @@ def test_no_network_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert advise(llama(tmp_path), device="h100")["verdict"]["prune"]
+
+
+def test_float32_has_no_kernel_on_gpus(tmp_path: Path) -> None:
+    """A packed float32 model would be served by expanding it for each product."""
+    document = advise(saved(LlamaConfig(**LLAMA_8B), tmp_path, dtype="float32"), device="h100")
+    assert document["verdict"]["prune"] is False
+    assert "no sparse kernel of GPUs for float32" in document["verdict"]["headline"]
+
+
+@pytest.mark.parametrize("output", [1, 2, 8, 9, 20])
+def test_no_position_beyond_the_context_is_used(output: int) -> None:
+    """Of a model with as many positions as the prompt and the answer have."""
+    prompt = 12
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=prompt + output, vocab_size=64)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        seconds = shallow._generate(model, torch.zeros(1, prompt, dtype=torch.int64), output)
+    assert min(seconds) > 0
 
 
 # The command, and the prediction beside the measurement.

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from serve.api_answers import CompletionStyle
+from serve.api_models import Message
 from serve.engines.base import SamplingParams, TokenLogprob
 from serve.engines.sequence import Sequence
 from serve.engines.text import TokenPieces
@@ -88,6 +89,14 @@ def test_message_parts_and_developer_role(client):
     answers = [client.chat.completions.create(messages=m, **fields) for m in (plain, parts)]
     assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
     assert answers[0].usage == answers[1].usage
+
+
+def test_what_a_template_may_read_of_a_turn_goes_on_to_it():
+    said = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2", "name": "sum", "refusal": None}
+    assert Message(**said).for_template() == {
+        "role": "assistant", "content": "4", "reasoning_content": "2 + 2", "name": "sum",
+    }  # fmt: skip
+    assert Message(role="developer", content="be brief").for_template() == {"role": "system", "content": "be brief"}
 
 
 def test_all_forms_of_a_prompt(client, tokenizer):

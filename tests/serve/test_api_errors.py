@@ -111,6 +111,7 @@ def test_impossible_completion_fields(server, change, param):
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

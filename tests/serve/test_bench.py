@@ -380,6 +380,19 @@ def test_both_sides_of_vllm_hold_as_many_keys_and_values(model_dir: Path, monkey
     assert [server._environment[vllm.CACHE_VARIABLE] for server in started] == ["6", "6"]
 
 
+def test_a_share_of_the_gpu_that_was_given_stays(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "installed", lambda: ("vllm", "0.32.0"))
+
+    def shares(*extra: str) -> bool:
+        servers = Servers("vllm", "auto", longest=64, at_once=1, sides=2, extra=extra)
+        return "0.45" in servers.start(model_dir)._command
+
+    assert shares()
+    assert shares("--max-num-batched-tokens", "64")
+    for given in (("--gpu-memory-utilization", "0.3"), ("--gpu_memory_utilization=0.3",)):
+        assert not shares(*given)
+
+
 def test_what_a_server_said_before_it_died_is_kept(model_dir: Path) -> None:
     with ExitStack() as stack:
         servers = Servers("transformers", "cpu", longest=64, at_once=1, sides=1)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from compress.errors import UsageError
+from serve.measure import documents
 from serve.measure.compare import compare
 from serve.measure.gates import parse
 from tests import tiny_models
@@ -275,6 +276,26 @@ def test_gates_give_the_exit_code(halve: Halve, write) -> None:
     human = halve("compare", a, b, "--gate", "perplexity<=1.01x")
     assert human.code == 1
     assert "gate perplexity<=1.01x: fails (1.05" in human.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [
+        ("bytes.kv_cache", "higher"),
+        ("bytes.weights", "lower"),
+        ("tpot", "lower"),
+        ("output_tokens_per_second", "higher"),
+    ],
+)
+def test_what_is_better(name: str, better: str) -> None:
+    """More room for keys and values is what smaller weights are for."""
+    assert documents._better(name) == better
+
+
+def test_confident_without_a_gate_is_refused(halve: Halve, write) -> None:
+    called = halve("compare", "a.json", "b.json", "--confident")
+    assert called.code == 2
+    assert "--confident is for --gate" in called.message
 
 
 def test_confident_gates_look_at_the_interval(halve: Halve, write) -> None:

@@ -17,7 +17,10 @@ from transformers import (
 )
 
 from compress.errors import SourceError, UsageError
-from serve.engines.base import EngineDeadError, SamplingParams
+from serve.engines.base import Delta, EngineDeadError, SamplingParams
+from serve.engines.kv_cache import BatchCache
+from serve.engines.loading import choose_dtype
+from serve.engines.sequence import Sequence
 from serve.engines.transformers import TransformersEngine
 from tests.serve.helpers import collect, greedy, text_of, tokens_of, wait_until
 
@@ -173,6 +176,135 @@ def test_memory_bounds_what_runs_at_once(model_dir, monkeypatch):
         assert max(stats.kv_cache_usage for stats in seen) <= 1
     finally:
         engine.close()
+
+
+def test_who_began_last_makes_room(model_dir, reference, tokenizer, monkeypatch):
+    """Requests that name no limit run together while their answers are short. When they outgrow the memory some pause, and nobody
+    reads anything else than alone."""
+    monkeypatch.setattr("serve.engines.loading.cache_slots", lambda *_: 640)
+    monkeypatch.setattr("serve.engines.sequence.PLANNED_TOKENS", 8)
+    engine = TransformersEngine(str(model_dir), max_num_seqs=8, device="cpu")
+    engine.load()
+    try:
+        bias = {tokenizer.eos_token_id: -100}
+        prompts = [
+            tokenizer(text).input_ids
+            for text in ("the cat", "all the men and the dog", "x", "the river ran", "a", "men")
+        ]
+        scored = {"logprobs": 0, "prompt_logprobs": 0, "logit_bias": bias}
+        jobs = [(ids, greedy(100 + 9 * number, **scored)) for number, ids in enumerate(prompts)]
+        jobs[1] = (prompts[1], SamplingParams(max_tokens=150, temperature=0.8, seed=3, ignore_eos=True, **scored))
+        alone = [collect(engine, [job])[0] for job in jobs]
+        assert engine.stats().preemptions == 0
+        counted = engine.stats()
+        slots, most, resize = [], [], BatchCache._resize
+
+        def watched(cache: BatchCache, *sizes: int) -> None:
+            resize(cache, *sizes)
+            slots.append(cache.row_capacity * cache.column_capacity)
+            most.append(engine.stats().running)
+
+        monkeypatch.setattr(BatchCache, "_resize", watched)
+        together = collect(engine, jobs)
+        wait_until(lambda: engine.stats().running == 0)
+        stats = engine.stats()
+        assert stats.preemptions >= 2
+        assert max(slots) <= 640
+        assert max(most) >= 5, "at their full lengths two would fit"
+        assert [tokens_of(deltas) for deltas in together] == [tokens_of(deltas) for deltas in alone]
+        assert tokens_of(together[0]) == generate(reference, prompts[0], 100)
+        for mine, its in zip(together, alone, strict=True):
+            assert text_of(mine) == text_of(its)
+            assert sum(len(delta.prompt_logprobs) for delta in mine) == sum(len(delta.prompt_logprobs) for delta in its)
+        assert stats.prompt_tokens == 2 * counted.prompt_tokens, "what is prefilled again is no new prompt"
+        assert stats.generation_tokens == 2 * counted.generation_tokens
+        assert stats.kv_cache_usage == 0
+    finally:
+        engine.close()
+
+
+def test_a_prompt_that_finds_no_room_at_its_end_is_put_back(model_dir, monkeypatch):
+    """The others grew while it was prefilled in pieces: its first token is given once, and its prompt is scored once."""
+    monkeypatch.setattr("serve.engines.loading.cache_slots", lambda *_: 640)
+    monkeypatch.setattr("serve.engines.sequence.PLANNED_TOKENS", 4)
+    monkeypatch.setattr("serve.engines.transformers.PREFILL_TOKENS", 1)
+    engine = TransformersEngine(str(model_dir), max_num_seqs=8, device="cpu")
+    engine.load()
+    try:
+        scored = {"logprobs": 0, "prompt_logprobs": 0}
+        jobs = [([5, 6 + number], greedy(180, **scored)) for number in range(3)]
+        late = ([7] * 80, greedy(30, **scored))
+        alone = [collect(engine, [job])[0] for job in [*jobs, late]]
+        counted, put_back = engine.stats(), TransformersEngine._put_back
+        halfway: list[int] = []
+
+        def watched(self: TransformersEngine, sequence: Sequence) -> None:
+            if self._prefilling is sequence:
+                halfway.append(len(sequence.generated))
+            put_back(self, sequence)
+
+        monkeypatch.setattr(TransformersEngine, "_put_back", watched)
+        inboxes = [queue.Queue() for _ in alone]
+        tokens = 0
+
+        def submit_when_there_are_some(delta: Delta) -> None:
+            """In the thread of the engine. Four rows of 96 tokens fit, and the others have 80 more when the prompt is through."""
+            nonlocal tokens
+            tokens += delta.new_tokens
+            inboxes[0].put(delta)
+            if tokens == 80:
+                engine.submit(*late, inboxes[3].put)
+
+        for job, sink in zip(jobs, (submit_when_there_are_some, inboxes[1].put, inboxes[2].put), strict=True):
+            engine.submit(*job, sink)
+        for inbox, its in zip(inboxes, alone, strict=True):
+            mine = [inbox.get(timeout=30)]
+            while not mine[-1].last:
+                mine.append(inbox.get(timeout=30))
+            assert tokens_of(mine) == tokens_of(its)
+            assert text_of(mine) == text_of(its)
+            assert sum(len(delta.prompt_logprobs) for delta in mine) == sum(len(delta.prompt_logprobs) for delta in its)
+        assert halfway == [1], "with its first token"
+        wait_until(lambda: engine.stats().running == 0)
+        assert engine.stats().prompt_tokens == 2 * counted.prompt_tokens
+        assert engine.stats().generation_tokens == 2 * counted.generation_tokens
+    finally:
+        engine.close()
+
+
+def test_one_that_made_room_can_be_cancelled(model_dir, monkeypatch):
+    monkeypatch.setattr("serve.engines.loading.cache_slots", lambda *_: 700)
+    monkeypatch.setattr("serve.engines.sequence.PLANNED_TOKENS", 8)
+    engine = TransformersEngine(str(model_dir), max_num_seqs=8, device="cpu")
+    engine.load()
+    try:
+        inboxes = [queue.Queue() for _ in range(6)]
+        tickets = [engine.submit([5, 6], greedy(200), inbox.put) for inbox in inboxes]
+        wait_until(lambda: engine.stats().preemptions > 0)
+        for ticket in tickets[1:]:
+            engine.cancel(ticket)
+        deltas = [inboxes[0].get(timeout=30)]
+        while not deltas[-1].last:
+            deltas.append(inboxes[0].get(timeout=30))
+        assert deltas[-1].finish_reason == "length"
+        wait_until(lambda: engine.stats().running + engine.stats().waiting == 0)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "is_packed", "expected"),
+    [
+        (torch.float32, "cpu", False, torch.float32),
+        (torch.float32, "cuda", False, torch.bfloat16),
+        (torch.float32, "cuda", True, torch.float32),
+        (torch.float16, "cuda", True, torch.float16),
+        (None, "cuda", False, torch.float32),
+    ],
+)
+def test_the_dtype_of_a_checkpoint(stored, device, is_packed, expected):
+    """Packed values have no other dtype than their own, so they are not served in another one."""
+    assert choose_dtype("auto", stored, torch.device(device), is_packed=is_packed)[0] == expected
 
 
 def test_not_finite_logits_fail_that_request_only(engine):

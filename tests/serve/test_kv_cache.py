@@ -22,12 +22,12 @@ def states(*shape: int) -> torch.Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(ACTIONS, max_size=20))
-def test_rows_come_go_and_grow(actions):
-    cache = BatchCache(max_rows=8)
+@given(st.lists(ACTIONS, max_size=20), st.sampled_from([10**6, 3000, 800]))
+def test_rows_come_go_and_grow(actions, slots):
+    cache = BatchCache(max_rows=8, max_slots=slots)
     rows: list[list[torch.Tensor]] = []  # for each row and layer, [heads, length, dim]
     for action, size in actions:
-        if action == "insert" and len(rows) < 8:
+        if action == "insert" and len(rows) < 8 and cache.can_insert(size):
             prefilled = DynamicCache()
             kept = [states(1, HEADS, size) for _ in range(2)]
             for layer, keys in enumerate(kept):
@@ -40,9 +40,10 @@ def test_rows_come_go_and_grow(actions):
             rows.pop()
         elif action == "steps" and rows:
             for _ in range(size):
-                step(cache, rows)
+                if cache.can_step():
+                    step(cache, rows)
         assert cache.lengths == [row[0].shape[1] for row in rows]
-        assert cache.row_capacity * cache.column_capacity <= 8 * (cache.end + max(64, cache.end // 4))
+        assert cache.row_capacity * cache.column_capacity <= min(slots, 8 * (cache.end + max(64, cache.end // 4)))
     if not rows:
         assert cache.row_capacity == 0
 

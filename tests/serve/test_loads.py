@@ -145,7 +145,7 @@ def test_loads_of_a_command(trace: Path) -> None:
     assert len(four.shapes(np.random.default_rng(0))) == 12
     assert (four.ramp_up, four.most_at_once) == (4, 4)
     assert levels(rates=[4])[0].most_at_once == 40
-    for wrong in ("0", "two", "-1", "1,x", "1.5"):
+    for wrong in ("0", "two", "-1", "1,x", "1.5", "", " , "):
         with pytest.raises(UsageError, match="is no list of numbers of requests"):
             levels(concurrency=wrong)
     with pytest.raises(UsageError, match="concurrency=4 is there twice"):

@@ -32,6 +32,16 @@ def test_what_keeps_it_from_starting_is_said(tmp_path, model_dir):
         run(str(model_dir), port=70000)
 
 
+def test_modules_of_the_users_directory_are_not_imported(model_dir, tmp_path, monkeypatch):
+    """Not those that are called as ours are, nor what a checkpoint brings that is served from within."""
+    for name in ("serve", "compress", "uvicorn", "fastapi"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # what a user puts there is meant
+    with BackgroundServer(str(model_dir), device="cpu") as server:
+        assert httpx.get(server.base_url + "/models").status_code == 200
+
+
 def test_a_port_is_taken_once_it_is_bound():
     """Before the model is loaded, not after."""
     first = _bind("127.0.0.1", 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.errors import CorruptCheckpointError, SourceError
@@ -52,6 +53,50 @@ def qkv(plugin: ModuleType, how: Stored) -> LinearBase:
 def is_product(layer: LinearBase, weight: Tensor) -> bool:
     x = drawn(9, is_sparse=False, rows=3)
     return torch.allclose(layer(x).double(), x.double() @ weight.double().T, rtol=0.02, atol=0.1)
+
+
+# Which layers are packed
+
+
+@pytest.mark.parametrize("mapping", [FUSED, {}])
+def test_a_part_that_is_not_packed_counts_where_a_model_does_not_say_what_it_fuses(
+    plugin: ModuleType, mapping: dict[str, list[str]]
+) -> None:
+    """As of vLLM's StableLM, GPT-J and Orion; models whose checkpoints hold the layer fused (Phi-3) name it so."""
+    attention = "model.layers.0.self_attn"
+
+    def found(*ignore: str) -> tuple[list[str], list[bool]]:
+        quantization = plugin.HalveQuantization(Stored("packed", ignore=ignore, value_dtype=torch.bfloat16))
+        quantization.packed_modules_mapping = mapping
+        method = LinearBase(quantization, f"{attention}.qkv_proj", [SIZE, SIZE // 2, SIZE // 2], SIZE).quant_method
+        return list(method.modules), list(method.is_packed)
+
+    parts = [f"{attention}.{name}_proj" for name in "qkv"]
+    assert found(f"{attention}.v_proj") == (parts, [True, True, False])
+    whole = (parts, [True] * 3) if mapping else ([f"{attention}.qkv_proj"], [True])
+    assert found("model.layers.1.self_attn.v_proj") == whole
+    if not mapping:
+        quantization = plugin.HalveQuantization(Stored("packed", ignore=(f"{attention}.qkv_proj",)))
+        quantization.get_quant_method(LinearBase.__new__(LinearBase), f"{attention}.qkv_proj")
+        assert quantization._left == ["qkv_proj"]
+
+
+def test_what_is_stored_whole_is_not_packed(plugin: ModuleType, tmp_path: Path) -> None:
+    """vLLM makes a linear of a router that is none in transformers, so that config.json does not name it."""
+    packed = pack(drawn(0, is_sparse=True))
+    tensors = {
+        "model.layers.0.mlp.gate.weight": drawn(1, is_sparse=False),
+        "model.layers.0.norm.weight": torch.ones(SIZE),
+        "model.layers.0.self_attn.o_proj.weight_packed": packed.values,
+        "model.layers.0.self_attn.o_proj.weight_mask": packed.mask,
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    quantization = plugin.HalveQuantization(Stored("packed", value_dtype=torch.bfloat16))
+    quantization._require_sound = lambda directory: None
+    quantization.maybe_update_config(str(tmp_path))
+    for name in ("mlp.gate", "self_attn.o_proj"):
+        quantization.get_quant_method(LinearBase.__new__(LinearBase), f"model.layers.0.{name}")
+    assert quantization._left == ["gate"]
 
 
 # Weights that are read anew

@@ -448,8 +448,8 @@ def test_the_command_becomes_vllm(halve: Halve, executed: list[Any], packed: Pat
     arguments = ["--port", "9000", "--max-model-len", "128", "--api-key", "secret", "--", "--enforce-eager", "-tp", "2"]
     assert halve("serve", str(packed), "--engine", "vllm", *arguments).code == 0
     ((command, environment),) = executed
-    assert command[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
-    assert command[2:] == [
+    assert command[:3] == ["-P", "-m", "vllm.entrypoints.openai.api_server"]
+    assert command[3:] == [
         *("--model", str(packed), "--served-model-name", "packed", "--host", "127.0.0.1", "--port", "9000"),
         *("--max-model-len", "128", "--enforce-eager", "-tp", "2"),
     ]
