@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from compress.console import Json, emit, progress_bar
-from compress.files import try_place
 from compress.recipe import Recipe
 from serve.commands.shared import ALWAYS, refuse_misplaced
 
@@ -80,6 +79,8 @@ def advise(
     from serve.measure.advise import write
 
     if file is not None:
+        from compress.files import try_place
+
         try_place(file)  # not after a minute and a half of measuring
 
     with progress_bar("measuring") as progress:

@@ -31,12 +31,14 @@ class Stored:
         targets: compressed-tensors' names of modules, ``re:`` patterns or classes that are stored packed.
         ignore: the names, patterns or classes that are not.
         value_dtype: of the packed values; None where the checkpoint does not say.
+        whole: names of modules whose weights are there unpacked, whatever the checkpoint says; empty where nobody looked.
     """
 
     kind: str
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
     value_dtype: torch.dtype | None = None
+    whole: tuple[str, ...] = ()
 
     @property
     def values(self) -> str:
@@ -49,19 +51,18 @@ class Stored:
         return "bitmask" if self.kind == "bitmask" else "weight_mask"
 
     def with_what_is_there(self, files: TensorFiles) -> Stored:
-        """The same where every matrix that is stored whole is one that is ignored: `ignore` names linears alone, and of vLLM's there may
-        be more (routers of experts)."""
+        """The same with the names of what is stored whole: `ignore` has linears alone, and of vLLM's there may be more (routers of
+        experts)."""
         if self.kind == "dense":
             return self
-        whole = (name.removesuffix(DENSE_SUFFIX) for name, info in files.info.items() if len(info.shape) == 2)
-        there = (stem for stem in whole if f"{stem}{DENSE_SUFFIX}" in files)
-        return replace(self, ignore=(*self.ignore, *there))
+        stems = (name.removesuffix(DENSE_SUFFIX) for name, info in files.info.items() if len(info.shape) == 2)
+        return replace(self, whole=tuple(stem for stem in stems if f"{stem}{DENSE_SUFFIX}" in files))
 
     def is_packed(self, module: str, names: Names = _AS_STORED) -> bool:
         """Whether a linear module is stored as values and mask. ``names``: how its name comes from that in the checkpoint."""
         if self.kind == "dense":
             return False
-        is_ignored = any(_is_meant(module, pattern, names) for pattern in self.ignore)
+        is_ignored = any(_is_meant(module, pattern, names) for pattern in (*self.ignore, *self.whole))
         return not is_ignored and any(_is_meant(module, pattern, names) for pattern in self.targets)
 
 
