@@ -96,12 +96,15 @@ def test_the_artefact_says_what_it_is(tmp_path: Path) -> None:
     assert yaml.safe_load((done.directory / "recipe.yaml").read_text())["recipe"]["distill"] == SETTINGS["distill"]
 
 
-def test_a_run_killed_while_it_distils_gives_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", [f"step {STEPS // 2} ", "writing the checkpoint"])
+def test_a_killed_run_gives_the_same_bytes(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it distils, and once it has, when it needs no memory for that any more."""
+
     class Killed(BaseException):
         pass
 
     def stop(done: int, total: int, text: str) -> None:
-        if f"step {STEPS // 2} " in text:
+        if moment in text:
             raise Killed
 
     source = build("llama", tmp_path)
@@ -109,6 +112,8 @@ def test_a_run_killed_while_it_distils_gives_the_same_bytes(tmp_path: Path) -> N
     out = tmp_path / "killed" / "out"
     with pytest.raises(Killed):
         compress(source, out, progress=stop, **SETTINGS)
+    if "step" not in moment:
+        monkeypatch.setattr(distill, "_free_memory", lambda device: 0)
     assert tree(compress(source, out, resume=True, **SETTINGS).directory) == expected
 
 
@@ -343,23 +348,6 @@ def test_a_window_that_is_longer_than_what_goes_together_is_counted_whole(
     for Memory.available, fits in ((need, True), (need - 1, False)):
         with nullcontext() if fits else pytest.raises(UsageError, match="whole model"):
             distill.require_room(model, windows, 1, distill.DistillOptions())
-
-
-def test_a_run_that_has_distilled_needs_no_room_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Killed(BaseException):
-        pass
-
-    def stop(done: int, total: int, text: str) -> None:
-        if text == "writing the checkpoint":
-            raise Killed
-
-    source = build("llama", tmp_path)
-    expected = tree(compress(source, tmp_path / "whole" / "out", **SETTINGS).directory)
-    out = tmp_path / "killed" / "out"
-    with pytest.raises(Killed):
-        compress(source, out, progress=stop, **SETTINGS)
-    monkeypatch.setattr(distill, "_free_memory", lambda device: 0)
-    assert tree(compress(source, out, resume=True, **SETTINGS).directory) == expected
 
 
 def test_what_was_pruned_is_kept_where_distilling_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
