@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -103,19 +104,15 @@ def test_file_instead_of_directory(case: Case) -> None:
 
 @pytest.mark.parametrize("bytes_kept", [0, 3, 20, 150, 2000])
 def test_a_gguf_file_that_is_cut_off(bytes_kept: int, case: Case) -> None:
-    pytest.importorskip("gguf")
     file = case.directory / "model.gguf"
-    writer = gguf_of_a_llama(file)
-    writer.close()
+    write_gguf_of_a_llama(file)
     whole = file.read_bytes()
     assert len(whole) > 2000
     file.write_bytes(whole[:bytes_kept])
     case.fails(file, USAGE, "cannot read", "model.gguf", f"({bytes_kept:,} bytes; a download may be cut off)")
 
 
-def gguf_of_a_llama(file: Path) -> Any:
-    import gguf
-
+def write_gguf_of_a_llama(file: Path) -> None:
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -125,7 +122,7 @@ def gguf_of_a_llama(file: Path) -> Any:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
-    return writer
+    writer.close()
 
 
 def test_no_safetensors(case: Case) -> None:
