@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -27,7 +27,7 @@ from compress.files import (
     write_shard,
     write_text,
 )
-from compress.packed import MASK_SUFFIX, VALUES_SUFFIX
+from compress.packed import MASK_SUFFIX, SCALE_SUFFIX, VALUES_SUFFIX, PackedWeight
 
 FORMAT_VERSION = 1
 REPORT_NAME = "report.json"
@@ -123,19 +123,14 @@ def account(directory: Path, report: dict[str, Any]) -> str:
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != REPORT_NAME
     }
-    tensors = {"packed_values": 0, "packed_masks": 0, "dense": 0}
+    kinds = {VALUES_SUFFIX: "packed_values", MASK_SUFFIX: "packed_masks", SCALE_SUFFIX: "packed_scales"}
+    tensors = dict.fromkeys([*kinds.values(), "dense"], 0)
     headers = 0
     for path in sorted(directory.glob("*.safetensors")):
         info, _, header = read_header(path)
         headers += header
         for name, tensor in info.items():
-            kind = (
-                "packed_values"
-                if name.endswith(VALUES_SUFFIX)
-                else "packed_masks"
-                if name.endswith(MASK_SUFFIX)
-                else "dense"
-            )
+            kind = next((kind for suffix, kind in kinds.items() if name.endswith(suffix)), "dense")
             tensors[kind] += tensor.nbytes
     others = sum(entry["bytes"] for name, entry in files.items() if not name.endswith(".safetensors"))
     return _with_own_size(
@@ -173,6 +168,25 @@ def packed_entries(key: str, weight: Tensor, name: str) -> dict[str, Tensor]:
     both = packed.pack(weight, name)
     stem = key.removesuffix(packed.DENSE_SUFFIX)
     return {stem + VALUES_SUFFIX: both.values, stem + MASK_SUFFIX: both.mask}
+
+
+def entries_of(stem: str, shape: tuple[int, int], dtype: torch.dtype, read: Callable[[], PackedWeight]) -> list[Entry]:
+    """What is to be written of a packed weight.
+
+    Args:
+        stem: the name of its module.
+        shape: (N, K).
+        dtype: of its values.
+        read: gives the weight, when the turn of one of its tensors comes.
+    """
+    n, k = shape
+    entries = [
+        Entry(stem + VALUES_SUFFIX, dtype, (n, k // 2), lambda: read().values),
+        Entry(stem + MASK_SUFFIX, torch.uint8, (n, k // 8), lambda: read().mask),
+    ]
+    if dtype in packed.LARGEST:
+        entries.append(Entry(stem + SCALE_SUFFIX, torch.float32, (n, 1), lambda: cast(Tensor, read().scale)))
+    return entries
 
 
 def weight_entries(key: str, weight: Tensor, module: LinearModule, name: str, format: str) -> dict[str, Tensor]:

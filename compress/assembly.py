@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress import artefact, packed
 from compress.architecture import linears_of
 from compress.bias import NO_BIAS
@@ -32,7 +34,7 @@ def assemble(
     for left_over in directory.rglob(".*.tmp"):  # of a run that was killed while it wrote
         left_over.unlink()
     blocks = [journal.record(index) for index in range(len(model.blocks))]
-    records = [record for block in blocks for record in block["layers"]]
+    records = [_stored_bytes(record, recipe) for block in blocks for record in block["layers"]]
     repairs = [block["repair"] for block in blocks if "repair" in block]
     pruned = [record for record in records if record["status"] == "pruned"]
     distillation = journal.distillation or {}
@@ -92,7 +94,9 @@ def _config(model: BlockModel, recipe: Recipe, pruned: set[str]) -> dict[str, An
         config["dtype"] = str(model.dtype).removeprefix("torch.")
     if recipe.format == "packed":
         ignore = [name for name in linears_of(model.model, "") if name not in pruned]
-        config["quantization_config"] = artefact.quantization_config(model.dtype, ignore)
+        config["quantization_config"] = artefact.quantization_config(
+            packed.SCALED_DTYPES.get(recipe.value_dtype, model.dtype), ignore
+        )
     return {**config, **dict.fromkeys(model.bias_switches, True)}
 
 
@@ -109,19 +113,47 @@ def _entries(model: BlockModel, recipe: Recipe, journal: Journal) -> list[Entry]
     for index in range(len(model.blocks)):
         part = TensorFiles(journal.directory, [journal.block_file(index)])
         for name in part:
-            stem = name.removesuffix(packed.VALUES_SUFFIX).removesuffix(packed.MASK_SUFFIX)
+            stem = name.removesuffix(packed.VALUES_SUFFIX).removesuffix(
+                packed.MASK_SUFFIX
+            )  # (blocks have no scales yet)
             original = name if stem == name else stem + packed.DENSE_SUFFIX
             replaced.setdefault(original, (part, []))[1].append(name)
     cast = None if recipe.dtype == "auto" else model.dtype
+    scaled = packed.SCALED_DTYPES.get(recipe.value_dtype)
     entries = []
     for key in source:
         files, names = replaced.get(key, (source, [key]))
+        stem = key.removesuffix(packed.DENSE_SUFFIX)
+        if scaled is not None and stem + packed.VALUES_SUFFIX in names:
+            entries += _scaled(files, stem, scaled)
+            continue
         for name in sorted(names, reverse=True):  # the values before their mask
             entries.append(files.entry(name, cast if files is source else None))
     for key, (files, names) in replaced.items():
         if key not in source:  # a bias that the source does not have
             entries += [files.entry(name) for name in names]
     return entries
+
+
+def _scaled(files: TensorFiles, stem: str, dtype: torch.dtype) -> list[Entry]:
+    """The packed weight of a block's file with values of 8 bits. Only what is saved at the very end is rounded: no stage of the run
+    works with rounded weights."""
+    n, half = files.info[stem + packed.VALUES_SUFFIX].shape
+
+    def read() -> packed.PackedWeight:
+        values, mask = (files.read(stem + suffix) for suffix in (packed.VALUES_SUFFIX, packed.MASK_SUFFIX))
+        return packed.quantize(packed.PackedWeight(values, mask), dtype)
+
+    return artefact.entries_of(stem, (n, 2 * half), dtype, read)
+
+
+def _stored_bytes(record: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The record of a layer with the bytes that it takes in the artefact, where values are stored in 8 bits."""
+    scaled = packed.SCALED_DTYPES.get(recipe.value_dtype)
+    if scaled is None or record["status"] != "pruned":
+        return record
+    n, k = record["shape"]
+    return {**record, "bytes_after": packed.bytes_of(n, k, scaled)}
 
 
 def _summary_of_repairs(recipe: Recipe, repairs: list[dict[str, Any]]) -> dict[str, Any]:

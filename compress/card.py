@@ -77,10 +77,11 @@ def _error_of(settings: dict[str, Any], report: dict[str, Any]) -> str:
     return said
 
 
-def _stored(format: str, before: int, after: int) -> str:
+def _stored(format: str, value_dtype: str, before: int, after: int) -> str:
     if format != "packed":
         return "as a dense checkpoint with zeros"
-    return f"packed, the pruned layers in {after / before:.4g} of their bytes" if before else "packed"
+    how = "packed" if value_dtype == "auto" else f"packed, the kept values as {value_dtype}"
+    return f"{how}, the pruned layers in {after / before:.4g} of their bytes" if before else how
 
 
 def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
@@ -102,7 +103,12 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         name=report["name"],
         pattern=settings["pattern"],
         version=recipe["versions"]["halve"],
-        stored=_stored(settings["format"], summary["pruned_bytes_before"], summary["pruned_bytes_after"]),
+        stored=_stored(
+            settings["format"],
+            settings.get("value_dtype", "auto"),
+            summary["pruned_bytes_before"],
+            summary["pruned_bytes_after"],
+        ),
         model=model,
         metric=summary["metric"],
         reconstruction=settings["reconstruction"],

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from compress.artefact import FORMAT_VERSION
 from compress.errors import CorruptCheckpointError, did_you_mean
 from compress.files import check_digest
-from compress.packed import MASK_SUFFIX, VALUE_DTYPES, VALUES_SUFFIX
+from compress.packed import FLOAT_DTYPES, MASK_SUFFIX, SCALE_SUFFIX, SCALED_DTYPES, VALUE_DTYPES, VALUES_SUFFIX
 
 
 class PackedConfig(BaseModel):
@@ -23,7 +23,7 @@ class PackedConfig(BaseModel):
     quant_method: Literal["halve"]
     format_version: int
     sparsity: Literal["2:4"]
-    value_dtype: Literal["bfloat16", "float16", "float32"]
+    value_dtype: Literal["bfloat16", "float16", "float32", "int8", "float8_e4m3fn"]
     ignore: list[str]
 
 
@@ -69,16 +69,18 @@ def expected_tensors(
     """The tensors that stand for a packed linear [n, k], with the dtypes that each may have and its shape.
 
     Args:
-        value_dtype: of the kept values; "": any that can be packed.
+        value_dtype: of the kept values; "": any that has no scale.
         suffixes: what values and mask are called.
     """
     import torch
 
     values, mask = suffixes
+    scale = {module_name + SCALE_SUFFIX: ((torch.float32,), (n, 1))} if value_dtype in SCALED_DTYPES else {}
     return {
         module_name + values: (
-            (VALUE_DTYPES[value_dtype],) if value_dtype else tuple(VALUE_DTYPES.values()),
+            (VALUE_DTYPES[value_dtype],) if value_dtype else tuple(FLOAT_DTYPES.values()),
             (n, k // 2),
         ),
         module_name + mask: ((torch.uint8,), (n, k // 8)),
+        **scale,
     }

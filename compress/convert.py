@@ -1,4 +1,4 @@
-"""Between the two artefacts, to the bit: `pack` a dense 2:4 checkpoint, `unpack` a packed one.
+"""Between the two artefacts, to the bit: `pack` a dense 2:4 checkpoint, `unpack` a packed one. Only values of 8 bits are rounded.
 
 The recipe, the report and the model card go with it, and say afterwards what holds of the new directory.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import shutil
 import uuid
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,21 @@ import torch
 from torch import Tensor
 
 from compress import artefact, packed
-from compress.checkpoint import check_files, parse_config
+from compress.checkpoint import PackedConfig, check_files, parse_config
 from compress.errors import CheckError, CorruptCheckpointError, OutputError, SourceError
 from compress.files import Entry, TensorFiles, explain_os_error, sibling
-from compress.layout import Layout
-from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, VALUES_SUFFIX, PackedWeight
+from compress.layout import Layout, LinearInfo
+from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, PACKED_SUFFIXES, SCALE_SUFFIX, VALUES_SUFFIX, PackedWeight
 from compress.records import Records
-from compress.sources import read_config
+from compress.sources import read_config, said_dtype
 
 
-def pack_checkpoint(source: Path, out: Path) -> dict[str, int]:
+def pack_checkpoint(source: Path, out: Path, value_dtype: str = "auto") -> dict[str, int]:
     """Packs every linear of the decoder blocks that is 2:4 already; the others stay as they are.
+
+    Args:
+        value_dtype: what kept values become, ``auto``: they stay as they are; ``int8`` or ``float8_e4m3fn``: see `packed.quantize`, and then
+            ``source`` may also be packed, with values that have no scales yet.
 
     Returns:
         ``{"packed": layers, "dense": layers}``.
@@ -36,9 +41,13 @@ def pack_checkpoint(source: Path, out: Path) -> dict[str, int]:
             or no model.
     """
     config = read_config(source)
-    if isinstance(config.get("quantization_config"), dict):
+    scaled = packed.SCALED_DTYPES.get(value_dtype)
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict):
+        if scaled is not None and quantization.get("quant_method") == "halve":
+            return _repack_checkpoint(source, out, config, parse_config(quantization), value_dtype)
         raise SourceError(
-            f"{source} is packed or quantized already (quant_method {config['quantization_config'].get('quant_method')!r})"
+            f"{source} is packed or quantized already (quant_method {quantization.get('quant_method')!r})"
         )
     files, layout = TensorFiles(source), Layout.of(source)
     layout.require_tensors(files.info, (), "")
@@ -50,32 +59,65 @@ def pack_checkpoint(source: Path, out: Path) -> dict[str, int]:
     dtypes: set[torch.dtype] = set()
     for key in files:
         linear = by_key.get(key)
-        weight = _Dense(files, key, transposed=linear is not None and linear.transposed)
+        weight = _Dense(files, key, transposed=linear is not None and linear.transposed, scaled=scaled)
         if linear is None or not can_pack(weight.read()):
             entries.append(_as_it_is(files, key, key in parameters))
             continue
         dtype = files.info[key].dtype
         dtypes.add(dtype)
-        stem = key.removesuffix(DENSE_SUFFIX)
-        pair = [
-            Entry(stem + VALUES_SUFFIX, dtype, (linear.n, linear.k // 2), weight.values),
-            Entry(stem + MASK_SUFFIX, torch.uint8, (linear.n, linear.k // 8), weight.mask),
-        ]
-        done[linear.name] = sum(entry.nbytes for entry in pair)
-        entries += pair
+        stored = artefact.entries_of(
+            key.removesuffix(DENSE_SUFFIX), (linear.n, linear.k), scaled or dtype, weight.packed
+        )
+        done[linear.name] = sum(entry.nbytes for entry in stored)
+        entries += stored
     if not done:
         raise CheckError(f"no layer of {source} is 2:4; `halve compress` makes one that is")
     if len(dtypes) > 1:
         raise CheckError(
             f"the 2:4 layers of {source} have several dtypes ({', '.join(sorted(map(str, dtypes)))}); the packed format has one"
         )
-    config["quantization_config"] = artefact.quantization_config(dtypes.pop(), layout.linears.keys() - done)
-    _write(source, out, entries, config, Records.of(source, "packed", done))
+    dtype = dtypes.pop()
+    if scaled is not None and said_dtype(config) is None:  # the values do not tell any more what the model computes in
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    config["quantization_config"] = artefact.quantization_config(scaled or dtype, layout.linears.keys() - done)
+    _write(source, out, entries, config, Records.of(source, "packed", done, value_dtype))
     return {"packed": len(done), "dense": len(by_key) - len(done)}
 
 
+def _repack_checkpoint(
+    source: Path, out: Path, config: dict[str, Any], parsed: PackedConfig, value_dtype: str
+) -> dict[str, int]:
+    """A packed checkpoint with values of 8 bits in place of those that have no scales."""
+    if parsed.value_dtype in packed.SCALED_DTYPES:
+        raise SourceError(
+            f"the values of {source} are {parsed.value_dtype} already, and to round them once more loses more; pack the checkpoint "
+            "that it was made of"
+        )
+    scaled = packed.SCALED_DTYPES[value_dtype]
+    files, layout, by_key = _packed_source(source, parsed)
+    parameters, masks = layout.parameter_keys(files), _masks(by_key)
+    entries: list[Entry] = []
+    done: dict[str, int] = {}
+    for key in files:
+        linear = by_key.get(key)
+        if linear is not None:
+            stem = key.removesuffix(VALUES_SUFFIX)
+            weight = _Packed(files, stem, linear.transposed, None, scaled)
+            stored = artefact.entries_of(stem, (linear.n, linear.k), scaled, weight.quantized)
+            done[linear.name] = sum(entry.nbytes for entry in stored)
+            entries += stored
+        elif key not in masks:
+            entries.append(_as_it_is(files, key, key in parameters))
+    if said_dtype(config) is None:
+        config["dtype"] = parsed.value_dtype
+    config["quantization_config"] = artefact.quantization_config(scaled, parsed.ignore)
+    _write(source, out, entries, config, Records.of(source, "packed", done, value_dtype))
+    return {"packed": len(done), "dense": len(layout.block_linears) - len(done)}
+
+
 def unpack_checkpoint(source: Path, out: Path) -> dict[str, int]:
-    """Writes a packed checkpoint as an ordinary dense one with zeros.
+    """Writes a packed checkpoint as an ordinary dense one with zeros. Scaled values become what they stand for, rounded to the dtype
+    that ``config.json`` says.
 
     Returns:
         ``{"unpacked": layers}``.
@@ -88,27 +130,39 @@ def unpack_checkpoint(source: Path, out: Path) -> dict[str, int]:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "halve":
         raise SourceError(f"{source} is not packed by halve")
     parsed = parse_config(quantization)
-    files, layout = TensorFiles(source), Layout.of(source)
-    packed_names = layout.packed(parsed.ignore)
-    layout.require_tensors(files.info, packed_names, parsed.value_dtype)
-    _require_whole(source, files)
-    by_key = {layout.key(name + VALUES_SUFFIX, files): layout.linears[name] for name in packed_names}
-    masks = {layout.key(name + MASK_SUFFIX, files) for name in packed_names}
-    parameters = layout.parameter_keys(files)
+    files, layout, by_key = _packed_source(source, parsed)
+    said = packed.FLOAT_DTYPES.get(said_dtype(config) or "", torch.float32)
+    parameters, others = layout.parameter_keys(files), _masks(by_key)
     entries: list[Entry] = []
     done: dict[str, int] = {}
     for key in files:
         linear = by_key.get(key)
         if linear is not None:
-            stem = key.removesuffix(VALUES_SUFFIX)
+            stem, stored = key.removesuffix(VALUES_SUFFIX), files.info[key].dtype
+            dtype = said if stored in packed.LARGEST else stored
             shape = (linear.k, linear.n) if linear.transposed else (linear.n, linear.k)
-            weight = _Packed(files, stem, linear.transposed)
-            entries.append(Entry(stem + DENSE_SUFFIX, files.info[key].dtype, shape, weight.read))
+            weight = _Packed(files, stem, linear.transposed, dtype)
+            entries.append(Entry(stem + DENSE_SUFFIX, dtype, shape, weight.read))
             done[linear.name] = entries[-1].nbytes
-        elif key not in masks:
+        elif key not in others:
             entries.append(_as_it_is(files, key, key in parameters))
     _write(source, out, entries, config, Records.of(source, "dense", done))
     return {"unpacked": len(done)}
+
+
+def _packed_source(source: Path, parsed: PackedConfig) -> tuple[TensorFiles, Layout, dict[str, LinearInfo]]:
+    """The files of a packed checkpoint, found whole, its layout, and the key of each packed linear's values."""
+    files, layout = TensorFiles(source), Layout.of(source)
+    names = layout.packed(parsed.ignore)
+    layout.require_tensors(files.info, names, parsed.value_dtype)
+    _require_whole(source, files)
+    keys = {layout.key(name + VALUES_SUFFIX, files): layout.linears[name] for name in names}
+    return files, layout, {key: linear for key, linear in keys.items() if key is not None}
+
+
+def _masks(by_key: Iterable[str]) -> set[str]:
+    """The keys of what belongs to packed values."""
+    return {key.removesuffix(VALUES_SUFFIX) + suffix for key in by_key for suffix in (MASK_SUFFIX, SCALE_SUFFIX)}
 
 
 def _require_whole(source: Path, files: TensorFiles) -> None:
@@ -146,38 +200,56 @@ def _as_it_is(files: TensorFiles, key: str, is_parameter: bool) -> Entry:
 class _Dense:
     """A dense weight that is read, and packed, when its turn to be written comes."""
 
-    def __init__(self, files: TensorFiles, key: str, transposed: bool) -> None:
-        self.files, self.key, self.transposed = files, key, transposed
+    def __init__(self, files: TensorFiles, key: str, transposed: bool, scaled: torch.dtype | None) -> None:
+        self.files, self.key, self.transposed, self.scaled = files, key, transposed, scaled
 
     def read(self) -> Tensor:
         """[N, K]."""
         weight = self.files.read(self.key)
         return weight.T.contiguous() if self.transposed else weight
 
-    def values(self) -> Tensor:
-        return packed.pack(self.read(), self.key).values
-
-    def mask(self) -> Tensor:
-        return packed.pack(self.read(), self.key).mask
+    def packed(self) -> PackedWeight:
+        weight = packed.pack(self.read(), self.key)
+        return weight if self.scaled is None else packed.quantize(weight, self.scaled)
 
 
 class _Packed:
-    """A packed weight that is read and expanded when its turn to be written comes."""
+    """A packed weight that is read, and expanded or rounded, when its turn to be written comes.
 
-    def __init__(self, files: TensorFiles, stem: str, transposed: bool) -> None:
-        self.files, self.stem, self.transposed = files, stem, transposed
+    Args:
+        dtype: of the dense weight, where values have scales.
+        scaled: what values are rounded to.
+    """
+
+    def __init__(
+        self,
+        files: TensorFiles,
+        stem: str,
+        transposed: bool,
+        dtype: torch.dtype | None,
+        scaled: torch.dtype | None = None,
+    ) -> None:
+        self.files, self.stem, self.transposed, self.dtype, self.scaled = files, stem, transposed, dtype, scaled
+
+    def packed(self) -> PackedWeight:
+        parts = [self.files.read(self.stem + s) for s in PACKED_SUFFIXES if self.stem + s in self.files]
+        weight = PackedWeight(*parts)
+        packed.validate(weight, self.stem)
+        return weight
+
+    def quantized(self) -> PackedWeight:
+        assert self.scaled is not None
+        return packed.quantize(self.packed(), self.scaled)
 
     def read(self) -> Tensor:
         """As the dense checkpoint stores it: [N, K], or [K, N] for a Conv1D."""
-        weight = PackedWeight(self.files.read(self.stem + VALUES_SUFFIX), self.files.read(self.stem + MASK_SUFFIX))
-        packed.validate(weight, self.stem)
-        dense = packed.unpack(weight)
+        dense = packed.unpack(self.packed(), self.dtype)
         return dense.T.contiguous() if self.transposed else dense
 
 
 def can_pack(weight: Tensor) -> bool:
     """Whether ``weight`` [N, K] is 2:4 already and has a shape and dtype that can be packed."""
-    if packed.why_not(weight.shape[1]) is not None or weight.dtype not in packed.VALUE_DTYPES.values():
+    if packed.why_not(weight.shape[1]) is not None or weight.dtype not in packed.FLOAT_DTYPES.values():
         return False
     return packed.is_two_of_four(weight)
 

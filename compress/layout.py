@@ -26,7 +26,7 @@ from compress.architecture import (
 from compress.checkpoint import expected_tensors
 from compress.errors import CorruptCheckpointError
 from compress.files import TensorInfo
-from compress.packed import MASK_SUFFIX, VALUE_DTYPES, VALUES_SUFFIX
+from compress.packed import FLOAT_DTYPES, MASK_SUFFIX, VALUES_SUFFIX
 from compress.quiet import quiet_transformers
 
 
@@ -103,7 +103,7 @@ class Layout:
         value_dtype: str,
         suffixes: tuple[str, str] = (VALUES_SUFFIX, MASK_SUFFIX),
     ) -> None:
-        """Checks that a checkpoint has every parameter of the model, in its shape: as two packed tensors for the
+        """Checks that a checkpoint has every parameter of the model, in its shape: as packed tensors for the
         linears ``packed``, as itself for the others. ``value_dtype`` and ``suffixes`` are those of `expected_tensors`.
 
         transformers itself fills what is missing with random numbers and goes on.
@@ -111,7 +111,7 @@ class Layout:
         Raises:
             CorruptCheckpointError: names the first tensor that is missing or has a wrong shape or dtype.
         """
-        floats = tuple(VALUE_DTYPES.values())
+        floats = tuple(FLOAT_DTYPES.values())
         expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
         for name, shape in self.parameters.items():
             module, _, attribute = name.rpartition(".")

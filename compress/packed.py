@@ -10,6 +10,14 @@ Exactly two bits are set in every aligned group of four columns: where fewer tha
 the lowest zero columns are kept explicitly. −0.0 is stored as +0.0. NaN and infinity are refused. So a dense
 2:4 weight has one packed form, and packing and unpacking are inverse to the bit. For 16-bit values it takes
 9/16 of the dense bytes. Rows concatenate and columns slice at multiples of 8 without repacking.
+
+Values may be of 8 bits, int8 or float8_e4m3fn, beside one more tensor:
+
+- ``weight_scale`` [N, 1] float32: a kept weight is its value times the scale of its row.
+
+That is 5/16 of the bytes of a dense 16-bit weight, and the one step that rounds (`quantize`): to the nearest value, with the
+scale that puts the largest weight of a row at the end of the range. int8 is symmetric, −127 to 127. Rows still concatenate and
+columns slice, because a scale belongs to a row.
 """
 
 from __future__ import annotations
@@ -26,9 +34,17 @@ PATTERN = NMPattern(2, 4)
 COLUMN_MULTIPLE = 8
 VALUES_SUFFIX = ".weight_packed"
 MASK_SUFFIX = ".weight_mask"
+SCALE_SUFFIX = ".weight_scale"
+PACKED_SUFFIXES = (VALUES_SUFFIX, MASK_SUFFIX, SCALE_SUFFIX)
 DENSE_SUFFIX = ".weight"
 MASK_BYTES_OF_A_WEIGHT = 1 / 8
-VALUE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FLOAT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""What weights are computed in, and stored as where they are not scaled."""
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Value that the largest weight of a row becomes, of the dtypes that have scales."""
+SCALED_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in LARGEST}
+VALUE_DTYPES = FLOAT_DTYPES | SCALED_DTYPES
+"""What kept values may be stored as."""
 
 _BIT_VALUES = [1 << bit for bit in range(8)]
 _WEIGHTS_AT_ONCE = 1 << 20
@@ -38,10 +54,11 @@ _TWO_OF_FOUR = [bin(byte & 15).count("1") == 2 and bin(byte >> 4).count("1") == 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One packed weight: ``values`` [N, K/2] and ``mask`` [N, K/8] uint8."""
+    """One packed weight: ``values`` [N, K/2], ``mask`` [N, K/8] uint8, and of 8-bit values the ``scale`` [N, 1] float32 of each row."""
 
     values: Tensor
     mask: Tensor
+    scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,7 +67,18 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.mask.nbytes
+        return self.values.nbytes + self.mask.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def rows(self, part: slice) -> PackedWeight:
+        """Some rows of it."""
+        return PackedWeight(self.values[part], self.mask[part], None if self.scale is None else self.scale[part])
+
+    def floating(self, dtype: torch.dtype | None = None) -> PackedWeight:
+        """The same without scales: the products of values and scales, rounded to ``dtype`` (float32 if left out); itself where
+        it has none."""
+        if self.scale is None:
+            return self
+        return PackedWeight((self.values.float() * self.scale).to(dtype or torch.float32), self.mask)
 
 
 def why_not(columns: int) -> str | None:
@@ -58,6 +86,11 @@ def why_not(columns: int) -> str | None:
     if columns % COLUMN_MULTIPLE:
         return f"{columns} input features are not a multiple of {COLUMN_MULTIPLE}, which the packed format needs"
     return None
+
+
+def bytes_of(n: int, k: int, dtype: torch.dtype) -> int:
+    """Of a packed weight [n, k] with values of that dtype."""
+    return n * k // 2 * dtype.itemsize + n * k // 8 + (4 * n if dtype in LARGEST else 0)
 
 
 def is_two_of_four(weight: Tensor) -> bool:
@@ -102,11 +135,35 @@ def _not_two_of_four(weight: Tensor, name: str) -> str:
     )
 
 
-def unpack(packed: PackedWeight) -> Tensor:
-    """The dense weight [N, K] with its zeros. The mask must be valid (see `validate`)."""
-    kept = unpack_bits(packed.mask)
-    dense = torch.zeros(kept.shape, dtype=packed.values.dtype, device=packed.values.device)
-    return dense.masked_scatter_(kept, packed.values)
+def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense weight [N, K] with its zeros. The mask must be valid (see `validate`).
+
+    Args:
+        dtype: of scaled values, see `PackedWeight.floating`; others keep their own.
+    """
+    values, kept = packed.floating(dtype).values, unpack_bits(packed.mask)
+    dense = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
+    return dense.masked_scatter_(kept, values)
+
+
+def quantize(weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
+    """The same weight with kept values of 8 bits and a scale for each row; the mask stays.
+
+    Rounds to nearest, ties to even. Of int8 a weight is off by at most half a scale, 1/254 of the largest of its row; of
+    float8_e4m3fn by at most 1/16 of itself, or 2^-10 scales where it is smaller than 2^-6.
+
+    Args:
+        dtype: int8 or float8_e4m3fn.
+    """
+    values, largest = weight.values.float(), LARGEST[dtype]
+    # A row of zeros may have any scale; the least normal number keeps the quotient of tiny ones finite.
+    scale = values.abs().amax(dim=1, keepdim=True) / largest if values.shape[1] else values.new_zeros(len(values), 1)
+    scale = torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(scale))
+    scaled = (values / scale).clamp_(-largest, largest)
+    if dtype == torch.int8:
+        return PackedWeight(scaled.round_().to(dtype), weight.mask, scale)
+    bits = scaled.to(dtype).view(torch.uint8)
+    return PackedWeight(bits.masked_fill_(bits == 0x80, 0).view(dtype), weight.mask, scale)  # −0.0 as +0.0
 
 
 def pack_bits(kept: Tensor) -> Tensor:
@@ -144,10 +201,20 @@ def validate_shapes(packed: PackedWeight, name: str) -> None:
     Raises:
         CorruptCheckpointError: names the layer and what is wrong with it.
     """
-    values, mask = packed.values, packed.mask
+    values, mask, scale = packed.values, packed.mask, packed.scale
     if mask.dtype != torch.uint8 or values.dtype not in VALUE_DTYPES.values():
         raise CorruptCheckpointError(
-            f"{name}: values are {values.dtype} and the mask is {mask.dtype}; expected floating-point and uint8"
+            f"{name}: values are {values.dtype} and the mask is {mask.dtype}; expected {', '.join(VALUE_DTYPES)} and uint8"
+        )
+    if (scale is not None) != (values.dtype in LARGEST):
+        raise CorruptCheckpointError(
+            f"{name}: values are {values.dtype} and there is {'no' if scale is None else 'a'} scale; values of 8 bits have one, "
+            "others none"
+        )
+    if scale is not None and (scale.dtype != torch.float32 or scale.shape != (len(values), 1)):
+        raise CorruptCheckpointError(
+            f"{name}: the scale is {scale.dtype} {list(scale.shape)}; a weight with values {list(values.shape)} has a scale "
+            f"torch.float32 [{len(values)}, 1]"
         )
     if (
         values.ndim != 2
@@ -186,9 +253,35 @@ def validate(packed: PackedWeight, name: str) -> None:
     """
     validate_shapes(packed, name)
     validate_mask(packed.mask, name)
+    if packed.scale is not None:
+        validate_scaled(packed.values, packed.scale, name)
+        return
     values = packed.values
     if not is_finite(values):
         bad = (~torch.isfinite(values)).nonzero()
         raise CorruptCheckpointError(
             f"{name}: {len(bad)} packed values are NaN or infinite (the first at {bad[0].tolist()})"
+        )
+
+
+def validate_scaled(values: Tensor, scale: Tensor, name: str) -> None:
+    """Checks values of 8 bits [N, K/2] and their scales [N, 1]: values in their range, scales finite and above zero.
+
+    Raises:
+        CorruptCheckpointError: names the layer and the place.
+    """
+    if values.dtype == torch.int8:
+        bad, what = values == -128, "outside of -127 to 127"
+    else:
+        bad, what = values.view(torch.uint8).bitwise_and(0x7F) == 0x7F, "NaN"
+    if bool(bad.any()):
+        places = bad.nonzero()
+        raise CorruptCheckpointError(
+            f"{name}: {len(places)} packed values are {what} (the first at {places[0].tolist()}); the file is damaged, get it again"
+        )
+    bad = ~((scale > 0) & torch.isfinite(scale))
+    if bool(bad.any()):
+        raise CorruptCheckpointError(
+            f"{name}: {int(bad.sum())} scales are not finite and above zero (the first is of row {int(bad.nonzero()[0, 0])}); the "
+            "file is damaged, get it again"
         )

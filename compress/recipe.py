@@ -137,6 +137,11 @@ class Recipe(BaseModel):
     format: Literal["packed", "dense"] = Field(
         "packed", description="packed: 2:4 in 9/16 of the bytes; dense: an ordinary checkpoint with zeros"
     )
+    value_dtype: Literal["auto", "int8", "float8_e4m3fn"] = Field(
+        "auto",
+        description="what the kept values of packed weights are stored as, at the very end: auto: the dtype of the run; int8 or "
+        "float8_e4m3fn: 8 bits and a scale for each row, 5/16 of the bytes of dense 16-bit weights",
+    )
 
     @field_validator("metric")
     @classmethod
@@ -166,6 +171,11 @@ class Recipe(BaseModel):
         if self.format == "packed" and pattern != NMPattern(2, 4):
             raise RecipeError(
                 f"only 2:4 can be packed, and the pattern is {self.pattern!r}; add format='dense' (flag --format dense)"
+            )
+        if self.format == "dense" and self.value_dtype != "auto":
+            raise RecipeError(
+                f"value_dtype={self.value_dtype!r} is of packed weights, and the format is 'dense'; leave --value-dtype or "
+                "--format out"
             )
         metric = self.chosen_metric
         if metric is None and self.metric_options:

@@ -18,7 +18,14 @@ from compress.checkpoint import parse_config
 from compress.errors import CorruptCheckpointError, RecipeError, SourceError
 from compress.files import TensorFiles, check_digest
 from compress.layout import Layout, LinearInfo
-from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, VALUES_SUFFIX, PackedWeight
+from compress.packed import (
+    DENSE_SUFFIX,
+    FLOAT_DTYPES,
+    PACKED_SUFFIXES,
+    SCALE_SUFFIX,
+    VALUES_SUFFIX,
+    PackedWeight,
+)
 from compress.patterns import Pattern, has_pattern, parse_pattern
 from compress.sources import read_config
 
@@ -105,9 +112,11 @@ def verify(directory: Path, progress: Callable[[int, int, str], None] = lambda d
 
 def _verify_packed(files: TensorFiles, layout: Layout, linear: LinearInfo) -> dict[str, Any]:
     parts = []
-    for suffix in (VALUES_SUFFIX, MASK_SUFFIX):
+    for suffix in PACKED_SUFFIXES:
         key = layout.key(linear.name + suffix, files)
         if key is None:
+            if suffix == SCALE_SUFFIX:  # the values' dtype tells whether one belongs there, and `validate` asks
+                continue
             raise CorruptCheckpointError(f"{linear.name}: the checkpoint has no tensor {linear.name}{suffix}")
         parts.append(files.read(key))
     weight = PackedWeight(*parts)
@@ -136,11 +145,11 @@ def _require_finite(files: TensorFiles, layout: Layout, seen: set[str | None], v
     """Looks at the tensors that were not read yet. What is no parameter may hold infinity on purpose, as masks do."""
     parameters = layout.parameter_keys(files)
     for key, info in files.info.items():
-        if key in seen or info.dtype not in packed.VALUE_DTYPES.values():
+        if key in seen or info.dtype not in FLOAT_DTYPES.values():
             continue
         if key in parameters:
             packed.require_finite(files.read(key), key)
-        elif not key.endswith(VALUES_SUFFIX) and not packed.is_finite(files.read(key)):
+        elif not key.endswith((VALUES_SUFFIX, SCALE_SUFFIX)) and not packed.is_finite(files.read(key)):
             verdict.notes.append(f"{key}, which is no parameter of the model, has values that are NaN or infinite")
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.architecture import LinearModule, shape_of
-from compress.packed import PackedWeight, validate
+from compress.packed import LARGEST, PackedWeight, validate
 from compress.wide import WideLinear, widen
 from serve import attention
 from serve.kernels import Backend, choose, ops, plain
@@ -24,17 +24,23 @@ WHY_DENSE = "halve_why_dense"
 
 
 class Sparse24Linear(nn.Module):
-    """A linear layer with a packed 2:4 weight: ``weight_packed`` [N, K/2], ``weight_mask`` [N, K/8], ``bias`` [N].
+    """A linear layer with a packed 2:4 weight: ``weight_packed`` [N, K/2], ``weight_mask`` [N, K/8], ``bias`` [N], and of 8-bit values
+    ``weight_scale`` [N, 1].
 
     The parameters have the names and layout of the checkpoint, so state dicts go in and out unchanged. `prepare` puts
     the weight into the form of the backend that is best for it (``weight_prepared``) and lets go of the packed one;
     state dicts, `packed` and moves to another device or dtype make it anew.
 
     Attributes:
+        dtype: that it computes in.
+        value_dtype: of the kept values, see `compress.packed`; the same, or of 8 bits.
         preferred: the backend to prepare for, where it can run; None: the best by what is known without a measurement.
     """
 
     weight_prepared: Tensor | None
+    weight_packed: nn.Parameter
+    weight_mask: nn.Parameter
+    weight_scale: nn.Parameter | None
     preferred: str | None = None
 
     def __init__(
@@ -44,26 +50,22 @@ class Sparse24Linear(nn.Module):
         *,
         bias: bool,
         dtype: torch.dtype,
+        value_dtype: torch.dtype | None = None,
         device: torch.device | str,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        values = torch.empty(out_features, in_features // 2, dtype=dtype, device=device)
+        self.dtype, self.value_dtype = dtype, value_dtype or dtype
+        values = torch.empty(out_features, in_features // 2, dtype=self.value_dtype, device=device)
         mask = torch.zeros(out_features, in_features // 8, dtype=torch.uint8, device=device)
-        self.weight_packed = nn.Parameter(values, requires_grad=False)
-        self.weight_mask = nn.Parameter(mask, requires_grad=False)
+        scale = torch.ones(out_features, 1, dtype=torch.float32, device=device) if self.value_dtype in LARGEST else None
+        self._hold(PackedWeight(values, mask, scale))
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
         self.register_buffer("weight_prepared", None, persistent=False)
         self._backend: Backend | None = None
-        self._dtype = dtype
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the values."""
-        return self._dtype if self._backend is not None else self.weight_packed.dtype
 
     @property
     def device(self) -> torch.device:
@@ -82,12 +84,19 @@ class Sparse24Linear(nn.Module):
             assert self._backend.restore is not None
             assert self.weight_prepared is not None
             return self._backend.restore(self.weight_prepared)
-        return PackedWeight(self.weight_packed, self.weight_mask)
+        return PackedWeight(self.weight_packed, self.weight_mask, self.weight_scale)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, expanded anew on each access: model code asks for its dtype or device, and writes are lost."""
-        return plain.expand(self.packed)
+        return plain.expand(self.packed, self.dtype)
+
+    def _hold(self, packed: PackedWeight) -> None:
+        """Makes the tensors of a packed weight the parameters."""
+        self.weight_packed = nn.Parameter(packed.values, requires_grad=False)
+        self.weight_mask = nn.Parameter(packed.mask, requires_grad=False)
+        scale = None if packed.scale is None else nn.Parameter(packed.scale, requires_grad=False)
+        self.register_parameter("weight_scale", scale)
 
     def prepare(self, name: str = "weight") -> None:
         """Chooses the backend, and gives it the weight in its own form.
@@ -102,10 +111,16 @@ class Sparse24Linear(nn.Module):
         backend = choose(values.device, values.dtype, 1, *shape, self.preferred).backend
         if backend.prepare is None:
             return
-        self.weight_prepared = backend.prepare(self.packed, name)
-        self._backend, self._dtype = backend, values.dtype
-        self.weight_packed = nn.Parameter(values.new_empty(0), requires_grad=False)
-        self.weight_mask = nn.Parameter(self.weight_mask.new_empty(0), requires_grad=False)
+        packed = self.packed
+        self.weight_prepared = backend.prepare(packed, name)
+        self._backend = backend
+        self._hold(
+            PackedWeight(
+                packed.values.new_empty(0),
+                packed.mask.new_empty(0),
+                None if packed.scale is None else packed.scale.new_empty(0),
+            )
+        )
 
     def prefer(self, backend: str | None) -> None:
         """Names the backend to prepare for. A weight that is prepared for another is released, for `prepare` to do it again."""
@@ -119,8 +134,7 @@ class Sparse24Linear(nn.Module):
             return False
         packed = self.packed
         self._backend, self.weight_prepared = None, None
-        self.weight_packed = nn.Parameter(packed.values, requires_grad=False)
-        self.weight_mask = nn.Parameter(packed.mask, requires_grad=False)
+        self._hold(packed)
         return True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,15 +148,34 @@ class Sparse24Linear(nn.Module):
         validate(self.packed, name)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
+        values = "" if self.value_dtype == self.dtype else f" in {self.value_dtype}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4{values}"
 
     # What torch does with a module's tensors, it does with the packed ones.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         prepared = self.release()
-        result = super()._apply(fn, recurse)
+        if self.weight_scale is None:
+            result = super()._apply(fn, recurse)
+            self.dtype = self.value_dtype = self.weight_packed.dtype
+        else:
+            result = self._apply_scaled(fn, recurse)
         if prepared:
             self.prepare()
+        return result
+
+    def _apply_scaled(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
+        """A cast is of what the layer computes in: values and scales are bits to it."""
+        packed = self.packed
+        assert packed.scale is not None
+        self._hold(PackedWeight(packed.values.view(torch.uint8), packed.mask, packed.scale.view(torch.int32)))
+        try:
+            result = super()._apply(fn, recurse)
+        finally:
+            moved = self.packed
+            assert moved.scale is not None
+            self._hold(PackedWeight(moved.values.view(self.value_dtype), moved.mask, moved.scale.view(torch.float32)))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=packed.values.device)).dtype
         return result
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -151,6 +184,8 @@ class Sparse24Linear(nn.Module):
             packed = self.packed
             destination[prefix + "weight_packed"] = packed.values
             destination[prefix + "weight_mask"] = packed.mask
+            if packed.scale is not None:
+                destination[prefix + "weight_scale"] = packed.scale
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         prepared = self.release()
@@ -164,7 +199,7 @@ class Sparse24Conv1D(Sparse24Linear):
 
     @property
     def weight(self) -> Tensor:
-        return plain.expand(self.packed).T
+        return plain.expand(self.packed, self.dtype).T
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None, "Conv1D always has a bias"
@@ -221,7 +256,9 @@ def backends(model: nn.Module, rows: Mapping[str, int]) -> list[dict[str, Any]]:
         for phase, count in rows.items():
             if isinstance(module, Sparse24Linear):
                 shape = (module.out_features, module.in_features)
-                choice = choose(module.device, module.dtype, count, *shape, module.prepared_for or module.preferred)
+                choice = choose(
+                    module.device, module.value_dtype, count, *shape, module.prepared_for or module.preferred
+                )
                 counted[phase, choice.backend.name, choice.reason] += 1
             elif (reason := getattr(module, WHY_DENSE, None)) is not None:
                 counted[phase, "dense", reason] += 1
@@ -236,10 +273,13 @@ def streams(weight: Tensor) -> bool:
     return is_half and cpu.why_not(weight.device, weight.dtype) is None and cpu.path() != "portable"
 
 
-def replacement(module: LinearModule, dtype: torch.dtype) -> Sparse24Linear:
-    """An empty packed module in the place of an nn.Linear or a Conv1D, on its device."""
-    device = module.weight.device
+def replacement(module: LinearModule, dtype: torch.dtype, value_dtype: torch.dtype | None = None) -> Sparse24Linear:
+    """An empty packed module in the place of an nn.Linear or a Conv1D, on its device.
+
+    Args:
+        dtype: that it computes in; ``value_dtype``: of the kept values, left out: the same.
+    """
+    made = Sparse24Conv1D if isinstance(module, Conv1D) else Sparse24Linear
     n, k = shape_of(module)
-    if isinstance(module, Conv1D):
-        return Sparse24Conv1D(k, n, bias=True, dtype=dtype, device=device)
-    return Sparse24Linear(k, n, bias=module.bias is not None, dtype=dtype, device=device)
+    bias = made is Sparse24Conv1D or module.bias is not None
+    return made(k, n, bias=bias, dtype=dtype, value_dtype=value_dtype, device=module.weight.device)

@@ -16,6 +16,8 @@ Status = Literal["works", "not built"]
 
 HALF = ("bfloat16", "float16")
 ALL = (*HALF, "float32")
+SCALED = ("int8", "float8_e4m3fn")
+"""Of kept values that have scales."""
 
 FORMATS = {
     "packed": "2:4, packed by halve",
@@ -32,7 +34,7 @@ class Kernel:
 
     Attributes:
         device: torch's name of the kind of device, or None: on any.
-        dtypes: of the kept values.
+        dtypes: of the kept values; those of 8 bits go with activations of any of the others.
         architectures: of the device, for people.
         first_capability: of a CUDA device, the first with the ``units`` that it needs.
     """
@@ -71,7 +73,7 @@ KERNELS = {
         first_capability=(8, 0),
         units="bfloat16 tensor cores",
     ),
-    "plain": Kernel(None, ALL, "any; expands, slower than dense"),
+    "plain": Kernel(None, (*ALL, *SCALED), "any; expands, slower than dense"),
 }
 """The best first; the last one runs everywhere."""
 
@@ -119,7 +121,7 @@ def matrix() -> Iterator[Row]:
                 yield Row(name, "any", "any", formats, engine.dtypes, kernel, _needs(engine, None))
                 continue
             how = KERNELS[kernel]
-            dtypes = tuple(dtype for dtype in how.dtypes if dtype in engine.dtypes)
+            dtypes = tuple(dtype for dtype in how.dtypes if dtype in (*engine.dtypes, *SCALED))
             yield Row(name, how.device or "any", how.architectures, formats, dtypes, kernel, _needs(engine, how))
 
 

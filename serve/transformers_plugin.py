@@ -7,9 +7,11 @@ bits a group, each value is finite.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -20,8 +22,22 @@ from compress.checkpoint import PackedConfig, check_files, parse_config
 from compress.errors import CorruptCheckpointError
 from compress.files import TensorInfo, read_header
 from compress.layout import Layout
-from compress.packed import VALUE_DTYPES
+from compress.packed import SCALED_DTYPES, VALUE_DTYPES
 from serve.linear import Sparse24Linear, replacement
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters that have another name in the checkpoint are read in its dtype, whatever was asked for, if it is quantized."""
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    for name, module in model.named_modules():
+        if isinstance(module, Sparse24Linear):
+            if module.bias is not None:
+                module.bias.data = module.bias.data.to(dtype)
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{own}"
+            if parameter.is_floating_point() and not any(pattern.search(full) for pattern in kept):
+                parameter.data = parameter.data.to(dtype)
 
 
 @register_quantization_config("halve")
@@ -48,6 +64,7 @@ class HalveConfig(QuantizationConfigMixin):
 class HalveQuantizer(HfQuantizer):
     """Puts packed modules in the place of linears before the weights are read, and checks them after."""
 
+    _asked: torch.dtype | None = None
     requires_calibration = True  # a dense model becomes packed by `halve compress`, not while it is loaded
 
     def _process_model_before_weight_loading(
@@ -64,7 +81,9 @@ class HalveQuantizer(HfQuantizer):
         check_files(files)
         for name in packed:
             parent, _, attribute = name.rpartition(".")
-            module = replacement(cast(LinearModule, model.get_submodule(name)), VALUE_DTYPES[config.value_dtype])
+            linear, values = cast(LinearModule, model.get_submodule(name)), VALUE_DTYPES[config.value_dtype]
+            computes_in = model.dtype if config.value_dtype in SCALED_DTYPES else values
+            module = replacement(linear, computes_in, values)
             setattr(model.get_submodule(parent), attribute, module)
         return model
 
@@ -74,10 +93,15 @@ class HalveQuantizer(HfQuantizer):
                 module.validate(name)
                 module.requires_grad_(False)  # transformers makes new parameters that do
                 module.prepare(name)
+        if self._asked is not None:
+            _cast(model, self._asked)
         return model
 
     def update_dtype(self, dtype: Any) -> Any:
-        """The packed values have one dtype, and activations must have the same."""
+        """Packed values without scales have one dtype, and activations must have the same; those of 8 bits go with any."""
+        if self._config.value_dtype in SCALED_DTYPES:
+            self._asked = dtype
+            return dtype
         stored = VALUE_DTYPES[self._config.value_dtype]
         if dtype is not None and dtype != stored:
             raise CorruptCheckpointError(

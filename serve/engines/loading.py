@@ -16,6 +16,7 @@ from compress.architecture import load_config
 from compress.device import choose_device
 from compress.errors import HalveError, SourceError, UsageError, did_you_mean
 from compress.files import TensorFiles
+from compress.packed import SCALED_DTYPES
 from compress.sources import dtype_of, read_config, said_dtype
 from serve.engines.directory import require_checkpoint
 from serve.loading import load_model, load_tokenizer, require_language_model
@@ -47,6 +48,8 @@ def _stored_dtype(path: Path) -> tuple[torch.dtype | None, bool]:
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "halve":
         found, is_packed = quantization.get("value_dtype"), True
+        if found in SCALED_DTYPES:  # goes with any
+            found, is_packed = said_dtype(config), False
     else:
         found, is_packed = said_dtype(config) or dtype_of(config, TensorFiles(path)), False
     return DTYPES.get(found) if isinstance(found, str) else None, is_packed

@@ -21,8 +21,14 @@ _GROUPS_AT_ONCE = 1 << 18
 """Groups of four that are expanded at a time: what is needed on the way then stays in a cache of a few MB."""
 
 
-def expand(weight: PackedWeight) -> Tensor:
-    """The dense weight [N, K], bit for bit, by arithmetic that every device vectorizes (a scatter does not, on a CPU)."""
+def expand(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense weight [N, K], bit for bit as `compress.packed.unpack` has it, by arithmetic that every device vectorizes (a scatter does
+    not, on a CPU).
+
+    Args:
+        dtype: of scaled values, see there.
+    """
+    weight = weight.floating(dtype)
     rows, columns = weight.shape
     dense = torch.empty(rows, columns, dtype=weight.values.dtype, device=weight.values.device)
     expand_into = _expand_16_bit if dense.dtype.itemsize == 2 else _expand_any
@@ -68,14 +74,14 @@ def _expand_any(values: Tensor, mask: Tensor, dense: Tensor) -> None:
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x [..., K] -> [..., N]."""
     product = functional.linear if _as_torch() else wide.linear
-    return product(x, expand(weight), bias)
+    return product(x, expand(weight, x.dtype), bias)
 
 
 def linear_conv1d(x: Tensor, weight: PackedWeight, bias: Tensor) -> Tensor:
     """The same with the operands in the order of transformers' Conv1D (GPT-2), so that the bits are its own."""
     if is_emulated(x.dtype, x.device) and not _as_torch():
-        return wide.linear(x, expand(weight), bias)
-    dense = expand(weight).T.contiguous()  # [K, N], as Conv1D stores it
+        return wide.linear(x, expand(weight, x.dtype), bias)
+    dense = expand(weight, x.dtype).T.contiguous()  # [K, N], as Conv1D stores it
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), dense).view(*x.shape[:-1], dense.shape[1])
 
 

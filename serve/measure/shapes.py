@@ -23,7 +23,7 @@ from compress.checkpoint import parse_config
 from compress.errors import SourceError, one_line
 from compress.layout import Layout, LinearInfo
 from compress.own_code import NEVER
-from compress.packed import VALUE_DTYPES
+from compress.packed import FLOAT_DTYPES
 from compress.quiet import quiet_transformers
 from serve.measure.kernel_entries import Shape
 from serve.vllm.shards import FUSED
@@ -168,7 +168,7 @@ def _ignored(config: Any, model: str) -> frozenset[str]:
 
 def _shape_of(name: str, config: Any, ignored: frozenset[str]) -> ModelShape:
     dtype = config.get_text_config().dtype
-    dtype = dtype if isinstance(dtype, torch.dtype) and dtype in VALUE_DTYPES.values() else torch.float32
+    dtype = dtype if isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES.values() else torch.float32
     model = skeleton(config, dtype)
     layout = Layout(model)
     layout.packed(ignored)  # raises where it names layers that the model does not have

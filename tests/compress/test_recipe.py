@@ -211,6 +211,7 @@ CHANGES: dict[str, Any] = {
     "ignore": ("*.k_proj",),
     "dtype": "float32",
     "format": "dense",
+    "value_dtype": "int8",
 }
 
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from compress.artefact import RECIPE_NAME, REPORT_NAME, read_report
 from compress.errors import CorruptCheckpointError
 from compress.files import TensorFiles, seal
-from compress.packed import MASK_SUFFIX, VALUES_SUFFIX
-from compress.sources import read_config
+from compress.packed import FLOAT_DTYPES, LARGEST, MASK_SUFFIX, VALUES_SUFFIX, bytes_of
+from compress.sources import read_config, said_dtype
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def read(directory: Path) -> Checkpoint:
     }
     report = read_report(directory)
     if report is None:
-        return Checkpoint(name=directory.resolve().name, layers=_packed_layers(files), **shared)
+        return Checkpoint(name=directory.resolve().name, layers=_packed_layers(files, config), **shared)
     try:
         found = _Report.model_validate(report)
     except ValidationError as error:
@@ -201,15 +202,17 @@ def _recipe(directory: Path) -> dict[str, Any]:
     return recipe
 
 
-def _packed_layers(files: TensorFiles) -> list[Layer]:
+def _packed_layers(files: TensorFiles, config: dict[str, Any]) -> list[Layer]:
     """The packed layers of a checkpoint without a report, from the shapes of their tensors."""
+    computed = FLOAT_DTYPES.get(said_dtype(config) or "", torch.bfloat16)
     layers = []
     for key, values in files.info.items():
         mask = files.info.get(key.removesuffix(VALUES_SUFFIX) + MASK_SUFFIX)
         if key.endswith(VALUES_SUFFIX) and mask is not None and len(values.shape) == 2:
             name = key.removesuffix(VALUES_SUFFIX)
-            shape = (values.shape[0], 2 * values.shape[1])
-            layers.append(Layer(name, *_place(name), shape, 2 * values.nbytes, values.nbytes + mask.nbytes))
+            n, k = values.shape[0], 2 * values.shape[1]
+            width = (computed if values.dtype in LARGEST else values.dtype).itemsize
+            layers.append(Layer(name, *_place(name), (n, k), n * k * width, bytes_of(n, k, values.dtype)))
     return layers
 
 
