@@ -64,7 +64,7 @@ class Engine:
 
 
 KERNELS = {
-    "cpu": Kernel("cpu", ALL, "AVX-512 BF16, AVX-512, AVX2, portable C++"),
+    "cpu": Kernel("cpu", (*ALL, *SCALED), "AVX-512 BF16, AVX-512, AVX2, portable C++"),
     "cuda": Kernel("cuda", HALF, "sparse tensor cores", first_capability=(8, 0), units="sparse tensor cores"),
     "triton": Kernel(
         "cuda",

@@ -19,8 +19,9 @@ import signal
 import torch
 from torch import Tensor
 
+from compress.packed import LARGEST
 from serve.kernels.cpu import attention, backend, library
-from tests.serve.cpu_reference import DTYPES, normal, random_weight
+from tests.serve.cpu_reference import DTYPES, normal, random_scaled, random_weight
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -70,30 +71,47 @@ def guarded(tensor: Tensor, at_end: bool) -> Guarded:
     return Guarded(tensor.nbytes, at_end=at_end).fill(tensor)
 
 
-def check(dtype: torch.dtype, m: int, n: int, k: int, few_rows: int, at_end: bool, fault: str | None = None) -> None:
-    """Prepare, restore, expand and linear."""
-    lib, which, code = backend.functions(), backend._path_number(), backend._CODES[dtype]
-    packed, x, bias = random_weight(n, k, dtype), normal(m, k, dtype=dtype), normal(n, dtype=dtype)
+def check(
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    few_rows: int,
+    at_end: bool,
+    fault: str | None = None,
+    stored: torch.dtype | None = None,
+) -> None:
+    """Prepare, restore, expand and linear; ``stored``: the dtype of the values, where it is another one than that of x."""
+    lib, which, io = backend.functions(), backend._path_number(), backend._CODES[dtype]
+    code = backend._CODES[stored or dtype]
+    packed = random_weight(n, k, dtype) if stored is None else random_scaled(n, k, stored)
+    x, bias = normal(m, k, dtype=dtype), normal(n, dtype=dtype)
     wanted_stream = backend.prepare(packed)
     wanted = backend.linear(x, wanted_stream, bias, n, few_rows)
 
     values, mask = guarded(packed.values, at_end), guarded(packed.mask, at_end)
+    scale = None if packed.scale is None else guarded(packed.scale, at_end)
     if fault == "packed values":
         values = guarded(packed.values[:-1], at_end)
     stream = Guarded(wanted_stream.numel(), at_end=at_end)
     assert stream.address % 64 == 0
-    assert lib.halve_sparse24_prepare(code, values.address, mask.address, n, k, stream.address, 1) == -1
+    scales = None if scale is None else scale.address
+    assert lib.halve_sparse24_prepare(code, values.address, mask.address, scales, n, k, stream.address, 1) == -1
     assert stream.bytes() == wanted_stream.numpy().tobytes()
 
     new_values, new_mask = Guarded(values.size, at_end=at_end), Guarded(mask.size, at_end=at_end)
     size = stream.size
-    assert lib.halve_sparse24_restore(stream.address, size, new_values.address, new_mask.address, 1) == 0
+    new_scale = None if scale is None else Guarded(scale.size, at_end=at_end)
+    new_scales = None if new_scale is None else new_scale.address
+    assert lib.halve_sparse24_restore(stream.address, size, new_values.address, new_mask.address, new_scales, 1) == 0
     assert (new_values.bytes(), new_mask.bytes()) == (values.bytes(), mask.bytes())
+    if new_scale is not None and scale is not None:
+        assert new_scale.bytes() == scale.bytes()
     dense = Guarded(n * k * dtype.itemsize, at_end=at_end)
-    assert lib.halve_sparse24_expand(stream.address, size, 0, n, dense.address, 1) == 0
+    assert lib.halve_sparse24_expand(stream.address, size, io, 0, n, dense.address, 1) == 0
 
     y, inputs, added = Guarded(wanted.nbytes, at_end=at_end), guarded(x, at_end), guarded(bias, at_end)
-    scratch = Guarded(lib.halve_sparse24_scratch_bytes(which, code, n, k, m, few_rows), at_end=at_end)
+    scratch = Guarded(lib.halve_sparse24_scratch_bytes(which, size, io, n, k, m, few_rows), at_end=at_end)
     if fault == "x":
         inputs = guarded(x.flatten()[:-1], at_end)
     if fault == "before x":
@@ -109,7 +127,7 @@ def check(dtype: torch.dtype, m: int, n: int, k: int, few_rows: int, at_end: boo
     assert scratch.address % 64 == 0
     for threads in (1, 2) if fault is None else (1,):
         refusal = lib.halve_sparse24_linear(
-            *(which, stream.address, size, code, n, k, inputs.address, m, k),
+            *(which, stream.address, size, io, n, k, inputs.address, m, k),
             *(added.address, y.address, n, few_rows, scratch.address, threads),
         )
         assert refusal == 0
@@ -215,6 +233,17 @@ def main() -> None:
                         for n, k in ((1, 8), (16, 32), (17, 40), (33, 64), (50, 96), (64, 24), (530, 16)):
                             check(dtype, 1, n, k, few_rows, at_end)
                             check(dtype, 4, n, k, few_rows, at_end)
+                        for stored in LARGEST:
+                            for m, n, k in (
+                                (1, 1, 8),
+                                (1, 16, 32),
+                                (2, 17, 40),
+                                (3, 33, 64),
+                                (5, 50, 96),
+                                (17, 64, 24),
+                                (65, 530, 16),
+                            ):
+                                check(dtype, m, n, k, few_rows, at_end, stored=stored)
                     if path != "portable":
                         for k in (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 64, 65):
                             for m, n in ((1, 1), (1, 9), (3, 17), (5, 23)):

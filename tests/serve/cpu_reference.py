@@ -78,8 +78,10 @@ def expected_dense(x: Tensor, weight: Tensor, bias: Tensor | None, *, flushes: b
     return _expected(x.double()[:, None, :], weight.double(), bias, x.dtype, flushes)
 
 
-def _expected(inputs: Tensor, values: Tensor, bias: Tensor | None, dtype: torch.dtype, flushes: bool) -> Expected:
-    """inputs [M, N or 1, h], values [N, h]."""
+def _expected(
+    inputs: Tensor, values: Tensor, bias: Tensor | None, dtype: torch.dtype, flushes: bool, more: Tensor | float = 0.0
+) -> Expected:
+    """inputs [M, N or 1, h], values [N, h]; ``more`` is added to the bound."""
     if flushes:
         inputs, values = (torch.where(v.abs() < _SMALLEST_NORMAL, 0.0, v) for v in (inputs, values))
     products = inputs * values
@@ -89,7 +91,7 @@ def _expected(inputs: Tensor, values: Tensor, bias: Tensor | None, dtype: torch.
     h = values.shape[-1]
     gamma = (h + 3) * _UNIT / (1 - (h + 3) * _UNIT)
     assert not bool(((size * (1 + gamma) > _LARGEST) & middle.isfinite()).any()), "no bound holds: float32 overflows"
-    off = gamma * size + (h + 2) * (_SMALLEST_NORMAL if flushes else 2.0**-150)
+    off = gamma * size + (h + 2) * (_SMALLEST_NORMAL if flushes else 2.0**-150) + more
     low, high = middle - off, middle + off
     special = ~middle.isfinite()
     low, high = torch.where(special, middle, low), torch.where(special, middle, high)
@@ -97,6 +99,26 @@ def _expected(inputs: Tensor, values: Tensor, bias: Tensor | None, dtype: torch.
         low = torch.where((low > 0) & (low < _SMALLEST_NORMAL), 0.0, low)
         high = torch.where((high < 0) & (high > -_SMALLEST_NORMAL), 0.0, high)
     return Expected(middle, low.to(dtype), high.to(dtype))
+
+
+def expected_scaled(x: Tensor, packed: PackedWeight, bias: Tensor | None, *, flushes: bool, integers: bool) -> Expected:
+    """The same for values of 8 bits, whose sums are multiplied by the scale of their row: one more rounding, for which there is room.
+
+    Args:
+        integers: whether x is rounded to 16 bits below the power of two of its 64 columns, half of a unit away at most.
+    """
+    assert packed.scale is not None
+    columns, scale = kept_columns(packed.mask), packed.scale.double()
+    values = packed.values.double() * scale
+    off = torch.zeros(len(x), len(values), dtype=torch.float64)
+    if integers:
+        spans = -(-x.shape[1] // 64)
+        padded = torch.nn.functional.pad(x.double().abs(), (0, spans * 64 - x.shape[1]))
+        _, exponent = padded.view(len(x), spans, 64).amax(-1).frexp()  # the largest is below 2^exponent
+        unit = 2.0 ** (exponent.clamp(min=-86) - 15).double()
+        sizes = torch.zeros(len(values), spans, dtype=torch.float64).scatter_add_(1, columns // 64, values.abs())
+        off = (unit / 2) @ sizes.T
+    return _expected(x.double()[:, columns], values, bias, x.dtype, flushes, off)
 
 
 def kept_columns(mask: Tensor) -> Tensor:
@@ -113,6 +135,15 @@ def random_mask(n: int, k: int, seed: int = 0) -> Tensor:
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_scaled(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> PackedWeight:
+    """A weight with all values that 8 bits can be, and scales between 1/16 and 1."""
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randint(256, (n, k // 2), dtype=torch.uint8, generator=random)
+    bad = codes == 0x80 if dtype == torch.int8 else (codes & 0x7F == 0x7F) | (codes == 0x80)
+    scale = 2.0 ** (-4 * torch.rand(n, 1, generator=random))
+    return PackedWeight(codes.masked_fill_(bad, 1).view(dtype), random_mask(n, k, seed), scale)
 
 
 def random_weight(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> PackedWeight:

@@ -10,10 +10,10 @@ extern "C" {
 const char* halve_cpu_paths();
 void halve_cpu_set_thread_pool(void*, void*, void*);
 int64_t halve_sparse24_stream_bytes(int, int64_t, int64_t);
-int64_t halve_sparse24_prepare(int, const uint8_t*, const uint8_t*, int64_t, int64_t, uint8_t*, int);
-int64_t halve_sparse24_scratch_bytes(int, int, int64_t, int64_t, int64_t, int64_t);
-int halve_sparse24_expand(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*, int);
-int halve_sparse24_restore(const uint8_t*, int64_t, uint8_t*, uint8_t*, int);
+int64_t halve_sparse24_prepare(int, const uint8_t*, const uint8_t*, const float*, int64_t, int64_t, uint8_t*, int);
+int64_t halve_sparse24_scratch_bytes(int, int64_t, int, int64_t, int64_t, int64_t, int64_t);
+int halve_sparse24_expand(const uint8_t*, int64_t, int, int64_t, int64_t, uint8_t*, int);
+int halve_sparse24_restore(const uint8_t*, int64_t, uint8_t*, uint8_t*, float*, int);
 int halve_sparse24_linear(int, const uint8_t*, int64_t, int, int64_t, int64_t, const void*, int64_t, int64_t,
                           const void*, void*, int64_t, int64_t, uint8_t*, int);
 int halve_dense_linear(int, int, const void*, int64_t, int64_t, int64_t, const void*, int64_t, int64_t, const void*,
@@ -43,30 +43,32 @@ int main(int argc, char**) {
                             reinterpret_cast<void*>(num_threads));
   int calls = 0;
   for (int path = 0; path < 4; ++path) {
-    for (int dtype = 0; dtype < 3; ++dtype) {
+    for (int kind = 0; kind < 9; ++kind) {  // each dtype of x, with values of its own and of both that have scales
+      const int io = kind % 3, dtype = kind < 3 ? io : 2 + kind / 3;
       for (int64_t n : {37, 200}) {
         const int64_t k = 72, size = halve_sparse24_stream_bytes(dtype, n, k);
         uint8_t *values = bytes(n * k * 2), *mask = bytes(n * k / 8), *stream = bytes(size), *dense = bytes(n * k * 4);
+        std::vector<float> scales(static_cast<size_t>(n), 0.5f);
         std::memset(values, 0x3c, n * k * 2), std::memset(mask, 0x5a, n * k / 8);
-        if (halve_sparse24_prepare(dtype, values, mask, n, k, stream, 4) != -1) return 2;
-        if (halve_sparse24_expand(stream, size, 3, n - 3, dense, 4) != 0) return 3;
-        if (halve_sparse24_restore(stream, size, values, mask, 4) != 0) return 4;
+        if (halve_sparse24_prepare(dtype, values, mask, scales.data(), n, k, stream, 4) != -1) return 2;
+        if (halve_sparse24_expand(stream, size, io, 3, n - 3, dense, 4) != 0) return 3;
+        if (halve_sparse24_restore(stream, size, values, mask, scales.data(), 4) != 0) return 4;
         std::memset(dense, 0x3c, n * k * 4);
         for (int64_t m : {1, 3, 7, 40, 130}) {
           uint8_t *x = bytes(m * k * 4), *y = bytes(m * n * 4);
           std::memset(x, 0x3c, m * k * 4);
           for (int64_t few : {0, 1000}) {
-            const int64_t need = halve_sparse24_scratch_bytes(path, dtype, n, k, m, few);
+            const int64_t need = halve_sparse24_scratch_bytes(path, size, io, n, k, m, few);
             if (need < 0) continue;
             uint8_t* scratch = bytes(need);
             // With any argument to the program, the rows of y are one and the same: a race that has to be found.
             for (int threads : {2, 4}) {
-              calls += halve_sparse24_linear(path, stream, size, dtype, n, k, x, m, k, nullptr, y, argc > 1 ? 0 : n,
+              calls += halve_sparse24_linear(path, stream, size, io, n, k, x, m, k, nullptr, y, argc > 1 ? 0 : n,
                                              few, scratch, threads) == 0;
             }
             std::free(scratch);
           }
-          calls += halve_dense_linear(path, dtype, dense, n, k, k, x, m, k, nullptr, y, n, 4) == 0;
+          calls += dtype == io && halve_dense_linear(path, dtype, dense, n, k, k, x, m, k, nullptr, y, n, 4) == 0;
           std::free(x), std::free(y);
         }
         std::free(values), std::free(mask), std::free(stream), std::free(dense);

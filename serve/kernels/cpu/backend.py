@@ -19,14 +19,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.errors import CorruptCheckpointError, UsageError, did_you_mean
-from compress.packed import PackedWeight, validate_shapes
+from compress.packed import FLOAT_DTYPES, LARGEST, PackedWeight, validate_shapes
 from serve import support
 from serve.kernels.cpu import library
 
 PATHS = ("portable", "avx2", "avx512", "avx512bf16")
 """The code paths in the library's own order."""
 
-_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+_FLOATS = {dtype: code for dtype, code in _CODES.items() if dtype in FLOAT_DTYPES.values()}
+"""Of x, the bias and y."""
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LINE = 64
 
@@ -98,8 +100,12 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def few_rows(dtype: torch.dtype) -> int:
-    """Up to how many rows of x the weight is streamed past sums that stay in registers."""
-    return functions().halve_sparse24_few_rows(_path_number(), _CODES[dtype])
+    """Up to how many rows of x the weight is streamed past sums that stay in registers.
+
+    Args:
+        dtype: of the values; if they are scaled, of x in bfloat16.
+    """
+    return functions().halve_sparse24_few_rows(_path_number(), _CODES[dtype], _FLOATS.get(dtype, 0))
 
 
 def reason(dtype: torch.dtype, rows: int) -> str:
@@ -113,11 +119,11 @@ def reason(dtype: torch.dtype, rows: int) -> str:
 
 @cache
 def expands(dtype: torch.dtype) -> bool:
-    """Whether many rows of x are multiplied by oneDNN with the expanded weight.
+    """Whether many rows of x are multiplied by oneDNN with the expanded weight; of scaled values, rows in bfloat16.
 
     A processor with AMX has units of their own for dense bfloat16, many times as wide as vectors, of which 2:4 saves half.
     """
-    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return dtype in (torch.bfloat16, *LARGEST) and torch.cpu._is_amx_tile_supported()
 
 
 def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
@@ -129,17 +135,19 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
         ValueError: they are not on the CPU.
     """
     validate_shapes(weight, name)
-    if not (weight.values.is_cpu and weight.mask.is_cpu):
+    if not (weight.values.is_cpu and weight.mask.is_cpu and (weight.scale is None or weight.scale.is_cpu)):
         raise ValueError(
             f"{name}: values are on {weight.values.device} and the mask is on {weight.mask.device}, not on cpu"
         )
     n, k = weight.shape
     values, mask = weight.values.contiguous(), weight.mask.contiguous()
+    scale = None if weight.scale is None else weight.scale.contiguous()
     code = _CODES[values.dtype]
     lib = functions()
     stream = torch.empty(lib.halve_sparse24_stream_bytes(code, n, k), dtype=torch.uint8)
     bad = lib.halve_sparse24_prepare(
-        code, values.data_ptr(), mask.data_ptr(), n, k, stream.data_ptr(), torch.get_num_threads()
+        *(code, values.data_ptr(), mask.data_ptr(), None if scale is None else scale.data_ptr()),
+        *(n, k, stream.data_ptr(), torch.get_num_threads()),
     )
     if bad >= 0:
         row, byte = divmod(bad, k // 8)
@@ -167,12 +175,14 @@ def restore(stream: Tensor) -> PackedWeight:
     dtype, n, k = describe(stream)
     values = torch.empty(n, k // 2, dtype=dtype)
     mask = torch.empty(n, k // 8, dtype=torch.uint8)
+    scale = torch.empty(n, 1, dtype=torch.float32) if dtype in LARGEST else None
     _check(
         functions().halve_sparse24_restore(
-            stream.data_ptr(), stream.numel(), values.data_ptr(), mask.data_ptr(), torch.get_num_threads()
+            *(stream.data_ptr(), stream.numel(), values.data_ptr(), mask.data_ptr()),
+            *(None if scale is None else scale.data_ptr(), torch.get_num_threads()),
         )
     )
-    return PackedWeight(values, mask)
+    return PackedWeight(values, mask, scale)
 
 
 def describe(stream: Tensor) -> tuple[torch.dtype, int, int]:
@@ -189,7 +199,7 @@ def describe(stream: Tensor) -> tuple[torch.dtype, int, int]:
 
 
 def expand(stream: Tensor, first_row: int, rows: int, out: Tensor) -> None:
-    """Writes rows of the dense weight to ``out`` [rows, K].
+    """Writes rows of the dense weight to ``out`` [rows, K]; of scaled values in whatever dtype that has.
 
     Raises:
         ValueError: this is no prepared weight, it has no such rows, or ``out`` is none for them.
@@ -197,17 +207,21 @@ def expand(stream: Tensor, first_row: int, rows: int, out: Tensor) -> None:
     dtype, n, k = describe(stream)
     if not 0 <= first_row <= first_row + rows <= n:
         raise ValueError(f"rows {first_row} to {first_row + rows} of a prepared weight with {n}")
-    if not (out.is_cpu and out.is_contiguous() and out.dtype is dtype and out.shape == (rows, k)):
-        raise ValueError(f"{dtype} [{rows}, {k}] in a row on the CPU is needed for the rows, this is {_described(out)}")
+    fits = out.dtype in _FLOATS if dtype in LARGEST else out.dtype is dtype
+    if not (out.is_cpu and out.is_contiguous() and fits and out.shape == (rows, k)):
+        kind = "a floating-point dtype" if dtype in LARGEST else dtype
+        raise ValueError(f"{kind} [{rows}, {k}] in a row on the CPU is needed for the rows, this is {_described(out)}")
     _check(
         functions().halve_sparse24_expand(
-            stream.data_ptr(), stream.numel(), first_row, rows, out.data_ptr(), torch.get_num_threads()
+            *(stream.data_ptr(), stream.numel(), _FLOATS[out.dtype], first_row, rows, out.data_ptr()),
+            torch.get_num_threads(),
         )
     )
 
 
 def linear(x: Tensor, stream: Tensor, bias: Tensor | None, n: int, few_rows: int = -1) -> Tensor:
-    """x [..., K] times the transposed prepared weight [N, K] plus bias [N] -> [..., N], in x's dtype.
+    """x [..., K] times the transposed prepared weight [N, K] plus bias [N] -> [..., N], in x's dtype, which is that of the values where
+    these are not scaled.
 
     Sums are float32 and in the order of K, whatever the number of threads.
 
@@ -218,7 +232,7 @@ def linear(x: Tensor, stream: Tensor, bias: Tensor | None, n: int, few_rows: int
         ValueError: x, the prepared weight and the bias do not belong together; says what is wrong.
     """
     # A decoding step calls this for every layer, so each operation on tensors here is felt.
-    code = _CODES.get(x.dtype)
+    code = _FLOATS.get(x.dtype)
     if code is None or not (x.is_cpu and stream.is_cpu and stream.is_contiguous()):
         raise ValueError(_why_no_product(x, stream, n))
     x = x.contiguous()
@@ -234,7 +248,7 @@ def linear(x: Tensor, stream: Tensor, bias: Tensor | None, n: int, few_rows: int
     run, scratch_bytes, which = _linear()
     y = x.new_empty((*shape[:-1], n))
     scratch = None
-    if need := scratch_bytes(which, code, n, k, m, few_rows):
+    if need := scratch_bytes(which, stream.numel(), code, n, k, m, few_rows):
         scratch = torch.empty(need, dtype=torch.uint8)
     refusal = run(
         *(which, stream.data_ptr(), stream.numel(), code, n, k, x.data_ptr(), m, k),
@@ -273,7 +287,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ValueError: x, the weight and the bias do not belong together; says what is wrong.
         RuntimeError: the portable path has no dense kernel.
     """
-    code = _CODES.get(x.dtype)
+    code = _FLOATS.get(x.dtype)
     x = x.contiguous()
     shape = x.shape
     k = shape[-1] if shape else 0
@@ -312,7 +326,8 @@ def _why_no_product(x: Tensor, stream: Tensor, n: int) -> str:
         return str(error)
     if rows != n:
         return f"the prepared weight has {rows} rows, not {n}"
-    return f"x is {_described(x)}, the prepared weight takes {dtype} [..., {k}] on cpu"
+    kind = "floats" if dtype in LARGEST else dtype
+    return f"x is {_described(x)}, the prepared weight takes {kind} [..., {k}] on cpu"
 
 
 def _described(tensor: Tensor) -> str:
@@ -351,12 +366,12 @@ def functions() -> ctypes.CDLL:
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     signatures = {
         "halve_sparse24_stream_bytes": (size, (number, size, size)),
-        "halve_sparse24_prepare": (size, (number, pointer, pointer, size, size, pointer, number)),
-        "halve_sparse24_few_rows": (size, (number, number)),
+        "halve_sparse24_prepare": (size, (number, pointer, pointer, pointer, size, size, pointer, number)),
+        "halve_sparse24_few_rows": (size, (number, number, number)),
         "halve_sparse24_describe": (number, (pointer, size, pointer)),
-        "halve_sparse24_restore": (number, (pointer, size, pointer, pointer, number)),
-        "halve_sparse24_expand": (number, (pointer, size, size, size, pointer, number)),
-        "halve_sparse24_scratch_bytes": (size, (number, number, size, size, size, size)),
+        "halve_sparse24_restore": (number, (pointer, size, pointer, pointer, pointer, number)),
+        "halve_sparse24_expand": (number, (pointer, size, number, size, size, pointer, number)),
+        "halve_sparse24_scratch_bytes": (size, (number, size, number, size, size, size, size)),
         "halve_sparse24_linear": (
             number,
             (

@@ -31,23 +31,38 @@ bool can_run(int path) {
 #endif
 }
 
-// What a path takes for a dtype. The one for bfloat16 leaves other dtypes to the one below.
-Path kernels_of(int path, [[maybe_unused]] DType dtype) {
-  switch (path) {
 #if defined(__x86_64__)
-    case kAvx512Bf16:
-      if (dtype == kBFloat16) return {&kAvx512Bf16Stream, &kAvx512Bf16Panel, 30};
-      [[fallthrough]];
-    case kAvx512: return {&kAvx512Stream, &kAvx512Panel, 20};
-    case kAvx2: return {&kAvx2Stream, &kAvx2Panel, 20};
+// Not every processor with the rest of its path has these.
+bool has_vbmi() {
+  static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("avx512vbmi") != 0);
+  return has;
+}
+bool has_vnni() {
+  static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("avx512vnni") != 0);
+  return has;
+}
 #endif
-    default: return {&kPortableOne, &kPortablePanel, 1};
+
+// What a path takes for values of a dtype and x of another. Where the one for bfloat16 has no kernel, that of the one below is taken.
+Path kernels_of(int path, [[maybe_unused]] DType dtype, [[maybe_unused]] DType io) {
+#if defined(__x86_64__)
+  const bool by_integers = dtype == kInt8 && io != kFloat32;
+  const bool by_pairs = path == kAvx512Bf16 && io == kBFloat16;
+  if (by_pairs && dtype == kBFloat16) return {&kAvx512Bf16Stream, &kAvx512Bf16Panel, 30};
+  if (by_pairs && dtype == kFloat8 && has_vbmi()) return {&kAvx512Bf16Float8Stream, &kAvx512Bf16Float8Panel, 20};
+  if (path == kAvx512Bf16 || path == kAvx512) {
+    const Kernel* many = by_pairs && dtype == kInt8 ? &kAvx512Bf16Int8Panel : &kAvx512Panel;
+    if (by_integers) return {has_vnni() ? &kAvx512VnniInt8 : &kAvx512Int8, many, 20};
+    return {&kAvx512Stream, many, 20};
   }
+  if (path == kAvx2) return {by_integers ? &kAvx2Int8 : &kAvx2Stream, &kAvx2Panel, 20};
+#endif
+  return {&kPortableOne, &kPortablePanel, 1};
 }
 
 // `few_rows`: negative for the path's own limit; tests set it to see either kernel at any size.
-const Kernel& kernel(int path, DType dtype, int64_t rows, int64_t few_rows) {
-  const Path kernels = kernels_of(path, dtype);
+const Kernel& kernel(int path, DType dtype, DType io, int64_t rows, int64_t few_rows) {
+  const Path kernels = kernels_of(path, dtype, io);
   if (few_rows < 0 || (kernels.few == &kPortableOne && few_rows > 1)) few_rows = kernels.few_rows;
   return rows <= few_rows ? *kernels.few : *kernels.many;
 }
@@ -73,13 +88,18 @@ int read_header(const uint8_t* stream, int64_t bytes, Weight& weight) {
   if (bytes < kHeaderBytes) return kNoStream;
   Header header;
   std::memcpy(&header, stream, sizeof header);
-  if (header.magic != kMagic || header.dtype < kBFloat16 || header.dtype > kFloat32) return kNoStream;
+  if (header.magic != kMagic || header.dtype < kBFloat16 || header.dtype > kFloat8) return kNoStream;
   if (header.n < 0 || header.n > kMost || header.k < 0 || header.k > kMost || header.k % 8 != 0) return kNoStream;
   if (header.interleave != 1 && header.interleave != 2 && header.interleave != 4) return kNoStream;
   const DType dtype = static_cast<DType>(header.dtype);
   if (header.bytes != bytes || stream_bytes(dtype, header.n, header.k) != bytes) return kNoStream;
   weight = describe(dtype, header.n, header.k, header.interleave, stream + kHeaderBytes);
   return 0;
+}
+
+// Values with scales go with x of any dtype, others with x of theirs.
+bool goes_with(DType values, int io) {
+  return is_scaled(values) ? io >= kBFloat16 && io <= kFloat32 : io == values;
 }
 
 struct DensePass {
@@ -195,16 +215,16 @@ HALVE_EXPORT int64_t halve_sparse24_stream_bytes(int dtype, int64_t n, int64_t k
   return stream_bytes(static_cast<DType>(dtype), n, k);
 }
 
-// values [n, k/2], mask [n, k/8] -> stream. Returns -1, or the index of the first byte of the mask that is not two of
+// values [n, k/2], mask [n, k/8], scales [n] (of values of 8 bits, else null) -> stream. Returns -1, or the index of the first byte of the mask that is not two of
 // four twice (the stream is of no use then).
-HALVE_EXPORT int64_t halve_sparse24_prepare(int dtype, const uint8_t* values, const uint8_t* mask, int64_t n, int64_t k,
-                                            uint8_t* stream, int threads) {
-  return prepare(static_cast<DType>(dtype), values, mask, n, k, stream, threads);
+HALVE_EXPORT int64_t halve_sparse24_prepare(int dtype, const uint8_t* values, const uint8_t* mask, const float* scales,
+                                            int64_t n, int64_t k, uint8_t* stream, int threads) {
+  return prepare(static_cast<DType>(dtype), values, mask, scales, n, k, stream, threads);
 }
 
-// Up to how many rows of x the weight is streamed past registers.
-HALVE_EXPORT int64_t halve_sparse24_few_rows(int path, int dtype) {
-  return kernels_of(path, static_cast<DType>(dtype)).few_rows;
+// Up to how many rows of x, in `io`, the weight is streamed past registers.
+HALVE_EXPORT int64_t halve_sparse24_few_rows(int path, int dtype, int io) {
+  return kernels_of(path, static_cast<DType>(dtype), static_cast<DType>(io)).few_rows;
 }
 
 // shape: dtype, n, k of a stream.
@@ -223,42 +243,51 @@ HALVE_EXPORT void halve_cpu_gather_into_huge_pages(void* start, int64_t bytes) {
 }
 
 // The inverse of prepare.
-HALVE_EXPORT int halve_sparse24_restore(const uint8_t* stream, int64_t bytes, uint8_t* values, uint8_t* mask, int threads) {
+HALVE_EXPORT int halve_sparse24_restore(const uint8_t* stream, int64_t bytes, uint8_t* values, uint8_t* mask, float* scales,
+                                        int threads) {
   Weight weight;
   if (const int refusal = read_header(stream, bytes, weight)) return refusal;
-  restore(weight, values, mask, threads);
+  restore(weight, values, mask, scales, threads);
   return 0;
 }
 
-// Rows first_row to first_row + rows of the dense weight, [rows, k].
-HALVE_EXPORT int halve_sparse24_expand(const uint8_t* stream, int64_t bytes, int64_t first_row, int64_t rows, uint8_t* dense,
-                                 int threads) {
+// Rows first_row to first_row + rows of the dense weight, [rows, k], in the dtype `to`.
+HALVE_EXPORT int halve_sparse24_expand(const uint8_t* stream, int64_t bytes, int to, int64_t first_row, int64_t rows,
+                                       uint8_t* dense, int threads) {
   Weight weight;
   if (const int refusal = read_header(stream, bytes, weight)) return refusal;
+  if (!goes_with(weight.dtype, to)) return kOtherShape;
   if (first_row < 0 || rows < 0 || rows > weight.n - first_row) return kOtherShape;
-  if (rows > 0) expand(weight, first_row, rows, dense, threads);
+  if (rows > 0) expand(weight, static_cast<DType>(to), first_row, rows, dense, threads);
   return 0;
 }
 
-// Bytes of scratch (aligned to a cache line) that a multiplication of m rows needs.
-HALVE_EXPORT int64_t halve_sparse24_scratch_bytes(int path, int dtype, int64_t n, int64_t k, int64_t m, int64_t few_rows) {
+// Bytes of scratch (aligned to a cache line) that a multiplication of m rows in `io` by a stream of so many bytes needs.
+HALVE_EXPORT int64_t halve_sparse24_scratch_bytes(int path, int64_t bytes, int io, int64_t n, int64_t k, int64_t m,
+                                                  int64_t few_rows) {
   if (!can_run(path)) return kNoPath;
-  const DType kind = static_cast<DType>(dtype);
-  const Call call{describe(kind, n, k, 1, nullptr), nullptr, m, 0, nullptr, nullptr, 0, 1, nullptr};
-  return kernel(path, kind, m, few_rows).scratch_bytes(call);
+  const DType kind = static_cast<DType>(io);
+  const auto of_values = [&](DType values) {
+    const Call call{describe(values, n, k, 1, nullptr), kind, nullptr, m, 0, nullptr, nullptr, 0, 1, nullptr};
+    return kernel(path, values, kind, m, few_rows).scratch_bytes(call);
+  };
+  if (bytes != stream_bytes(kInt8, n, k)) return of_values(kind);
+  const int64_t integers = of_values(kInt8), floats = of_values(kFloat8);  // of the same length
+  return integers > floats ? integers : floats;
 }
 
-// y [m, n] = x [m, k] W^T + bias (or null). `few_rows`: see `kernel`.
-HALVE_EXPORT int halve_sparse24_linear(int path, const uint8_t* stream, int64_t bytes, int dtype, int64_t n, int64_t k,
+// y [m, n] = x [m, k] W^T + bias (or null), all but the weight in `io`. `few_rows`: see `kernel`.
+HALVE_EXPORT int halve_sparse24_linear(int path, const uint8_t* stream, int64_t bytes, int io, int64_t n, int64_t k,
                                  const void* x, int64_t m, int64_t x_stride, const void* bias, void* y,
                                  int64_t y_stride, int64_t few_rows, uint8_t* scratch, int threads) {
   Weight weight;
   if (!can_run(path)) return kNoPath;
   if (const int refusal = read_header(stream, bytes, weight)) return refusal;
-  if (weight.dtype != dtype || weight.n != n || weight.k != k) return kOtherShape;
+  if (!goes_with(weight.dtype, io) || weight.n != n || weight.k != k) return kOtherShape;
   if (m == 0 || n == 0) return 0;
-  const Call call{weight, x, m, x_stride, bias, y, y_stride, threads, scratch};
-  const Kernel& chosen = kernel(path, weight.dtype, m, few_rows);
+  const DType kind = static_cast<DType>(io);
+  const Call call{weight, kind, x, m, x_stride, bias, y, y_stride, threads, scratch};
+  const Kernel& chosen = kernel(path, weight.dtype, kind, m, few_rows);
   Pass arrange{&call, chosen.arrange}, run{&call, chosen.run};
   const int64_t arrange_units = chosen.arrange_units(call);
   if (arrange_units > 0) parallel(threads, arrange_units, run_pass, &arrange);

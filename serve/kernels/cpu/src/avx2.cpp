@@ -53,9 +53,39 @@ INLINE void entries(const float* four, F& first, F& second) {
   second = _mm256_permutevar_ps(x, _mm256_setr_epi32(0, 3, 3, 1, 3, 2, 2, 0));
 }
 
+// Of float8: the first and the second bytes of either group's rows, each at the top of its row's 32 bits.
+struct alignas(32) TopBytes {
+  int8_t at[2][2][32];
+  constexpr TopBytes() : at() {
+    for (int group = 0; group < 2; ++group) {
+      for (int value = 0; value < 2; ++value) {
+        for (int b = 0; b < 32; ++b) {
+          at[group][value][b] = static_cast<int8_t>(b % 4 == 3 ? place_of(kFloat8, group, b % 16 / 4, value) : -128);
+        }
+      }
+    }
+  }
+};
+constexpr TopBytes kTopBytes;
+
+INLINE F from_top(I bytes) {
+  const I bits = _mm256_and_si256(_mm256_srai_epi32(bytes, 4), _mm256_set1_epi32(static_cast<int>(0x87f00000)));
+  return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p120f));  // see `from_float8`
+}
+
 template <DType D>
-INLINE void load_kept(const uint8_t* values, int part, F& first, F& second) {
-  if (D == kBFloat16) {
+INLINE void load_kept(const uint8_t* values, int part, int group, F& first, F& second) {
+  if constexpr (D == kInt8) {
+    const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(values + group % 2 * 32 + 16 * part));
+    const I pairs = _mm256_cvtepi16_epi32(bytes);
+    first = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
+    second = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 8));
+  } else if constexpr (D == kFloat8) {
+    const I bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(values + 32 * part));
+    const I* top = reinterpret_cast<const I*>(kTopBytes.at[group % 2]);
+    first = from_top(_mm256_shuffle_epi8(bytes, _mm256_load_si256(top)));
+    second = from_top(_mm256_shuffle_epi8(bytes, _mm256_load_si256(top + 1)));
+  } else if (D == kBFloat16) {
     const I pairs = _mm256_load_si256(reinterpret_cast<const __m256i*>(values + 32 * part));
     first = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
     second = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
@@ -71,6 +101,55 @@ INLINE void load_kept(const uint8_t* values, int part, F& first, F& second) {
 #include "stream_float.inc"
 
 }  // namespace stream
+
+template <DType D>
+TARGET inline void widen_scaled(const uint8_t* values, int group, float* first, float* second) {
+  for (int part = 0; part < 2; ++part) {
+    __m256 a, b;
+    stream::load_kept<D>(values, part, group, a, b);
+    _mm256_storeu_ps(first + 8 * part, a);
+    _mm256_storeu_ps(second + 8 * part, b);
+  }
+}
+
+namespace int8 {
+
+using I = __m256i;
+constexpr int kLanes = 8, kSide = 2, kMostTokens = 2;
+
+// The eight entries of `kFirst` and `kSecond`, as bytes of four 16-bit inputs.
+struct alignas(32) PairBytes {
+  uint8_t at[32];
+  constexpr PairBytes() : at() {
+    for (int entry = 0; entry < 8; ++entry) {
+      const int pair[2] = {kFirst[entry], kSecond[entry]};
+      for (int b = 0; b < 4; ++b) at[4 * entry + b] = static_cast<uint8_t>(2 * pair[b / 2] + b % 2);
+    }
+  }
+};
+constexpr PairBytes kPairBytes;
+
+INLINE I none() { return _mm256_setzero_si256(); }
+INLINE I add_products(I sums, I a, I b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }
+INLINE I pick(I entries, I masks) { return _mm256_permutevar8x32_epi32(entries, masks); }
+INLINE I pairs_of(const int16_t* at) {
+  int64_t four;
+  std::memcpy(&four, at, 8);
+  return _mm256_shuffle_epi8(_mm256_set1_epi64x(four), _mm256_load_si256(reinterpret_cast<const I*>(kPairBytes.at)));
+}
+INLINE I load_masks(const uint8_t* at) { return _mm256_load_si256(reinterpret_cast<const I*>(at)); }
+INLINE I next_group(I masks) { return _mm256_srli_epi32(masks, 4); }
+INLINE I load_pairs(const uint8_t* at) {
+  return _mm256_cvtepi8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
+}
+INLINE void add_scaled(float* sums, I whole, float power) {
+  const __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(power), _mm256_load_ps(sums));
+  _mm256_store_ps(sums, sum);
+}
+
+#include "stream_int8.inc"
+
+}  // namespace int8
 
 namespace panel {
 constexpr int kLanes = 8, kMost = 4, kPair = 2;
@@ -112,6 +191,7 @@ TARGET void run(const DenseCall& call, int64_t first, int64_t last) {
     case kBFloat16: return dense_part<kBFloat16>(call, first, last);
     case kFloat16: return dense_part<kFloat16>(call, first, last);
     case kFloat32: return dense_part<kFloat32>(call, first, last);
+    default: return;  // no dtype of dense weights
   }
 }
 
@@ -121,6 +201,7 @@ TARGET void run(const DenseCall& call, int64_t first, int64_t last) {
 const DenseKernel kAvx2Dense = dense::run;
 const Kernel kAvx2Stream{stream::float_scratch, stream::float_arrange_units, stream::float_arrange,
                          stream::float_stream_units, stream::float_stream_run};
+const Kernel kAvx2Int8{int8::int8_scratch, int8::int8_arrange_units, int8::int8_arrange, int8::int8_units, int8::int8_run};
 const Kernel kAvx2Panel{panel::panel_scratch, panel::panel_arrange_units, panel::panel_arrange, panel::panel_units,
                         panel::panel_run};
 

@@ -11,17 +11,7 @@
 namespace halve {
 namespace {
 
-TARGET inline void half_to_floats(const uint16_t* bits, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 exists = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
-    _mm512_mask_storeu_ps(to + i, exists, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(exists, bits + i)));
-  }
-}
-
-TARGET inline void floats_to_half(const float* from, uint16_t* bits) {  // 16 of them
-  const __m256i half = _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), half);
-}
+#include "avx512_floats.inc"
 
 #include "float_rows.h"
 
@@ -45,9 +35,38 @@ INLINE void entries(const float* four, F& first, F& second) {
   second = _mm512_permutevar_ps(x, _mm512_setr_epi32(0, 3, 3, 1, 3, 2, 2, 0, 0, 3, 3, 1, 3, 2, 2, 0));
 }
 
+// Of float8: the first and the second bytes of either group's rows, each at the top of its row's 32 bits.
+struct alignas(64) TopBytes {
+  int8_t at[2][2][64];
+  constexpr TopBytes() : at() {
+    for (int group = 0; group < 2; ++group) {
+      for (int value = 0; value < 2; ++value) {
+        for (int b = 0; b < 64; ++b) {
+          at[group][value][b] = static_cast<int8_t>(b % 4 == 3 ? place_of(kFloat8, group, b % 16 / 4, value) : -128);
+        }
+      }
+    }
+  }
+};
+constexpr TopBytes kTopBytes;
+
+INLINE F from_top(I bytes) {
+  const I bits = _mm512_and_si512(_mm512_srai_epi32(bytes, 4), _mm512_set1_epi32(static_cast<int>(0x87f00000)));
+  return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));  // see `from_float8`
+}
+
 template <DType D>
-INLINE void load_kept(const uint8_t* values, int, F& first, F& second) {
-  if (D == kBFloat16) {
+INLINE void load_kept(const uint8_t* values, int, int group, F& first, F& second) {
+  if constexpr (D == kInt8) {
+    const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(values + group % 2 * 32));
+    const I pairs = _mm512_cvtepi16_epi32(bytes);
+    first = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
+    second = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
+  } else if constexpr (D == kFloat8) {
+    const I bytes = _mm512_load_si512(values);
+    first = from_top(_mm512_shuffle_epi8(bytes, _mm512_load_si512(kTopBytes.at[group % 2][0])));
+    second = from_top(_mm512_shuffle_epi8(bytes, _mm512_load_si512(kTopBytes.at[group % 2][1])));
+  } else if (D == kBFloat16) {
     const I pairs = _mm512_load_si512(values);
     first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
@@ -63,6 +82,24 @@ INLINE void load_kept(const uint8_t* values, int, F& first, F& second) {
 #include "stream_float.inc"
 
 }  // namespace stream
+
+template <DType D>
+TARGET inline void widen_scaled(const uint8_t* values, int group, float* first, float* second) {
+  __m512 a, b;
+  stream::load_kept<D>(values, 0, group, a, b);
+  _mm512_storeu_ps(first, a);
+  _mm512_storeu_ps(second, b);
+}
+
+namespace int8 {
+
+INLINE __m512i add_products(__m512i sums, __m512i a, __m512i b) {
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
+}
+
+#include "avx512_int8.inc"
+
+}  // namespace int8
 
 namespace panel {
 constexpr int kLanes = 16, kMost = 8, kPair = 2;
@@ -95,6 +132,7 @@ TARGET void run(const DenseCall& call, int64_t first, int64_t last) {
     case kBFloat16: return dense_part<kBFloat16>(call, first, last);
     case kFloat16: return dense_part<kFloat16>(call, first, last);
     case kFloat32: return dense_part<kFloat32>(call, first, last);
+    default: return;  // no dtype of dense weights
   }
 }
 
@@ -104,6 +142,7 @@ TARGET void run(const DenseCall& call, int64_t first, int64_t last) {
 const DenseKernel kAvx512Dense = dense::run;
 const Kernel kAvx512Stream{stream::float_scratch, stream::float_arrange_units, stream::float_arrange,
                            stream::float_stream_units, stream::float_stream_run};
+const Kernel kAvx512Int8{int8::int8_scratch, int8::int8_arrange_units, int8::int8_arrange, int8::int8_units, int8::int8_run};
 const Kernel kAvx512Panel{panel::panel_scratch, panel::panel_arrange_units, panel::panel_arrange, panel::panel_units,
                           panel::panel_run};
 

@@ -4,7 +4,9 @@
 #if defined(__x86_64__)
 #include "avx512_intrinsics.h"
 
+#if !defined(TARGET)
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#endif
 #define INLINE TARGET inline __attribute__((always_inline))
 
 namespace halve {

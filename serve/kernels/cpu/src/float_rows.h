@@ -34,10 +34,13 @@ TARGET inline void round_rows(DType dtype, const float* values, void* to) {
 
 // Rounds the sums of 16 consecutive rows of y for one token, with their bias, and stores those that exist.
 TARGET inline void store_rows(const Call& call, int64_t token, int64_t row, const float* sums) {
-  const DType dtype = call.weight.dtype;
+  const DType dtype = call.io;
   const int64_t left = call.weight.n - row, count = left < kRows ? left : kRows;
   float values[kRows], bias[kRows];
   std::memcpy(values, sums, sizeof values);
+  if (const float* scales = call.weight.scales) {
+    for (int64_t r = 0; r < kRows; ++r) values[r] *= scales[row + r];
+  }
   if (call.bias != nullptr) {
     to_floats(dtype, call.bias, row, count, bias);
     for (int64_t r = 0; r < count; ++r) values[r] += bias[r];

@@ -5,15 +5,20 @@
 //   mask    16 x u32     row r's four mask bytes as they are in the packed format: bit c says that column c is kept,
 //                        so bits 4g to 4g+3 are the mask of group g
 //   values  [8 groups]   bfloat16: [16 rows][2], so that a group of a row is one 32-bit word, what a bfloat16 dot
-//                        product takes; float16 and float32: [2][16 rows], so that a vector holds one value a row
+//                        product takes; float16 and float32: [2][16 rows], so that a vector holds one value a row;
+//                        int8: a cache line for two groups, [2 groups][16 rows][2]; float8: the same, in the order [4 times 4
+//                        rows][2 groups][4 rows][2], so that the bytes of a vector, each widened to two in its place, are
+//                        the pairs of either group
 //
 // Up to four blocks of 16 rows make a panel, which is multiplied in one go, and a panel is stored in the very order in which
 // that reads it: for each 32 columns the masks of its blocks, and then, for each group, the values of its blocks.
 //
 //   panel  [K/32] x { [blocks] mask, [8 groups][blocks] values }
 //
+// Behind the panels of int8 and float8 are the scales of the rows, float32, of which each sum is a multiple.
+//
 // So a core reads one stream of cache lines from front to back, which is what memory is fastest at. A weight takes the bytes
-// of the packed format (9/16 of 16-bit dense), up to padding at the edges: rows and columns that do not exist have the
+// of the packed format (9/16 of 16-bit dense, 5/16 with values of 8 bits), up to padding at the edges: rows and columns that do not exist have the
 // mask 0011 and zeros.
 //
 // The mask of a group needs no decoding. Its two set bits make one of the six numbers 3, 5, 6, 9, 10, 12, and these
@@ -34,17 +39,28 @@ constexpr int64_t kMaskBytes = kRows * 4;
 constexpr int64_t kHeaderBytes = 64;
 constexpr uint32_t kMagic = 0x34326868;  // "hh24"
 
-enum DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+enum DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kFloat8 = 4 };  // float8: e4m3fn
+// Of kept values only, which have a scale for each row; x and y are of the others.
+constexpr bool is_scaled(DType dtype) { return dtype >= kInt8; }
 
 // Column of the first and of the second kept value of a group, by the low three bits of its mask.
 constexpr uint8_t kFirst[8] = {0, 0, 1, 0, 2, 0, 1, 0};
 constexpr uint8_t kSecond[8] = {0, 3, 3, 1, 3, 2, 2, 0};
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t value_bytes(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+constexpr int64_t value_bytes(DType dtype) { return is_scaled(dtype) ? 1 : dtype == kFloat32 ? 4 : 2; }
 // Of the values of a block in a group.
 constexpr int64_t chunk_bytes(DType dtype) { return kRows * 2 * value_bytes(dtype); }
 constexpr int64_t tile_bytes(DType dtype) { return kMaskBytes + kGroups * chunk_bytes(dtype); }
+// Groups whose values lie together, and the bytes of these of one block: what its neighbour's begin after.
+constexpr int64_t groups_together(DType dtype) { return is_scaled(dtype) ? 2 : 1; }
+constexpr int64_t side_bytes(DType dtype) { return groups_together(dtype) * chunk_bytes(dtype); }
+// Where the first (0) or second (1) kept value of a row is among these, counted in values.
+constexpr int64_t place_of(DType dtype, int64_t group, int64_t row, int64_t value) {
+  if (dtype == kFloat8) return row / 4 * 16 + group % 2 * 8 + row % 4 * 2 + value;
+  if (dtype == kInt8) return group % 2 * 2 * kRows + row * 2 + value;
+  return dtype == kBFloat16 ? 2 * row + value : value * kRows + row;
+}
 
 // First bytes of a stream. Kernels read sizes from here and nowhere else, so a stream cannot be read out of bounds.
 struct Header {
@@ -65,6 +81,7 @@ struct Weight {
   int64_t k_tiles;  // of 32 columns
   int64_t tile;     // bytes of one
   const uint8_t* tiles;
+  const float* scales;  // of the rows, and of those that fill the last block; null without scales
 
   int64_t panels() const { return ceil_div(blocks, interleave); }
   // Blocks in a panel: all have `interleave`, but for the last.
@@ -83,7 +100,7 @@ struct Block {
 
   int64_t mask() const { return first * kMaskBytes; }
   int64_t values(DType dtype, int64_t group) const {
-    return width * kMaskBytes + (group * width + first) * chunk_bytes(dtype);
+    return width * kMaskBytes + (group / groups_together(dtype) * width + first) * side_bytes(dtype);
   }
 };
 inline Block block_of(const Weight& w, int64_t block) { return {block % w.interleave, w.width(block / w.interleave)}; }
@@ -93,14 +110,22 @@ inline int64_t tile_offset(const Weight& w, int64_t block, int64_t k_tile) {
   return panel * w.panel_bytes() + k_tile * w.width(panel) * w.tile;
 }
 
+// Of the panels, in whole cache lines.
+inline int64_t panels_bytes(DType dtype, int64_t n, int64_t k) {
+  return ceil_div(ceil_div(n, kRows) * ceil_div(k, kColumns) * tile_bytes(dtype), 64) * 64;
+}
 inline Weight describe(DType dtype, int64_t n, int64_t k, int64_t interleave, const uint8_t* tiles) {
-  return Weight{dtype, n, k, interleave, ceil_div(n, kRows), ceil_div(k, kColumns), tile_bytes(dtype), tiles};
+  const float* scales = is_scaled(dtype) && tiles != nullptr
+                            ? reinterpret_cast<const float*>(tiles + panels_bytes(dtype, n, k))
+                            : nullptr;
+  return Weight{dtype, n, k, interleave, ceil_div(n, kRows), ceil_div(k, kColumns), tile_bytes(dtype), tiles, scales};
 }
 
-// One multiplication y [m, n] = x [m, k] W^T + bias. x, y and bias have the dtype of the values; rows of x and y are
-// `x_stride` and `y_stride` elements apart.
+// One multiplication y [m, n] = x [m, k] W^T + bias. x, y and bias have the dtype `io`, which is that of the values where these
+// have no scales; rows of x and y are `x_stride` and `y_stride` elements apart.
 struct Call {
   Weight weight;
+  DType io;
   const void* x;
   int64_t m, x_stride;
   const void* bias;  // may be null
@@ -171,6 +196,13 @@ inline uint16_t to_bfloat16(float value) {
   const uint32_t bits = to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+// e4m3fn: the bits of a float32 that is 2^120 times smaller, subnormal numbers included. (NaN is no value of a weight.)
+inline float from_float8(uint8_t bits) {
+  return from_bits(static_cast<uint32_t>(bits & 0x80) << 24 | static_cast<uint32_t>(bits & 0x7f) << 20) * 0x1p120f;
+}
+inline float from_scaled(DType dtype, uint8_t bits) {
+  return dtype == kInt8 ? static_cast<float>(static_cast<int8_t>(bits)) : from_float8(bits);
 }
 float from_float16(uint16_t bits);
 uint16_t to_float16(float value);

@@ -17,6 +17,14 @@ inline void floats_to_half(const float* from, uint16_t* bits) {  // 16 of them
 
 #include "float_rows.h"
 
+template <DType D>
+inline void widen_scaled(const uint8_t* values, int64_t group, float* first, float* second) {
+  for (int64_t r = 0; r < kRows; ++r) {
+    first[r] = from_scaled(D, values[place_of(D, group, r, 0)]);
+    second[r] = from_scaled(D, values[place_of(D, group, r, 1)]);
+  }
+}
+
 constexpr int kLanes = 4, kMost = 4, kPair = 1;
 #include "panel_float.inc"
 
@@ -25,7 +33,7 @@ int64_t one_scratch(const Call& call) { return panel_columns(call) * 4; }
 int64_t one_arrange_units(const Call&) { return 1; }
 void one_arrange(const Call& call, int64_t, int64_t) {
   float* x = reinterpret_cast<float*>(call.scratch);
-  to_floats(call.weight.dtype, call.x, 0, call.weight.k, x);
+  to_floats(call.io, call.x, 0, call.weight.k, x);
   for (int64_t i = call.weight.k; i < panel_columns(call); ++i) x[i] = 0;
 }
 int64_t one_units(const Call& call) { return call.weight.blocks; }
@@ -60,6 +68,8 @@ void one_run(const Call& call, int64_t first, int64_t last) {
       case kBFloat16: one_block<kBFloat16>(call, block); break;
       case kFloat16: one_block<kFloat16>(call, block); break;
       case kFloat32: one_block<kFloat32>(call, block); break;
+      case kInt8: one_block<kInt8>(call, block); break;
+      case kFloat8: one_block<kFloat8>(call, block); break;
     }
   }
 }

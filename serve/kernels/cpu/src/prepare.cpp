@@ -27,21 +27,19 @@ struct Packed {
 // Puts the groups of a row into its lane of a tile. Value: as wide as a kept value.
 template <typename Value>
 void write_row(uint8_t* tile, Block block, DType dtype, int64_t row, const Value* values, int64_t groups) {
-  const bool pairs = dtype == kBFloat16;
   for (int64_t g = 0; g < groups; ++g) {
     Value* group = reinterpret_cast<Value*>(tile + block.values(dtype, g));
-    group[pairs ? 2 * row : row] = values[2 * g];
-    group[pairs ? 2 * row + 1 : kRows + row] = values[2 * g + 1];
+    group[place_of(dtype, g, row, 0)] = values[2 * g];
+    group[place_of(dtype, g, row, 1)] = values[2 * g + 1];
   }
 }
 
 template <typename Value>
 void read_row(const uint8_t* tile, Block block, DType dtype, int64_t row, Value* values, int64_t groups) {
-  const bool pairs = dtype == kBFloat16;
   for (int64_t g = 0; g < groups; ++g) {
     const Value* group = reinterpret_cast<const Value*>(tile + block.values(dtype, g));
-    values[2 * g] = group[pairs ? 2 * row : row];
-    values[2 * g + 1] = group[pairs ? 2 * row + 1 : kRows + row];
+    values[2 * g] = group[place_of(dtype, g, row, 0)];
+    values[2 * g + 1] = group[place_of(dtype, g, row, 1)];
   }
 }
 
@@ -66,7 +64,7 @@ void fill_tile(Work& work, uint8_t* tile, int64_t number, int64_t first_column) 
   const int64_t groups = (w.k - first_column < kColumns ? w.k - first_column : kColumns) / 4;
   const bool whole = groups == kGroups && first_row + kRows <= w.n;
   for (int64_t g = 0; g < kGroups && !whole; ++g) {
-    std::memset(tile + block.values(w.dtype, g), 0, static_cast<size_t>(chunk_bytes(w.dtype)));
+    std::memset(tile + block.values(w.dtype, g), 0, static_cast<size_t>(side_bytes(w.dtype)));
   }
   for (int64_t r = 0; r < kRows; ++r) {
     const int64_t row = first_row + r;
@@ -94,10 +92,10 @@ void fill_panels(void* context, int64_t first, int64_t last) {
     for (int64_t column = 0; column < w.k; column += kColumns, tile += w.width(panel) * w.tile) {
       for (int64_t b = 0; b < w.width(panel); ++b) {
         const int64_t block = panel * w.interleave + b;
-        if (w.dtype == kFloat32) {
-          fill_tile<uint32_t>(work, tile, block, column);
-        } else {
-          fill_tile<uint16_t>(work, tile, block, column);
+        switch (value_bytes(w.dtype)) {
+          case 1: fill_tile<uint8_t>(work, tile, block, column); break;
+          case 2: fill_tile<uint16_t>(work, tile, block, column); break;
+          default: fill_tile<uint32_t>(work, tile, block, column);
         }
       }
     }
@@ -129,41 +127,54 @@ void empty_block(const Unwork& work, int64_t number) {
 void empty_blocks(void* context, int64_t first, int64_t last) {
   const Unwork& work = *static_cast<const Unwork*>(context);
   for (int64_t block = first; block < last; ++block) {
-    if (work.weight.dtype == kFloat32) {
-      empty_block<uint32_t>(work, block);
-    } else {
-      empty_block<uint16_t>(work, block);
+    switch (value_bytes(work.weight.dtype)) {
+      case 1: empty_block<uint8_t>(work, block); break;
+      case 2: empty_block<uint16_t>(work, block); break;
+      default: empty_block<uint32_t>(work, block);
     }
   }
 }
 
 struct Expansion {
   Weight weight;
+  DType to;
   int64_t first_row, rows;
   uint8_t* dense;
 };
 
-template <typename Value>
+// Value: as wide as what is written; Stored: as a kept value.
+template <typename Value, typename Stored>
 void expand_block(const Expansion& work, int64_t number) {
   const Weight& w = work.weight;
   const Block block = block_of(w, number);
-  const bool pairs = w.dtype == kBFloat16;
   const int64_t begin = number * kRows < work.first_row ? work.first_row : number * kRows;
   int64_t end = (number + 1) * kRows < work.first_row + work.rows ? (number + 1) * kRows : work.first_row + work.rows;
   if (end > w.n) end = w.n;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t r = row % kRows;
     Value* out = reinterpret_cast<Value*>(work.dense) + (row - work.first_row) * w.k;
+    const auto written = [&](Stored kept) {
+      if constexpr (sizeof(Stored) > 1) {
+        return kept;
+      } else {
+        const float value = from_scaled(w.dtype, kept) * w.scales[row];
+        if constexpr (sizeof(Value) == 4) {
+          return to_bits(value);
+        } else {
+          return work.to == kBFloat16 ? to_bfloat16(value) : to_float16(value);
+        }
+      }
+    };
     for (int64_t column = 0; column < w.k; column += kColumns) {
       const uint8_t* tile = w.tiles + tile_offset(w, number, column / kColumns);
       uint32_t mask;
       std::memcpy(&mask, tile + block.mask() + 4 * r, 4);
       const int64_t groups = (w.k - column < kColumns ? w.k - column : kColumns) / 4;
       for (int64_t g = 0; g < groups; ++g, mask >>= 4) {
-        const Value* values = reinterpret_cast<const Value*>(tile + block.values(w.dtype, g));
+        const Stored* values = reinterpret_cast<const Stored*>(tile + block.values(w.dtype, g));
         Value four[4] = {0, 0, 0, 0};
-        four[kFirst[mask & 7]] = values[pairs ? 2 * r : r];
-        four[kSecond[mask & 7]] = values[pairs ? 2 * r + 1 : kRows + r];
+        four[kFirst[mask & 7]] = written(values[place_of(w.dtype, g, r, 0)]);
+        four[kSecond[mask & 7]] = written(values[place_of(w.dtype, g, r, 1)]);
         std::memcpy(out + column + 4 * g, four, sizeof four);
       }
     }
@@ -174,20 +185,21 @@ void expand_blocks(void* context, int64_t first, int64_t last) {
   const Expansion& work = *static_cast<const Expansion*>(context);
   const int64_t start = work.first_row / kRows;
   for (int64_t block = start + first; block < start + last; ++block) {
-    if (work.weight.dtype == kFloat32) {
-      expand_block<uint32_t>(work, block);
+    const bool wide = work.to == kFloat32;
+    if (is_scaled(work.weight.dtype)) {
+      wide ? expand_block<uint32_t, uint8_t>(work, block) : expand_block<uint16_t, uint8_t>(work, block);
     } else {
-      expand_block<uint16_t>(work, block);
+      wide ? expand_block<uint32_t, uint32_t>(work, block) : expand_block<uint16_t, uint16_t>(work, block);
     }
   }
 }
 
-int64_t round_up_to_line(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+int64_t scales_bytes(DType dtype, int64_t n) { return is_scaled(dtype) ? ceil_div(n, kRows) * kRows * 4 : 0; }
 
 }  // namespace
 
 int64_t stream_bytes(DType dtype, int64_t n, int64_t k) {
-  return kHeaderBytes + round_up_to_line(ceil_div(n, kRows) * ceil_div(k, kColumns) * tile_bytes(dtype));
+  return kHeaderBytes + panels_bytes(dtype, n, k) + scales_bytes(dtype, n);
 }
 
 void ask_for_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
@@ -213,8 +225,8 @@ void gather_into_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] int64
 }
 
 // Returns -1, or the index of the first mask byte in [N, K/8] that has not two bits in each half.
-int64_t prepare(DType dtype, const uint8_t* values, const uint8_t* mask, int64_t n, int64_t k, uint8_t* stream,
-                int threads) {
+int64_t prepare(DType dtype, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t n, int64_t k,
+                uint8_t* stream, int threads) {
   const int64_t bytes = stream_bytes(dtype, n, k);
   ask_for_huge_pages(stream, bytes);
   // Panels are the units of work: where there are too few for the threads, they are narrower.
@@ -225,16 +237,22 @@ int64_t prepare(DType dtype, const uint8_t* values, const uint8_t* mask, int64_t
   std::memcpy(stream, &header, sizeof header);
   Work work{describe(dtype, n, k, interleave, stream + kHeaderBytes), {values, mask}, stream + kHeaderBytes, {-1}};
   parallel(threads, work.weight.panels(), fill_panels, &work);
+  if (is_scaled(dtype)) {
+    uint8_t* behind = stream + kHeaderBytes + panels_bytes(dtype, n, k);
+    std::memset(behind, 0, static_cast<size_t>(scales_bytes(dtype, n)));
+    std::memcpy(behind, scales, static_cast<size_t>(n) * 4);
+  }
   return work.first_bad.load();
 }
 
-void restore(const Weight& weight, uint8_t* values, uint8_t* mask, int threads) {
+void restore(const Weight& weight, uint8_t* values, uint8_t* mask, float* scales, int threads) {
+  if (is_scaled(weight.dtype)) std::memcpy(scales, weight.scales, static_cast<size_t>(weight.n) * 4);
   Unwork work{weight, values, mask};
   parallel(threads, weight.blocks, empty_blocks, &work);
 }
 
-void expand(const Weight& weight, int64_t first_row, int64_t rows, uint8_t* dense, int threads) {
-  Expansion work{weight, first_row, rows, dense};
+void expand(const Weight& weight, DType to, int64_t first_row, int64_t rows, uint8_t* dense, int threads) {
+  Expansion work{weight, to, first_row, rows, dense};
   const int64_t last = ceil_div(first_row + rows, kRows), first = first_row / kRows;
   parallel(threads, last - first, expand_blocks, &work);
 }
