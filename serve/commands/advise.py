@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,7 +14,7 @@ from serve.commands.shared import ALWAYS, refuse_misplaced
 _NEW, _KEPT, _MEASURED, _AWAY = "a model", "an advice's file", "a measurement", "a GPU that is not here"
 _BELONGS = {
     "model": ALWAYS, "as_json": ALWAYS, "check": (_KEPT,),
-    **dict.fromkeys(("device", "batch", "prompt", "output", "measure", "file"), (_NEW,)),
+    **dict.fromkeys(("device", "batch", "prompt", "output", "measure", "file", "value_dtype"), (_NEW,)),
     "budget": (_MEASURED,), "recipe": (_MEASURED, _AWAY),
 }  # fmt: skip
 """What each option is for; an option that a call would ignore is refused."""
@@ -52,6 +52,10 @@ def advise(
             help="a recipe whose time and memory is estimated; left out: those of the presets", show_default=False
         ),
     ] = None,
+    value_dtype: Annotated[
+        Literal["auto", "int8", "float8_e4m3fn"],
+        typer.Option(help="what kept values are stored as; auto: as the checkpoint has them"),
+    ] = "auto",
     check: Annotated[
         Path | None,
         typer.Option(
@@ -92,6 +96,7 @@ def advise(
             output=output,
             measure=measure,
             budget=budget,
+            value_dtype=value_dtype,
             recipes=None if recipe is None else {recipe.name: Recipe.load(recipe)},
             progress=progress,
         )

@@ -75,6 +75,7 @@ def advise(
     measure: bool | None = None,
     budget: float = 90.0,
     recipes: Mapping[str, Recipe] | None = None,
+    value_dtype: str = "auto",
     progress: Progress = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """What 2:4 would change for a model on a device.
@@ -85,6 +86,7 @@ def advise(
         measure: False: an estimate that measures nothing; None: measured where the device is here.
         budget: seconds for measuring; three rounds are made however long they take.
         recipes: by name, those whose time and memory are estimated; left out: the presets.
+        value_dtype: what kept values are stored as: ``auto``: as they are, ``int8`` or ``float8_e4m3fn``.
 
     Returns:
         A document with times, speed-ups and memory, dense and sparse, the layers, and a verdict with its reasons.
@@ -96,7 +98,7 @@ def advise(
     if measure and place.here is None:
         raise UsageError(f"--measure: {place.name} is not here; leave it out for an estimate")
     measured = place.here is not None and measure is not False
-    shape = shapes.read(model)
+    shape = shapes.read(model, value_dtype)
     load = Load(prompt, output, batch)
     _require_room(shape, load)
     notes = list(shape.notes)
@@ -106,7 +108,7 @@ def advise(
     entries: list[Entry] = []
     if refusal is None:
         if place.gpu is not None:
-            roofline = gpus.Roofline(place.gpu)
+            roofline = gpus.Roofline(place.gpu, value_bytes=shape.value_dtype.itemsize)
             timed = _from_roofline(roofline, shape, load)
             speeds = _estimated(shape, load, roofline)
             notes += [*roofline.ASSUMPTIONS, "how long pruning takes was never checked on a GPU: expect more"]
@@ -138,7 +140,7 @@ def advise(
         "basis": "measured" if measured else "estimate",
         "model": {
             "name": model,
-            "dtype": kernel_entries.dtype_name(shape.dtype),
+            "dtype": kernel_entries.kind_name(shape.dtype, shape.value_dtype),
             "blocks": len(shape.kinds),
             "parameters": shape.weights // shape.dtype.itemsize,
             "pruned_share": shape.dense_bytes / shape.weights,
@@ -189,10 +191,10 @@ def _refusal(model: ModelShape, place: Place) -> str | None:
         capability = ".".join(map(str, place.gpu.capability))
         return f"{place.name} has no sparse tensor cores (compute capability {capability}; they came with 8.0)"
     dtype = kernel_entries.dtype_name(model.dtype)
-    if place.gpu is not None and dtype not in support.KERNELS["cuda"].dtypes:
+    if place.gpu is not None and dtype not in support.HALF:
         return f"there is no sparse kernel of GPUs for {dtype}; convert by `halve compress --dtype bfloat16`"
     if place.here is not None:
-        choice = choose(place.here, model.dtype, 1, *_first(model))
+        choice = choose(place.here, model.value_dtype, 1, *_first(model))
         if choice.backend.prepare is None:
             return f"there is no sparse kernel for this device and dtype: {choice.reason}"
     return None

@@ -40,7 +40,7 @@ class FromTable:
         return largest.dense_seconds * shape.n * shape.k / (largest.n * largest.k)
 
     def seconds(self, moved: float, operations: float) -> float:
-        itemsize = 4 if self.entries[0].dtype == "float32" else 2
+        itemsize = 4 if self.entries[0].dtype.endswith("float32") else 2
         bandwidth = max(e.n * e.k * itemsize / e.dense_seconds for e in self.entries)
         flops = max(2 * e.n * e.k * e.rows / e.dense_seconds for e in self.entries)
         return max(moved / bandwidth, operations / flops)

@@ -94,12 +94,13 @@ class Roofline:
 
     ``bandwidth_reached`` 0.85: cuBLAS moves bfloat16 weights at 0.81 to 0.88 of the peak when it decodes; halve's sparse kernel
     is taken to do so too, which was not measured yet. ``flops_reached`` 0.7: of a large product. The launches and what a CPU
-    does between them are left out, as they are with CUDA graphs.
+    does between them are left out, as they are with CUDA graphs. ``value_bytes``: of a packed value; None: as of any other number.
     """
 
     gpu: Gpu
     bandwidth_reached: float = 0.85
     flops_reached: float = 0.7
+    value_bytes: int | None = None
 
     ASSUMPTIONS = (
         "kernels move bytes at 0.85 of the peak and compute at 0.7 of it, sparse ones like dense ones",
@@ -120,7 +121,7 @@ class Roofline:
         operations = 2 * rows * shape.n * shape.k
         if not packed:
             return self.seconds(dense_bytes + activations, operations)
-        packed_bytes = dense_bytes / 2 + shape.n * shape.k / 8
+        packed_bytes = shape.n * shape.k * ((self.value_bytes or itemsize) / 2 + 1 / 8)
         if self.gpu.sparse and rows <= MOST_PASSES * MOST_ROWS:
             passes = -(-rows // MOST_ROWS)
             return self.seconds(passes * packed_bytes + activations, operations, sparse=True)

@@ -39,7 +39,7 @@ class Spread(BaseModel):
 
 
 class OfShape(BaseModel):
-    """What is said of one layer shape in one dtype."""
+    """What is said of one layer shape in one dtype; ``dtype``: see `kind_name`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -102,6 +102,18 @@ class Measured:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def kind_name(dtype: torch.dtype, value_dtype: torch.dtype | None = None) -> str:
+    """What a layer is looked up by besides its shape: the dtype that it computes in, and before it that of its packed values where it is
+    another one, ``int8/bfloat16``."""
+    name = dtype_name(dtype)
+    return name if value_dtype in (None, dtype) else f"{dtype_name(value_dtype)}/{name}"
+
+
+def values_of(kind: str) -> torch.dtype:
+    """The dtype of the packed values of a kind."""
+    return getattr(torch, kind.partition("/")[0])
 
 
 def wins_at(entries: Sequence[Entry]) -> str:

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import one_line
-from compress.packed import PackedWeight
+from compress.packed import LARGEST, PackedWeight, bytes_of, quantize
 from compress.wide import is_emulated
 from serve.kernels import able, choose
 from serve.linear import LinearModule, Sparse24Linear, StreamedLinear, prepare_for_serving, replacement
-from serve.measure.kernel_entries import Entry, Failure, Measured, Shape, Spread, dtype_name
+from serve.measure.kernel_entries import Entry, Failure, Measured, Shape, Spread, kind_name
 from serve.measure.speed import ratio
 
 ROWS = (1, 2, 4, 8, 16, 64, 256, 1024)
@@ -51,6 +51,7 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     budget: float,
+    value_dtype: torch.dtype | None = None,
     leave_out: Collection[tuple[Shape, str]] = (),
     progress: Progress = lambda done, total, text: None,
 ) -> Measured:
@@ -58,6 +59,7 @@ def measure(
 
     Args:
         wanted: shapes with numbers of rows, the most important rows of each shape first.
+        dtype: of x and of the dense weight; ``value_dtype``: of the packed values, left out: the same.
         budget: seconds; each shape gets its share of what is left, and what does not fit is not begun.
         leave_out: backends that are not tried for a shape.
     """
@@ -74,7 +76,7 @@ def measure(
             found.skipped.extend((shape, rows) for rows in rows_of_x)
             continue
         share = now + (deadline - now) / (len(by_shape) - index)
-        sides = _Sides(shape, dtype, device, {name for at, name in leave_out if at == shape})
+        sides = _Sides(shape, dtype, value_dtype or dtype, device, {name for at, name in leave_out if at == shape})
         entries: list[Entry] = []
         for rows in rows_of_x:
             done += 1
@@ -89,14 +91,15 @@ def measure(
     return replace(found, failures=failures)
 
 
-def copies(shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
+def copies(shape: Shape, dtype: torch.dtype, values: torch.dtype, device: torch.device) -> int:
     """How many of each form there have to be, so that each comes from the memory and not from the last cache.
 
     On a processor sides take turns after each call, so copies of both fill the cache. On a GPU a side goes through all of its copies in
     one replay, and sometimes twice in a row, so those of the smaller form have to.
     """
     dense = shape.n * shape.k * dtype.itemsize
-    turn = dense * 9 // 16 if device.type == "cuda" else dense * 3 // 2
+    sparse = bytes_of(shape.n, shape.k, values)
+    turn = sparse if device.type == "cuda" else dense + sparse
     return max(2, -(-2 * last_cache_bytes(device) // turn))
 
 
@@ -107,14 +110,21 @@ LEAST_LAUNCHES = 16
 class _Sides:
     """Copies of a dense layer, and of a packed one for each backend, enough of them that no weight is in a cache when its turn comes."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, leave_out: Collection[str] = ()) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
-        self.copies = copies(shape, dtype, device)
-        self.backends = [backend.name for backend in able(device, dtype) if backend.name not in leave_out]
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        values: torch.dtype,
+        device: torch.device,
+        leave_out: Collection[str] = (),
+    ) -> None:
+        self.shape, self.dtype, self.values, self.device = shape, dtype, values, device
+        self.copies = copies(shape, dtype, values, device)
+        self.backends = [backend.name for backend in able(device, values) if backend.name not in leave_out]
         self.failures: list[Failure] = []
         self.sides: dict[str, list[nn.Module]] = {_DENSE: [_dense(shape, dtype, device) for _ in range(self.copies)]}
         for name in self.backends:
-            self.sides[name] = [_sparse(shape, dtype, device, name) for _ in range(self.copies)]
+            self.sides[name] = [_sparse(shape, dtype, values, device, name) for _ in range(self.copies)]
         for side, modules in self.sides.items():
             prepared = nn.ModuleList(modules)
             prepare_for_serving(prepared)
@@ -140,7 +150,7 @@ class _Sides:
                 self.failures.append(
                     Failure(
                         **asdict(self.shape),
-                        dtype=dtype_name(self.dtype),
+                        dtype=kind_name(self.dtype, self.values),
                         backend=name,
                         reason=f"at {rows} rows: {one_line(error)}",
                         date=_today(),
@@ -157,18 +167,18 @@ class _Sides:
 
     def _entry(self, backend: str, rows: int, sparse: list[float], dense: list[float]) -> Entry:
         shape = (self.shape.n, self.shape.k)
-        choice = choose(self.device, self.dtype, rows, *shape, None if backend == self.backends[0] else backend)
+        choice = choose(self.device, self.values, rows, *shape, None if backend == self.backends[0] else backend)
         return Entry(
             n=self.shape.n,
             k=self.shape.k,
             conv1d=self.shape.conv1d,
-            dtype=dtype_name(self.dtype),
+            dtype=kind_name(self.dtype, self.values),
             rows=rows,
             ratio=Spread(**ratio(sparse, dense)),
             sparse_seconds=statistics.median(sparse),
             dense_seconds=statistics.median(dense),
             backend=backend,
-            reason=choice.reason if backend == self.backends[0] else choice.backend.reason(self.dtype, rows),
+            reason=choice.reason if backend == self.backends[0] else choice.backend.reason(self.values, rows),
             baseline=_baseline(self.sides[_DENSE][0], rows),
             rounds=len(dense),
             date=_today(),
@@ -236,8 +246,10 @@ def _dense(shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearModu
     return layer
 
 
-def _sparse(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str) -> Sparse24Linear:
-    layer = random_packed(empty_layer(shape, dtype, torch.device("meta")), dtype, device)
+def _sparse(
+    shape: Shape, dtype: torch.dtype, values: torch.dtype, device: torch.device, backend: str
+) -> Sparse24Linear:
+    layer = random_packed(empty_layer(shape, dtype, torch.device("meta")), dtype, device, values)
     layer.preferred = backend
     return layer
 
@@ -249,15 +261,21 @@ def empty_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> Linea
     return layer.to(dtype).to_empty(device=device)
 
 
-def random_packed(layer: LinearModule, dtype: torch.dtype, device: torch.device) -> Sparse24Linear:
+def random_packed(
+    layer: LinearModule, dtype: torch.dtype, device: torch.device, value_dtype: torch.dtype | None = None
+) -> Sparse24Linear:
     """A packed layer with random values in the place of a linear (whose own weight may be on the meta device)."""
-    packed = replacement(layer, dtype)
+    packed = replacement(layer, dtype, value_dtype)
     packed.to_empty(device=device)
     n, k = packed.out_features, packed.in_features
     weight = random_packed_weight(n, k, dtype)
+    if packed.value_dtype in LARGEST:
+        weight = quantize(weight, packed.value_dtype)
     with torch.no_grad():
         packed.weight_packed.copy_(weight.values)
         packed.weight_mask.copy_(weight.mask)
+        if packed.weight_scale is not None and weight.scale is not None:
+            packed.weight_scale.copy_(weight.scale)
         if packed.bias is not None:
             packed.bias.copy_(noise(packed.bias.shape, dtype))
     return packed

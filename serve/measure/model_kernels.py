@@ -42,7 +42,7 @@ def kernels(
         The entries, one for each backend that can run a layer, and what there is to say about them.
     """
     identity = table_cache.Identity.of(device)
-    dtype = kernel_entries.dtype_name(model.dtype)
+    dtype = kernel_entries.kind_name(model.dtype, model.value_dtype)
     known, why = table_cache.load(identity)
     said = [why] if why else []
     wanted = [(shape, rows) for shape in shapes_of(model, fused) for rows in (rows_of(load) if load else ROWS)]
@@ -60,7 +60,13 @@ def kernels(
     ]
     if missing and budget > 0:
         new = kernel_table.measure(
-            missing, dtype=model.dtype, device=device, budget=budget, leave_out=failed, progress=progress
+            missing,
+            dtype=model.dtype,
+            value_dtype=model.value_dtype,
+            device=device,
+            budget=budget,
+            leave_out=failed,
+            progress=progress,
         )
         for key in {(entry.shape, entry.rows) for entry in new.entries}:
             found[key] = [entry for entry in new.entries if (entry.shape, entry.rows) == key]
@@ -115,7 +121,7 @@ def document(
     return {
         "kind": "kernels",
         "model": str(directory),
-        "dtype": kernel_entries.dtype_name(model.dtype),
+        "dtype": kernel_entries.kind_name(model.dtype, model.value_dtype),
         "environment": environment(place),
         "table": str(table_cache.path_of(table_cache.Identity.of(place))),
         "layers": [

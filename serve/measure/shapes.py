@@ -23,7 +23,7 @@ from compress.checkpoint import parse_config
 from compress.errors import SourceError, one_line
 from compress.layout import Layout, LinearInfo
 from compress.own_code import NEVER
-from compress.packed import FLOAT_DTYPES
+from compress.packed import FLOAT_DTYPES, VALUE_DTYPES
 from compress.quiet import quiet_transformers
 from serve.measure.kernel_entries import Shape
 from serve.vllm.shards import FUSED
@@ -58,6 +58,7 @@ class ModelShape:
         layers: the linears of the blocks.
         fused: what vLLM multiplies as one layer, out of several of ``layers`` (without tensor parallelism).
         head: the output layer, which stays dense.
+        value_dtype: of the kept values when packed.
         weights: bytes of all parameters, tied ones once, when dense.
         kv_bytes_per_token: of keys and values of one token, in all layers; None where it keeps none (a state instead).
         attention_width: heads times the width of a head, summed over the layers; for the operations of attention.
@@ -66,6 +67,7 @@ class ModelShape:
     name: str
     config: Any
     dtype: torch.dtype
+    value_dtype: torch.dtype
     kinds: tuple[Hashable, ...]
     layers: tuple[Layers, ...]
     head: Shape | None
@@ -89,8 +91,7 @@ class ModelShape:
     @property
     def packed_bytes(self) -> int:
         """Of the same weights, packed."""
-        elements = sum(g.count * g.shape.n * g.shape.k for g in self.prunable)
-        return elements // 2 * self.dtype.itemsize + elements // 8
+        return sum(g.count * packed.bytes_of(g.shape.n, g.shape.k, self.value_dtype) for g in self.prunable)
 
     @property
     def sparse_weights(self) -> int:
@@ -107,8 +108,11 @@ class ModelShape:
         return _why_dense(linear, self.ignored) is None and linear.in_block
 
 
-def read(model: str) -> ModelShape:
+def read(model: str, value_dtype: str = "auto") -> ModelShape:
     """The shape of a model directory, a ``config.json``, or a model on the hub, of which only ``config.json`` is fetched.
+
+    Args:
+        value_dtype: of the kept values; ``auto``: what a packed checkpoint says, of a dense one its own.
 
     Raises:
         SourceError: there is none, transformers does not know it, or it is no unquantized or packed causal language model.
@@ -121,8 +125,9 @@ def read(model: str) -> ModelShape:
             raise SourceError(f"{model} is an image classifier, and `halve advise` is for causal language models")
         if getattr(config, "is_encoder_decoder", False):
             raise SourceError(f"{model} is an encoder-decoder model; halve prunes decoder-only causal language models")
-        ignored = _ignored(config, model)
-        return _shape_of(model, config, ignored)
+        ignored, stored = _packed_as(config, model)
+        values = VALUE_DTYPES.get(stored if value_dtype == "auto" else value_dtype)
+        return _shape_of(model, config, ignored, values)
 
 
 def _local(model: str) -> Path:
@@ -152,21 +157,22 @@ def _local(model: str) -> Path:
         ) from None
 
 
-def _ignored(config: Any, model: str) -> frozenset[str]:
-    """The linears that a packed checkpoint keeps dense; none of a dense model."""
+def _packed_as(config: Any, model: str) -> tuple[frozenset[str], str]:
+    """The linears that a packed checkpoint keeps dense, and the dtype of its values; none of a dense model, and ""."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
-        return frozenset()
+        return frozenset(), ""
     found = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if found.get("quant_method") != "halve":
         raise SourceError(
             f"{model} is quantized ({found.get('quant_method', 'an unknown method')}); halve prunes and serves unquantized models"
         )
     del config.quantization_config  # what is built here are the layers, and they are filled afterwards
-    return frozenset(parse_config(found).ignore)
+    parsed = parse_config(found)
+    return frozenset(parsed.ignore), parsed.value_dtype
 
 
-def _shape_of(name: str, config: Any, ignored: frozenset[str]) -> ModelShape:
+def _shape_of(name: str, config: Any, ignored: frozenset[str], value_dtype: torch.dtype | None) -> ModelShape:
     dtype = config.get_text_config().dtype
     dtype = dtype if isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES.values() else torch.float32
     model = skeleton(config, dtype)
@@ -183,6 +189,7 @@ def _shape_of(name: str, config: Any, ignored: frozenset[str]) -> ModelShape:
         name=name,
         config=config,
         dtype=dtype,
+        value_dtype=value_dtype if value_dtype in packed.LARGEST else dtype,
         kinds=kinds_of(model),
         layers=_grouped(layout, blocks_name, ignored),
         head=Shape(head.weight.shape[0], head.weight.shape[1]) if isinstance(head, nn.Linear) else None,

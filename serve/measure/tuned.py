@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from serve.kernels import able, plain
 from serve.linear import WHY_DENSE, Sparse24Conv1D, Sparse24Linear
 from serve.measure import table_cache
-from serve.measure.kernel_entries import WINS, Entry, Shape, dtype_name
+from serve.measure.kernel_entries import WINS, Entry, Shape, dtype_name, kind_name, values_of
 
 DECODED_ROWS = 64
 """Most rows of x that count: sequences that are decoded at once. More come with prompts, once an answer."""
@@ -116,8 +116,8 @@ def decide(entries: Sequence[Entry], backends: Sequence[str]) -> Decision | None
 
 
 def backends_for(device: torch.device, dtype: str) -> list[str]:
-    """The names of those that can multiply weights of that dtype there, as `served` takes them."""
-    return [backend.name for backend in able(device, getattr(torch, dtype))]
+    """The names of those that can multiply weights of that dtype (see `kind_name`) there, as `served` takes them."""
+    return [backend.name for backend in able(device, values_of(dtype))]
 
 
 def savings(rows: int, dtype: torch.dtype, device: torch.device) -> dict[tuple[int, int, bool], float]:
@@ -143,9 +143,15 @@ def _by_shape(entries: Iterable[Entry]) -> dict[tuple[Shape, str], list[Entry]]:
 _decisions_once = functools.cache(decisions)
 
 
-def decision(device: torch.device, dtype: torch.dtype, n: int, k: int) -> Decision | None:
-    """For a packed weight [n, k] on that device; None where nothing was measured. The table is read once a process."""
-    return _decisions_once(device).get((Shape(n, k), dtype_name(dtype)))
+def decision(
+    device: torch.device, dtype: torch.dtype, n: int, k: int, value_dtype: torch.dtype | None = None
+) -> Decision | None:
+    """For a packed weight [n, k] on that device; None where nothing was measured. The table is read once a process.
+
+    Args:
+        dtype: that the layer computes in; ``value_dtype``: of the weight's values, left out: the same.
+    """
+    return _decisions_once(device).get((Shape(n, k), kind_name(dtype, value_dtype)))
 
 
 def serve_as_measured(model: nn.Module) -> dict[str, str]:
@@ -163,7 +169,7 @@ def serve_as_measured(model: nn.Module) -> dict[str, str]:
         if device not in known:
             known[device] = decisions(device)
         shape = Shape(module.out_features, module.in_features, isinstance(module, Sparse24Conv1D))
-        found = known[device].get((shape, dtype_name(module.dtype)))
+        found = known[device].get((shape, kind_name(module.dtype, module.value_dtype)))
         if found is None:
             continue
         if found.why_dense is None:
@@ -186,7 +192,7 @@ def serve_as_measured(model: nn.Module) -> dict[str, str]:
 def _expanded(module: Sparse24Linear) -> nn.Module:
     """The dense layer with the same weights."""
     n, k = module.out_features, module.in_features
-    weight = plain.expand(module.packed)
+    weight = plain.expand(module.packed, module.dtype)
     with torch.device("meta"):
         if isinstance(module, Sparse24Conv1D):
             dense, weight = Conv1D(n, k), weight.T.contiguous()

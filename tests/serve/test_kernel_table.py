@@ -147,24 +147,28 @@ def test_a_backend_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplo
 
 @needs_kernels
 def test_the_layers_are_those_that_the_engine_runs() -> None:
-    sides = kernel_table._Sides(SMALL, torch.bfloat16, CPU)
+    sides = kernel_table._Sides(SMALL, torch.bfloat16, torch.bfloat16, CPU)
     dense, sparse = sides.sides["dense"], sides.sides["cpu"]
     assert len(dense) == len(sparse) == sides.copies == -(-2 * (1 << 16) // (64 * 128 * 3))
     assert all(isinstance(layer, Sparse24Linear) and layer.weight_prepared is not None for layer in sparse)
     assert len({layer.weight_prepared.data_ptr() for layer in sparse}) == sides.copies  # pyright: ignore
     kind = StreamedLinear if kernel_table._baseline(dense[0], 1).startswith("halve") else torch.nn.Linear
     assert all(isinstance(layer, kind) for layer in dense)
-    assert isinstance(kernel_table._Sides(Shape(32, 64, True), torch.bfloat16, CPU).sides["cpu"][0], Sparse24Conv1D)
+    conv1d = kernel_table._Sides(Shape(32, 64, True), torch.bfloat16, torch.bfloat16, CPU)
+    assert isinstance(conv1d.sides["cpu"][0], Sparse24Conv1D)
 
 
 def test_on_a_gpu_copies_of_the_smaller_form_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """A side's replay goes through its own copies alone."""
     monkeypatch.setattr(kernel_table, "last_cache_bytes", lambda device: 60 << 20)
     for shape in (Shape(4096, 4096), Shape(1024, 4096), Shape(57344, 8192)):
-        found = kernel_table.copies(shape, torch.bfloat16, torch.device("cuda"))
-        packed = shape.n * shape.k * 2 * 9 // 16
-        assert found * packed >= 2 * (60 << 20)
-        assert found == 2 or (found - 1) * packed < 2 * (60 << 20)
+        for values, packed in (
+            (torch.bfloat16, shape.n * shape.k * 2 * 9 // 16),
+            (torch.int8, shape.n * shape.k * 2 * 5 // 16 + 4 * shape.n),
+        ):
+            found = kernel_table.copies(shape, torch.bfloat16, values, torch.device("cuda"))
+            assert found * packed >= 2 * (60 << 20)
+            assert found == 2 or (found - 1) * packed < 2 * (60 << 20)
 
 
 def test_replays_that_are_measured_stand_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
