@@ -1,10 +1,12 @@
 """The kernels of this processor: 2:4 against the best dense product there is, for one layer.
 
-    python -m benchmarks.cpu_kernels [--threads 1 2] [--dtype bfloat16] [--rows 1 2 4 ...] [--shapes 4096x4096 ...] [--smoke]
+    python -m benchmarks.cpu_kernels [--threads 1 2] [--dtype bfloat16] [--value-dtype int8] [--rows 1 2 4 ...]
+        [--shapes 4096x4096 ...] [--smoke]
 
 Sides, one call each in every round, in turn:
 
-- ``2:4``: halve's kernels, what a packed layer runs;
+- ``2:4``: halve's kernels, what a packed layer runs, with kept values of ``--value-dtype``;
+- ``values``: the same with kept values in the dtype of x, where that is another one;
 - ``dense``: halve's own dense kernel, for as many rows as it is used for;
 - ``eager``: ``torch.nn.functional.linear``, what a dense layer of plain transformers runs;
 - ``frozen``: the operator that torch.compile with ``freezing`` calls (`frozen_operator` looks it up in a compiled
@@ -28,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress import wide
-from compress.packed import pack
+from compress.packed import PackedWeight, bytes_of, pack, quantize
 from compress.patterns import NMPattern
 from serve.kernels import ops
 from serve.kernels.cpu import backend
@@ -50,6 +52,7 @@ SHAPES = ("4096x4096", "14336x4096", "4096x14336")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 COPIES_BYTES = 512 << 20
 DENSE = {"dense": "halve's dense", "eager": "torch eager", "frozen": "torch frozen", "wide": "float32"}
+OTHERS = {"values": "2:4 in the dtype of x", **DENSE}
 
 Side = Callable[[Tensor], Tensor]
 
@@ -69,22 +72,30 @@ def frozen_operator() -> str:
 class Weights:
     """Copies of one 2:4 weight [n, k] in every form, enough of them that none is in a cache when its turn comes."""
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, k: int, dtype: torch.dtype, value_dtype: torch.dtype) -> None:
         weight = torch.randn(n, k)
         weight *= NMPattern(2, 4).mask(weight.abs())
         weight = weight.to(dtype)
-        self.n, self.k, self.dtype = n, k, dtype
+        self.n, self.k, self.dtype, self.value_dtype = n, k, dtype, value_dtype
         self.copies = max(3, -(-COPIES_BYTES // weight.nbytes))
         packed = pack(weight)
-        self.prepared = itertools.cycle([backend.prepare(packed) for _ in range(self.copies)])
+        self.values = self._prepared(packed)
+        self.prepared = self.values if value_dtype == dtype else self._prepared(quantize(packed, value_dtype))
         dense = [weight.clone() for _ in range(self.copies)]
         for copy in dense:
             backend.gather_into_huge_pages(copy)  # as prepared weights are, and as a served model's dense layers
         self.dense = itertools.cycle(dense)
 
+    def _prepared(self, packed: PackedWeight) -> Iterator[Tensor]:
+        # (smaller ones are more of them)
+        count = max(self.copies, -(-COPIES_BYTES // packed.nbytes)) if packed.scale is not None else self.copies
+        return itertools.cycle([backend.prepare(packed) for _ in range(count)])
+
     def sides(self, rows: int) -> dict[str, Side]:
         """The products to compare, x [rows, k] -> [rows, n]."""
         result: dict[str, Side] = {"2:4": lambda x: ops.sparse24_linear(x, next(self.prepared), None, self.n)}
+        if self.value_dtype != self.dtype:
+            result["values"] = lambda x: ops.sparse24_linear(x, next(self.values), None, self.n)
         if rows <= StreamedLinear.MOST_ROWS and backend.path() != "portable":
             result["dense"] = lambda x: ops.dense_linear(x, next(self.dense), None)
         result["eager"] = lambda x: functional.linear(x, next(self.dense))
@@ -107,8 +118,9 @@ class Weights:
 
     def bytes_of(self, side: str) -> int:
         """What a side reads of the weight."""
-        elements = self.n * self.k
-        return elements * self.dtype.itemsize if side != "2:4" else elements // 2 * self.dtype.itemsize + elements // 8
+        if side in DENSE:
+            return self.n * self.k * self.dtype.itemsize
+        return bytes_of(self.n, self.k, self.value_dtype if side == "2:4" else self.dtype)
 
 
 def measure(weights: Weights, rows: int, rounds: int) -> dict[str, Any]:
@@ -150,7 +162,9 @@ def prepare_milliseconds(n: int, k: int, dtype: torch.dtype, rounds: int = 7) ->
     return samples
 
 
-def run(threads: int, dtype: torch.dtype, shapes: list[str], rows: list[int], rounds: int) -> dict[str, Any]:
+def run(
+    threads: int, dtype: torch.dtype, value_dtype: torch.dtype, shapes: list[str], rows: list[int], rounds: int
+) -> dict[str, Any]:
     """All measurements of one number of threads."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -158,7 +172,7 @@ def run(threads: int, dtype: torch.dtype, shapes: list[str], rows: list[int], ro
     with torch.inference_mode():
         for shape in shapes:
             n, k = map(int, shape.split("x"))
-            weights = Weights(n, k, dtype)
+            weights = Weights(n, k, dtype, value_dtype)
             for m in rows:
                 results.append(measure(weights, m, rounds if m <= 64 else max(5, rounds * 64 // m)))
                 print(_line(threads, results[-1]), file=sys.stderr, flush=True)
@@ -175,11 +189,13 @@ def _line(threads: int, result: dict[str, Any]) -> str:
 def render(document: dict[str, Any]) -> str:
     """Two tables: the range over the layers for each number of rows, and every layer."""
     sides = [
-        name for name in DENSE if any(name in layer["speedup"] for run_ in document["runs"] for layer in run_["layers"])
+        name
+        for name in OTHERS
+        if any(name in layer["speedup"] for run_ in document["runs"] for layer in run_["layers"])
     ]
-    than = " | ".join(f"than {DENSE[name]}" for name in sides)
+    than = " | ".join(f"than {OTHERS[name]}" for name in sides)
     lines = [
-        f"# 2:4 against dense, {document['dtype']}, {document['path']} kernels",
+        f"# 2:4{_values(document)} against dense, {document['dtype']}, {document['path']} kernels",
         "",
         "How many times faster one 2:4 layer is, weights from memory: medians over the rounds, and of these the range over "
         f"{len({(layer['n'], layer['k']) for layer in document['runs'][0]['layers']})} layers. Best: the fastest of the dense products for that layer.",
@@ -204,7 +220,7 @@ def render(document: dict[str, Any]) -> str:
             gains = _gains(layer)
             cells = [f"{gains[name]:.2f}" if name in gains else "" for name in sides]
             rates = layer["gigabytes_per_second"]
-            dense = max(rate for name, rate in rates.items() if name != "2:4")
+            dense = max(rate for name, rate in rates.items() if name in DENSE)
             lines.append(
                 f"| {run_['threads']} | {layer['n']} x {layer['k']} | {layer['rows']} | {layer['milliseconds']['2:4']:.3f} | "
                 + " | ".join(cells)
@@ -227,7 +243,12 @@ def render(document: dict[str, Any]) -> str:
 def _gains(layer: dict[str, Any]) -> dict[str, float]:
     """How much faster than each dense side, and than the best one."""
     gains = {name: value["median"] for name, value in layer["speedup"].items()}
-    return {**gains, "best": min(gains.values())}
+    return {**gains, "best": min(gain for name, gain in gains.items() if name in DENSE)}
+
+
+def _values(document: dict[str, Any]) -> str:
+    stored = document.get("value_dtype", document["dtype"])
+    return "" if stored == document["dtype"] else f" with values in {stored}"
 
 
 def _range(values: list[float]) -> str:
@@ -241,6 +262,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--value-dtype", choices=["int8", "float8_e4m3fn"], help="of the kept values; left out: --dtype"
+    )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=41)
@@ -256,8 +280,9 @@ def main() -> None:
     if arguments.smoke:
         arguments.shapes, arguments.rows, arguments.rounds = ["256x512"], [1, 8, 64], 3
     dtype = getattr(torch, arguments.dtype)
+    value_dtype = getattr(torch, arguments.value_dtype or arguments.dtype)
     if arguments.child:
-        print(json.dumps(run(arguments.child, dtype, arguments.shapes, arguments.rows, arguments.rounds)))
+        print(json.dumps(run(arguments.child, dtype, value_dtype, arguments.shapes, arguments.rows, arguments.rounds)))
         return
     runs = []
     for threads in arguments.threads:
@@ -267,6 +292,7 @@ def main() -> None:
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     document = {
         "dtype": arguments.dtype,
+        "value_dtype": arguments.value_dtype or arguments.dtype,
         "path": backend.path(),
         "frozen_operator": frozen_operator(),
         "environment": environment(),

@@ -4,7 +4,7 @@
     python -m benchmarks.decode --llama-python ENV/bin/python [--threads 1 2] [--rounds 5] [--smoke]
 
 The model has the shape of Llama-3.2-1B and random weights (speed does not depend on their values), the same ones for all:
-2:4 packed, dense bfloat16, and GGUF files in BF16, Q8_0 and Q4_0. A round gives each side, in a process of its own, one
+2:4 packed (with kept values in bfloat16 and in int8), dense bfloat16, and GGUF files in BF16, Q8_0 and Q4_0. A round gives each side, in a process of its own, one
 prompt of 128 tokens and then has it decode 128 tokens one by one; the sides take turns, and wait idle in between. A side's
 time for a token is the median of a round; figures are medians over rounds, ratios medians of the ratios within a round.
 How to get llama.cpp is in `llama_cpp_side`; without ``--llama-python`` its sides are left out.
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 OURS = {
     "halve, 2:4": ("halve", "sparse"),
+    "halve, 2:4, int8": ("halve", "int8"),
     "halve, dense": ("halve", "dense"),
     "transformers": ("eager", "dense"),
     "transformers, torch.compile": ("compile", "dense"),

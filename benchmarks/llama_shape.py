@@ -6,6 +6,7 @@ benchmarks/llama_cpp_side.py says how ENV is made. In the directory OUT:
 
     dense/       the Hugging Face checkpoint in bfloat16, tied embeddings, Llama 3's scaling of the positions
     sparse/      its 2:4 twin by magnitude, packed: what `halve compress --metric magnitude --reconstruction none` keeps
+    int8/        the same with kept values in int8, as `halve pack --value-dtype int8` makes it of sparse/
     BF16.gguf    the very weights of dense/
     Q8_0.gguf    made of BF16.gguf by llama.cpp's own quantizer with its defaults, so that token_embd, which is the
     Q4_0.gguf    output matrix as well, is Q8_0 in the first and Q6_K in the second, as llama-quantize does
@@ -233,6 +234,8 @@ def build(directory: Path, python: Path, *, layers: int = 16, vocabulary: int = 
         raise SystemExit(f"{directory} holds a model of another shape; choose another --out, or remove it")
     if not (sparse / "config.json").exists():
         write_sparse(dense, sparse)
+    if not (directory / "int8" / "config.json").exists():
+        pack_checkpoint(sparse, directory / "int8", "int8")
     for kind in GGUFS:
         if (out := directory / f"{kind}.gguf").exists():
             continue

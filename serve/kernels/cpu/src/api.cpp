@@ -49,10 +49,10 @@ Path kernels_of(int path, [[maybe_unused]] DType dtype, [[maybe_unused]] DType i
   const bool by_integers = dtype == kInt8 && io != kFloat32;
   const bool by_pairs = path == kAvx512Bf16 && io == kBFloat16;
   if (by_pairs && dtype == kBFloat16) return {&kAvx512Bf16Stream, &kAvx512Bf16Panel, 30};
-  if (by_pairs && dtype == kFloat8 && has_vbmi()) return {&kAvx512Bf16Float8Stream, &kAvx512Bf16Float8Panel, 20};
+  if (by_pairs && dtype == kFloat8 && has_vbmi()) return {&kAvx512Bf16Float8Stream, &kAvx512Bf16Float8Panel, 26};
   if (path == kAvx512Bf16 || path == kAvx512) {
     const Kernel* many = by_pairs && dtype == kInt8 ? &kAvx512Bf16Int8Panel : &kAvx512Panel;
-    if (by_integers) return {has_vnni() ? &kAvx512VnniInt8 : &kAvx512Int8, many, 20};
+    if (by_integers) return {has_vnni() ? &kAvx512VnniInt8 : &kAvx512Int8, many, by_pairs ? 26 : 48};
     return {&kAvx512Stream, many, 20};
   }
   if (path == kAvx2) return {by_integers ? &kAvx2Int8 : &kAvx2Stream, &kAvx2Panel, 20};

@@ -33,6 +33,7 @@ TARGET inline void floats_to_half(const float* from, uint16_t* bits) {  // 16 of
 }
 
 #include "float_rows.h"
+#include "float_store.h"
 
 namespace stream {
 

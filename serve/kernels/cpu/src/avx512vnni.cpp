@@ -11,9 +11,7 @@
 namespace halve {
 namespace {
 
-#include "avx512_floats.inc"
-
-#include "float_rows.h"
+#include "avx512_rows.inc"
 
 namespace int8 {
 

@@ -16,6 +16,7 @@ inline void floats_to_half(const float* from, uint16_t* bits) {  // 16 of them
 }
 
 #include "float_rows.h"
+#include "float_store.h"
 
 template <DType D>
 inline void widen_scaled(const uint8_t* values, int64_t group, float* first, float* second) {
