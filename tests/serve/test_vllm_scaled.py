@@ -216,6 +216,30 @@ def test_what_was_never_read_is_named(plugin: ModuleType, dtype: torch.dtype, te
         layer.quant_method.process_weights_after_loading(layer)
 
 
+@dtypes
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_a_row_that_was_never_read_is_noticed(plugin: ModuleType, dtype: torch.dtype, tensor: str) -> None:
+    layer = single(plugin, dtype)
+    for name, (read,) in tensors_of(weight_of(0, dtype)).items():
+        assert read is not None
+        layer.take(layer.get_parameter(name), read)
+    unread = single(plugin, dtype).get_parameter(tensor)
+    layer.get_parameter(tensor).data[-1].copy_(unread.data[-1])
+    with pytest.raises(CorruptCheckpointError, match=rf"{ATTENTION}\.o_proj: .* (row|at \[)"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@dtypes
+def test_weights_may_be_what_one_could_take_for_none(plugin: ModuleType, dtype: torch.dtype) -> None:
+    weight = pack(torch.zeros(SIZE, SIZE))
+    layer = single(plugin, dtype)
+    layer.read(tensors_of(quantize(weight, dtype)))
+    assert not layer(drawn(9, is_sparse=False, rows=3)).any()
+    ones = PackedWeight(weight.values.fill_(1).to(dtype), weight.mask, torch.ones(SIZE, 1))
+    layer.read_anew(tensors_of(ones))
+    assert torch.equal(layer(torch.eye(SIZE).bfloat16()).T.double(), exact(ones))
+
+
 def wrong() -> list[Any]:
     scale, kept = "weight_scale", "weight_packed"
     kinds: dict[str, tuple[torch.dtype, str, Any, str]] = {

@@ -127,11 +127,13 @@ class LinearBase(nn.Module):
 
     def read_anew(self, tensors: Mapping[str, Sequence[Tensor | None] | Tensor]) -> None:
         """As `vllm.model_executor.model_loader.reload.layerwise` does: what is read is copied into the tensors that are there,
-        because graphs hold them."""
+        because graphs hold them. It is read into memory that holds anything, here what passes for a weight of every dtype."""
         kept = dict(self._parameters)
         for name in kept:
             delattr(self, name)
         self.create()
+        for parameter in self.parameters():
+            parameter.view(torch.uint8).fill_(0x33)
         self.read(tensors)
         for name, parameter in kept.items():
             assert parameter is not None
