@@ -1,10 +1,10 @@
 """How vLLM holds and multiplies the weight of one linear layer, fused and split as vLLM has it.
 
 Until the checkpoint is read, a layer has the checkpoint's tensors as parameters, filled with what no checkpoint holds;
-vLLM's own loaders cut and join them, because rows concatenate and columns slice in the packed format. Then the weight is
-validated and prepared for the backend, as ``weight_packed`` (vLLM's LoRA code looks for that name), or expanded where no
-backend is faster than dense, or `halve tune` measured that none is for the shape. Whichever it is, it stays: vLLM copies
-weights that are read anew into the tensors of the first ones, and compiled graphs hold them.
+vLLM's own loaders cut and join them, because rows concatenate and columns slice in the packed format, and a scale belongs to a
+row. Then the weight is validated and prepared for the backend, as ``weight_packed`` (vLLM's LoRA code looks for that name), or
+expanded where no backend is faster than dense, or `halve tune` measured that none is for the shape. Whichever it is, it stays:
+vLLM copies weights that are read anew into the tensors of the first ones, and compiled graphs hold them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from compress import packed
@@ -29,6 +29,11 @@ from serve.vllm.stored import Stored
 
 _TWO_LOWEST = 0x33
 """The mask of weights that vLLM makes up (``--load-format dummy``): the two lowest columns of each group."""
+_MADE_UP_SCALE = 1e-3
+"""The scale of such weights, whose values of 8 bits are all one: vLLM's own random ones go up to this."""
+_NOT_A_VALUE = {torch.uint8: 0, torch.int8: -128}
+"""What a tensor is filled with until it is read, which none of a checkpoint holds: masks, values. NaN of every other dtype."""
+_FLOATS = tuple(packed.FLOAT_DTYPES.values())
 
 
 _FUSED = (
@@ -61,6 +66,7 @@ class Outcome:
         how: on what, or why not.
         bytes: held by the weight; ``dense_bytes``: by its dense form.
         warning: what the user should know, once for all layers.
+        value_dtype: of the kept values that are multiplied; None where it is dense.
     """
 
     sparse: bool
@@ -68,6 +74,7 @@ class Outcome:
     bytes: int
     dense_bytes: int
     warning: str | None = None
+    value_dtype: torch.dtype | None = None
 
 
 class SparseLinearMethod(LinearMethodBase):
@@ -99,8 +106,8 @@ class SparseLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Registers the tensors of the checkpoint: values and mask, or the dense weight, or all where a fused layer has
-        parts of both kinds."""
+        """Registers the tensors of the checkpoint: values, mask and scales, or the dense weight, or all where a fused layer has
+        parts of both kinds. Values without scales, and dense weights, are cast to ``params_dtype`` as they are read."""
         loader = extra_weight_attrs["weight_loader"]
         n, k = sum(output_partition_sizes), input_size_per_partition
         self.n, self.k, self.dtype = n, k, params_dtype
@@ -109,15 +116,27 @@ class SparseLinearMethod(LinearMethodBase):
         if len(self.shards) != len(self.is_packed):
             self.is_packed = [all(self.is_packed)] * len(self.shards)
 
-        def register(name: str, tensor: Tensor, columns: int, is_mask: bool = False) -> None:
-            def check(read: Tensor) -> None:
-                _check(f"{self.prefix}.{name}", read, columns, is_mask)
+        def register(
+            name: str,
+            features: int,
+            dtype: torch.dtype,
+            fitting: Sequence[torch.dtype] = (),
+            made_up: float | None = None,
+        ) -> None:
+            """``features``: of the input, in a column, 0: one column for all; ``fitting``: dtypes that may be cast as they are read."""
+            columns, here = (input_size // features, k // features) if features else (1, 1)
 
-            parameter = ModelWeightParameter(
-                data=tensor, input_dim=1, output_dim=0, weight_loader=self.loads.recording(name, loader, check)
-            )
-            if is_mask:
-                set_weight_attrs(parameter, {"dummy_weight_value": _TWO_LOWEST})
+            def check(read: Tensor) -> None:
+                _check(f"{self.prefix}.{name}", read, columns, fitting or (dtype,))
+
+            unread = torch.full((n, here), _NOT_A_VALUE.get(dtype, float("nan")), dtype=dtype)
+            load = self.loads.recording(name, loader, check)
+            if features:
+                parameter = ModelWeightParameter(data=unread, input_dim=1, output_dim=0, weight_loader=load)
+            else:
+                parameter = ChannelQuantScaleParameter(data=unread, output_dim=0, weight_loader=load)
+            if made_up is not None:
+                set_weight_attrs(parameter, {"dummy_weight_value": made_up})
             layer.register_parameter(name, parameter)
 
         if any(self.is_packed):
@@ -126,13 +145,17 @@ class SparseLinearMethod(LinearMethodBase):
                     f"{self.prefix} has {input_size} input features, of which each of {input_size // k} ranks gets {k}, and the "
                     f"packed format needs a multiple of {packed.COLUMN_MULTIPLE}: use a smaller --tensor-parallel-size"
                 )
-            values = torch.full((n, k // 2), float("nan"), dtype=params_dtype)
-            register(self.stored.values, values, input_size // 2)
-            register(self.stored.mask, torch.zeros(n, k // 8, dtype=torch.uint8), input_size // 8, is_mask=True)
+            if self.stored.scale is None:
+                register(self.stored.values, 2, params_dtype, _FLOATS)
+            else:
+                assert self.stored.value_dtype is not None
+                register(self.stored.values, 2, self.stored.value_dtype, made_up=1)
+                register(self.stored.scale, 0, torch.float32, made_up=_MADE_UP_SCALE)
+            register(self.stored.mask, 8, torch.uint8, made_up=_TWO_LOWEST)
             if self.stored.kind == "bitmask":
                 _register_shape(layer, self.prefix, len(output_partition_sizes), input_size)
         if not all(self.is_packed):
-            register("weight", torch.full((n, k), float("nan"), dtype=params_dtype), input_size)
+            register("weight", 1, params_dtype, _FLOATS)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """From the tensors of the checkpoint to the form that is multiplied.
@@ -146,7 +169,7 @@ class SparseLinearMethod(LinearMethodBase):
         form, dense_bytes = self._form, self.n * self.k * self.dtype.itemsize
         if form.backend is None:
             if isinstance(weight, PackedWeight):
-                layer.weight = nn.Parameter(plain.expand(weight), requires_grad=False)
+                layer.weight = nn.Parameter(plain.expand(weight, self.dtype), requires_grad=False)
             self._dense = self._dense or UnquantizedLinearMethod()
             self._dense.process_weights_after_loading(layer)
             self._processed(self.prefix, Outcome(False, form.how, dense_bytes, dense_bytes, form.warning))
@@ -159,7 +182,8 @@ class SparseLinearMethod(LinearMethodBase):
         assert form.backend.prepare is not None
         stream = form.backend.prepare(weight, self.prefix)
         layer.weight_packed = nn.Parameter(stream, requires_grad=False)
-        self._processed(self.prefix, Outcome(True, form.how, stream.nbytes, dense_bytes))
+        outcome = Outcome(True, form.how, stream.nbytes, dense_bytes, value_dtype=weight.values.dtype)
+        self._processed(self.prefix, outcome)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]."""
@@ -173,8 +197,7 @@ class SparseLinearMethod(LinearMethodBase):
         packed_parts = [part for part in parts if self.is_packed[min(part, len(self.is_packed) - 1)]]
         self.loads.require(
             {
-                self.stored.values: packed_parts,
-                self.stored.mask: packed_parts,
+                **dict.fromkeys(self.stored.tensors, packed_parts),
                 "weight": [part for part in parts if part not in packed_parts],
             }
         )
@@ -184,12 +207,11 @@ class SparseLinearMethod(LinearMethodBase):
             both = self._take_packed(layer)
             for shard, is_packed in zip(self.shards, self.is_packed, strict=True):
                 if is_packed:
-                    part = PackedWeight(both.values[shard.rows], both.mask[shard.rows])
-                    _tensor(layer, "weight")[shard.rows] = plain.expand(part)
+                    _tensor(layer, "weight")[shard.rows] = plain.expand(both.rows(shard.rows), self.dtype)
             return _fused_with([m for m, is_packed in zip(self.modules, self.is_packed, strict=True) if not is_packed])
         weight = _tensor(layer, "weight")
         for shard in self.shards:
-            if bool(weight[shard.rows].isnan().all()):
+            if _is_unread(weight[shard.rows]):
                 raise CorruptCheckpointError(
                     f"the checkpoint has no tensor {shard.module}.weight; it is damaged, get it again"
                 )
@@ -203,15 +225,16 @@ class SparseLinearMethod(LinearMethodBase):
         return result
 
     def _take_packed(self, layer: nn.Module) -> PackedWeight:
-        """Values and mask off the layer, each part validated under the name that it has in the checkpoint."""
-        names = (self.stored.values, self.stored.mask)
-        values, mask = (_tensor(layer, name) for name in names)
+        """Values, mask and scales off the layer, each part validated under the name that it has in the checkpoint."""
+        names = self.stored.tensors
+        tensors = [_tensor(layer, name) for name in names]
         for name in [*names, *(["shape"] if self.stored.kind == "bitmask" else [])]:
             delattr(layer, name)
         for shard, is_packed in zip(self.shards, self.is_packed, strict=True):
             if is_packed:
-                _validate(PackedWeight(values[shard.rows], mask[shard.rows]), shard, names)
-        return PackedWeight(packed.canonical(values), mask)
+                _validate([tensor[shard.rows] for tensor in tensors], shard, names)
+        weight = PackedWeight(*tensors)
+        return weight if weight.scale is not None else PackedWeight(packed.canonical(weight.values), weight.mask)
 
 
 def _form_of(weight: PackedWeight) -> Form:
@@ -240,23 +263,26 @@ def _tensor(layer: nn.Module, name: str) -> Tensor:
     return getattr(layer, name).data
 
 
-def _validate(weight: PackedWeight, shard: Shard, names: tuple[str, str]) -> None:
-    """Names what was never read; then looks at every group and every value."""
-    values, mask = names
-    if bool((weight.mask == 0).all()):
-        raise CorruptCheckpointError(f"the checkpoint has no tensor {shard.module}.{mask}; it is damaged, get it again")
-    if bool(weight.values.isnan().all()):
-        raise CorruptCheckpointError(
-            f"the checkpoint has no tensor {shard.module}.{values}; it is damaged, get it again"
-        )
-    packed.validate(weight, shard.module)
+def _is_unread(tensor: Tensor) -> bool:
+    """Whether it holds nothing but what it was filled with."""
+    filler = _NOT_A_VALUE.get(tensor.dtype)
+    return bool((tensor.isnan() if filler is None else tensor == filler).all())
 
 
-def _check(name: str, read: Tensor, columns: int, is_mask: bool) -> None:
+def _validate(tensors: Sequence[Tensor], shard: Shard, names: Sequence[str]) -> None:
+    """Names what was never read; then looks at every group, value and scale. ``tensors``: as `PackedWeight` takes them."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if _is_unread(tensor):
+            raise CorruptCheckpointError(
+                f"the checkpoint has no tensor {shard.module}.{name}; it is damaged, get it again"
+            )
+    packed.validate(PackedWeight(*tensors), shard.module)
+
+
+def _check(name: str, read: Tensor, columns: int, dtypes: Sequence[torch.dtype]) -> None:
     """Refuses what vLLM's loaders would cast or cut without a word."""
-    fits = read.dtype == torch.uint8 if is_mask else read.dtype in packed.VALUE_DTYPES.values()
-    if not fits or read.ndim != 2 or read.shape[1] != columns:
-        kind = "uint8" if is_mask else "floating-point"
+    if read.dtype not in dtypes or read.ndim != 2 or read.shape[1] != columns:
+        kind = "floating-point" if dtypes is _FLOATS else str(dtypes[0]).removeprefix("torch.")
         raise CorruptCheckpointError(
             f"a tensor of the checkpoint for {name} is {read.dtype} {list(read.shape)}, and {kind} [rows, {columns}] belongs "
             "there; config.json and the weights do not belong together"

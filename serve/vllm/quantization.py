@@ -143,10 +143,14 @@ class HalveQuantization(QuantizationConfig):
             _logger.warning(warning)
 
     def graph_digest(self) -> str:
-        """Of what compiled graphs depend on: which layers are 2:4, and how long their weights are; "" before any was read."""
+        """Of what compiled graphs depend on: which layers are 2:4, of which values, and how long their weights are; "" before any was
+        read."""
         if not self._outcomes:
             return ""
-        forms = sorted((prefix, outcome.sparse, outcome.bytes) for prefix, outcome in self._outcomes.items())
+        forms = sorted(
+            (prefix, outcome.sparse, str(outcome.value_dtype), outcome.bytes)
+            for prefix, outcome in self._outcomes.items()
+        )
         return hashlib.sha256(repr(forms).encode()).hexdigest()
 
     def _check_downloaded(self, model: str, revision: str | None) -> None:

@@ -9,7 +9,7 @@ from compress.checkpoint import check_files
 from compress.errors import CorruptCheckpointError, SourceError
 from compress.files import TensorFiles
 from compress.layout import Layout, LinearInfo
-from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, VALUES_SUFFIX, PackedWeight, validate
+from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, SCALE_SUFFIX, VALUES_SUFFIX, PackedWeight, validate
 from compress.sources import read_config
 from serve.vllm.stored import Stored, model_types, require_order
 
@@ -50,7 +50,7 @@ def require_sound(directory: Path, stored: Stored) -> str | None:
 
 
 def _packed(stored: Stored, layout: Layout, files: TensorFiles) -> set[str]:
-    """The linears that have to be there as values and mask."""
+    """The linears that have to be there packed."""
     if stored.kind == "packed":
         return layout.packed(stored.ignore)
 
@@ -68,8 +68,9 @@ def _packed(stored: Stored, layout: Layout, files: TensorFiles) -> set[str]:
 
 
 def _find_damage(files: TensorFiles) -> None:
-    """Raises CorruptCheckpointError, naming the layer, where the damage shows in the mask or the values of a packed one."""
+    """Raises CorruptCheckpointError, naming the layer, where the damage shows in the mask, the values or the scales of a packed one."""
     for key in files:
         stem = key.removesuffix(MASK_SUFFIX)
         if stem != key and stem + VALUES_SUFFIX in files:
-            validate(PackedWeight(files.read(stem + VALUES_SUFFIX), files.read(key)), stem)
+            scale = files.read(stem + SCALE_SUFFIX) if stem + SCALE_SUFFIX in files else None
+            validate(PackedWeight(files.read(stem + VALUES_SUFFIX), files.read(key), scale), stem)

@@ -11,14 +11,14 @@ import torch
 from compress.checkpoint import parse_config
 from compress.errors import CorruptCheckpointError, SourceError
 from compress.files import TensorFiles
-from compress.packed import DENSE_SUFFIX, VALUE_DTYPES
+from compress.packed import DENSE_SUFFIX, LARGEST, VALUE_DTYPES
 from serve.vllm.names import Names
 
 _AS_STORED = Names()
 _REORDERED_TYPES = ("llama4", "llama4_text")
 _REORDERED_MODULES = ("q_proj", "k_proj")
-"""Of these models vLLM reorders the rows of these modules as it reads them, if a tensor is called ``weight`` or ``weight_packed``:
-masks stay as they are, and compressed-tensors' values do, too."""
+"""Of these models vLLM reorders the rows of these modules as it reads them, if a tensor is called ``weight``, ``weight_packed`` or
+``weight_scale``: masks stay as they are, and compressed-tensors' values do, too."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,16 @@ class Stored:
         """The name of the tensor of bits [N, K/8]."""
         return "bitmask" if self.kind == "bitmask" else "weight_mask"
 
+    @property
+    def scale(self) -> str | None:
+        """The name of the tensor of scales [N, 1]; None where values have none."""
+        return "weight_scale" if self.value_dtype in LARGEST else None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all of them, in the order in which `PackedWeight` takes them."""
+        return (self.values, self.mask) if self.scale is None else (self.values, self.mask, self.scale)
+
     def with_what_is_there(self, files: TensorFiles) -> Stored:
         """The same with the names of what is stored whole: `ignore` has linears alone, and of vLLM's there may be more (routers of
         experts)."""
@@ -59,7 +69,7 @@ class Stored:
         return replace(self, whole=tuple(stem for stem in stems if f"{stem}{DENSE_SUFFIX}" in files))
 
     def is_packed(self, module: str, names: Names = _AS_STORED) -> bool:
-        """Whether a linear module is stored as values and mask. ``names``: how its name comes from that in the checkpoint."""
+        """Whether a linear module is stored packed. ``names``: how its name comes from that in the checkpoint."""
         if self.kind == "dense":
             return False
         is_ignored = any(_is_meant(module, pattern, names) for pattern in (*self.ignore, *self.whole))

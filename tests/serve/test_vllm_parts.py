@@ -6,10 +6,14 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.convert import pack_checkpoint
 from compress.errors import CorruptCheckpointError, SourceError, UsageError
+from compress.packed import SCALED_DTYPES
 from serve import vllm_plugin
 from serve.engines import vllm as engine
 from serve.engines.vllm_arguments import option
@@ -315,18 +321,62 @@ def test_every_tensor_that_is_wrong_is_named(packed: Path, tmp_path: Path, fault
 
 def damage_in_place(source: Path, out: Path, key: str, fault: str) -> None:
     """Changes two bytes of a tensor where they lie in the file."""
-    import struct
+    with in_place(source, out, key) as tensor:
+        if fault == "flipped":
+            tensor[0] ^= 1
+        else:
+            tensor[:2] = b"\xc0\x7f"  # bfloat16's NaN
 
+
+@contextmanager
+def in_place(source: Path, out: Path, key: str) -> Iterator[bytearray]:
+    """The bytes of a tensor of a copy, to be changed; the file's digest is the old one."""
     shutil.copytree(source, out)
     file = out / "model.safetensors"
     data = bytearray(file.read_bytes())
     (length,) = struct.unpack("<Q", data[:8])
-    start = 8 + length + json.loads(data[8 : 8 + length])[key]["data_offsets"][0]
-    if fault == "flipped":
-        data[start] ^= 1
-    else:
-        data[start : start + 2] = b"\xc0\x7f"  # bfloat16's NaN
+    start, end = (8 + length + offset for offset in json.loads(data[8 : 8 + length])[key]["data_offsets"])
+    tensor = data[start:end]
+    yield tensor
+    assert tensor != data[start:end]
+    data[start:end] = tensor
     file.write_bytes(data)
+
+
+@pytest.mark.parametrize("value_dtype", SCALED_DTYPES)
+def test_every_tensor_that_is_wrong_beside_scales_is_named(packed: Path, tmp_path: Path, value_dtype: str) -> None:
+    scaled = tmp_path / "scaled"
+    pack_checkpoint(packed, scaled, value_dtype)
+    how = stored_of(scaled)
+    assert how.tensors == ("weight_packed", "weight_mask", "weight_scale")
+    assert require_sound(scaled, how) is None
+    tensors = load_file(scaled / "model.safetensors")
+    assert sum(key.endswith(".weight_scale") for key in tensors) == 7
+    for number, (key, tensor) in enumerate(tensors.items()):
+        if not key.endswith(how.tensors):
+            continue
+        wrong = {
+            "missing": checkpoints.without(scaled, tmp_path / f"missing-{number}", key),
+            "short": checkpoints.changed(scaled, tmp_path / f"short-{number}", key, tensor[1:].contiguous()),
+            "dtype": checkpoints.changed(scaled, tmp_path / f"dtype-{number}", key, tensor.to(torch.float16)),
+        }
+        for fault, directory in wrong.items():
+            with pytest.raises(CorruptCheckpointError) as raised:
+                require_sound(directory, how)
+            assert f"{key} " in f"{raised.value} ".replace(";", " "), fault
+        damaged = tmp_path / f"damaged-{number}"
+        with in_place(scaled, damaged, key) as data:
+            data[-1] = 0x80 if key.endswith("_packed") and value_dtype == "int8" else 0xFF
+        with pytest.raises(CorruptCheckpointError) as raised:
+            require_sound(damaged, how)
+        module, _, name = key.rpartition(".")
+        said = {
+            "weight_packed": "packed values are",
+            "weight_mask": "two bits",
+            "weight_scale": "scales are not finite",
+        }
+        assert f"{module}: " in str(raised.value)
+        assert said[name] in str(raised.value)
 
 
 def test_files_that_are_damaged_are_named(packed: Path, zeros: Path, tmp_path: Path) -> None:
@@ -408,6 +458,12 @@ def test_rows_that_vllm_reorders_are_refused_before_it_starts(
             require_sound(one, how)
 
 
+SCALES_KNOWN_TO = {
+    *("dbrx", "deepseek_v2", "exaone_moe", "glm4_moe_mtp", "glm_ocr_mtp", "gpt_oss", "granitemoehybrid", "k2_horizon", "laguna"),
+    *("lilicorr", "llama4", "mistral", "mistral3", "mistral_large_3", "mistral_large_3_eagle", "qwen3_moe", "step3p5"),
+}  # fmt: skip
+
+
 @checkpoints.needs_vllm
 def test_no_other_model_reorders_rows_by_the_name_of_a_tensor() -> None:
     """In the sources of the vLLM that is installed: who takes ``weight_packed`` for a weight, and does what with it."""
@@ -422,6 +478,12 @@ def test_no_other_model_reorders_rows_by_the_name_of_a_tensor() -> None:
     assert {name for name, source in text.items() if "weight_packed" in source} == {
         *("llama4", "whisper", "gpt_oss", "step3p5"),
     }, "look whether another model handles these tensors one by one"
+    # Llama 4 reorders scales, too. The others rename those of other formats or of experts, or skip such as the model does not have.
+    # Mamba 2 has a loader of its own for scales where groups do not divide among the ranks (in ``layers/mamba``).
+    words = re.compile(r"""["'.]weight_scale["']""")
+    assert {name for name, source in text.items() if words.search(source)} == SCALES_KNOWN_TO, (
+        "look whether another model handles scales one by one"
+    )
 
 
 # halve serve --engine vllm

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from compress.convert import unpack_checkpoint
+from compress.packed import SCALED_DTYPES
 from tests.runs import compress
 from tests.serve import vllm_checkpoints as checkpoints
 from tests.serve.test_vllm import complete, run_session
@@ -27,6 +28,15 @@ def three(name: str, packed: Path, zeros: Path, **options: object) -> list[Case]
     ]
 
 
+def scaled(name: str, root: Path, family: str = "llama", value_dtype: str = "int8", **options: object) -> list[Case]:
+    """A model with values of 8 bits, expanded as it is read, and dense with its zeros."""
+    packed, zeros = checkpoints.pair(root / value_dtype, family, value_dtype=value_dtype)
+    return [
+        Case(f"{name} {value_dtype} zeros", str(zeros), options=options),
+        Case(f"{name} {value_dtype}", str(packed), options=options, environment={"HALVE_BACKEND": "plain"}),
+    ]
+
+
 def require_equal(session: dict[str, Result], name: str) -> None:
     expected = complete(session[f"{name} zeros"])
     for kind in ("packed", "found"):
@@ -40,13 +50,15 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     found: dict[str, Result] = {}
     for family in checkpoints.SETTINGS:
         root = tmp_path_factory.mktemp(family)
-        found |= run_session(three(family, *checkpoints.pair(root, family)), root)
+        found |= run_session([*three(family, *checkpoints.pair(root, family)), *scaled(family, root, family)], root)
     return found
 
 
 @pytest.mark.parametrize("family", sorted(checkpoints.SETTINGS))
 def test_every_family(families: dict[str, Result], family: str) -> None:
     require_equal(families, family)
+    assert complete(families[f"{family} int8"]) == complete(families[f"{family} int8 zeros"])
+    assert complete(families[f"{family} int8"]) != complete(families[f"{family} packed"])
 
 
 def test_two_ranks(tmp_path: Path) -> None:
@@ -60,12 +72,15 @@ def test_two_ranks(tmp_path: Path) -> None:
         Case("tp bitmask", str(bitmask), options=options),
         Case("compiled zeros", str(zeros), options=compiled),
         Case("compiled packed", str(packed), options=compiled),
+        *(case for values in SCALED_DTYPES for case in scaled("tp", tmp_path, value_dtype=values, **options)),
     ]
     session = run_session(cases, tmp_path, ranks=2)
     expected = complete(session["tp zeros"])
     for name in ("tp packed", "tp found", "tp bitmask"):
         assert complete(session[name]) == expected
     assert complete(session["compiled packed"]) == complete(session["compiled zeros"])
+    for values in SCALED_DTYPES:
+        assert complete(session[f"tp {values}"]) == complete(session[f"tp {values} zeros"])
 
 
 def test_smollm2(tmp_path: Path) -> None:

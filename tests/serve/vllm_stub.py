@@ -34,50 +34,106 @@ class UnquantizedLinearMethod(LinearMethodBase):
         return torch.nn.functional.linear(x, layer.weight, bias)
 
 
-class ModelWeightParameter(nn.Parameter):
-    def __new__(cls, data: Tensor, **options: Any) -> ModelWeightParameter:
+class ChannelQuantScaleParameter(nn.Parameter):
+    """Its first axis is that of the output; it has none of the input."""
+
+    def __new__(cls, data: Tensor, **options: Any) -> ChannelQuantScaleParameter:
         return torch.Tensor._make_subclass(cls, data, False)  # type: ignore[return-value]
 
-    def __init__(self, data: Tensor, weight_loader: Callable[..., None], **options: Any) -> None:
-        self.weight_loader = weight_loader
+    def __init__(self, data: Tensor, output_dim: int, weight_loader: Callable[..., None]) -> None:
+        self.output_dim, self.weight_loader = output_dim, weight_loader
+
+
+class ModelWeightParameter(ChannelQuantScaleParameter):
+    def __init__(self, data: Tensor, input_dim: int, output_dim: int, weight_loader: Callable[..., None]) -> None:
+        super().__init__(data, output_dim, weight_loader)
+        self.input_dim = input_dim
+
+
+def set_weight_attrs(parameter: Tensor, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        assert not hasattr(parameter, name)
+        setattr(parameter, name, value)
 
 
 class LinearBase(nn.Module):
-    """A layer of one or several fused parts; ``sizes``: the rows of each."""
+    """A layer of one or several fused parts, or this rank's share of it.
 
-    def __init__(self, quantization: Any, prefix: str, sizes: Sequence[int], columns: int) -> None:
+    Args:
+        sizes: the rows of each part, on all ranks; ``columns``: likewise.
+        split: what each of the ``ranks`` has a share of: ``output`` or ``input``.
+    """
+
+    def __init__(
+        self,
+        quantization: Any,
+        prefix: str,
+        sizes: Sequence[int],
+        columns: int,
+        *,
+        split: str = "output",
+        ranks: int = 1,
+        rank: int = 0,
+    ) -> None:
         super().__init__()
-        self.sizes, self.columns = list(sizes), columns
+        self.sizes, self.columns, self.split, self.ranks, self.rank = list(sizes), columns, split, ranks, rank
         self.quant_method = quantization.get_quant_method(self, prefix)
         self.create()
 
     def create(self) -> None:
         """What vLLM does as it builds the model, and before weights are read anew."""
-        self.quant_method.create_weights(
-            self, self.columns, self.sizes, self.columns, sum(self.sizes), torch.bfloat16, weight_loader=self.take
-        )
+        over = {"output": 1, "input": 1, self.split: self.ranks}
+        sizes = [size // over["output"] for size in self.sizes]
+        arguments = (self.columns // over["input"], sizes, self.columns, sum(self.sizes), torch.bfloat16)
+        self.quant_method.create_weights(self, *arguments, weight_loader=self.take)
 
     def take(self, param: Tensor, loaded_weight: Tensor, part: int | None = None) -> None:
-        start = sum(self.sizes[: part or 0])
-        rows = slice(None) if part is None else slice(start, start + self.sizes[part])
-        param.data[rows].copy_(loaded_weight)
+        """What ``weight_loader`` of vLLM's layers does with their parameters' axes."""
+        data = param.data
+        if self.split == "input":
+            axis = getattr(param, "input_dim", None)
+            if axis is not None:
+                loaded_weight = loaded_weight.narrow(axis, self.rank * data.shape[axis], data.shape[axis])
+        elif part is None and len(self.sizes) > 1:
+            for number, one in enumerate(loaded_weight.split(self.sizes)):
+                self.take(param, one, number)
+            return
+        else:
+            size = self.sizes[part or 0] // self.ranks
+            data = data.narrow(param.output_dim, sum(self.sizes[: part or 0]) // self.ranks, size)  # type: ignore[attr-defined]
+            loaded_weight = loaded_weight.narrow(param.output_dim, self.rank * size, size)  # type: ignore[attr-defined]
+        assert data.shape == loaded_weight.shape
+        data.copy_(loaded_weight)
 
-    def read(self, tensors: Mapping[str, Sequence[Tensor] | Tensor]) -> None:
-        """The tensors of the checkpoint by name; of a fused layer one for each part."""
+    def read(self, tensors: Mapping[str, Sequence[Tensor | None] | Tensor]) -> None:
+        """The tensors of the checkpoint by name; of a fused layer one for each part, None where it has none."""
         for name, parts in tensors.items():
             parameter = self.get_parameter(name)
             for number, tensor in enumerate([parts] if isinstance(parts, Tensor) else parts):
                 shard = () if isinstance(parts, Tensor) else (number,)
-                parameter.weight_loader(parameter, tensor, *shard)  # type: ignore[attr-defined]
+                if tensor is not None:
+                    parameter.weight_loader(parameter, tensor, *shard)  # type: ignore[attr-defined]
         self.quant_method.process_weights_after_loading(self)
 
-    def read_anew(self, tensors: Mapping[str, Sequence[Tensor] | Tensor]) -> None:
+    def make_up(self) -> None:
+        """As `vllm.model_executor.model_loader.weight_utils.initialize_single_dummy_weight` does for ``--load-format dummy``."""
+        for parameter in self.parameters():
+            value = getattr(parameter, "dummy_weight_value", None)
+            if value is not None:
+                parameter.fill_(value)
+            elif parameter.is_floating_point():
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-1e-3, 1e-3))
+        self.quant_method.process_weights_after_loading(self)
+
+    def read_anew(self, tensors: Mapping[str, Sequence[Tensor | None] | Tensor]) -> None:
         """As `vllm.model_executor.model_loader.reload.layerwise` does: what is read is copied into the tensors that are there,
-        because graphs hold them."""
+        because graphs hold them. It is read into memory that holds anything, here what passes for a weight of every dtype."""
         kept = dict(self._parameters)
         for name in kept:
             delattr(self, name)
         self.create()
+        for parameter in self.parameters():
+            parameter.view(torch.uint8).fill_(0x33)
         self.read(tensors)
         for name, parameter in kept.items():
             assert parameter is not None
@@ -142,8 +198,11 @@ _MODULES: dict[str, dict[str, Any]] = {
         "QuantizationConfig": QuantizationConfig,
         "QuantizeMethodBase": object,
     },
-    "vllm.model_executor.parameter": {"ModelWeightParameter": ModelWeightParameter},
-    "vllm.model_executor.utils": {"set_weight_attrs": lambda parameter, attributes: None},
+    "vllm.model_executor.parameter": {
+        "ChannelQuantScaleParameter": ChannelQuantScaleParameter,
+        "ModelWeightParameter": ModelWeightParameter,
+    },
+    "vllm.model_executor.utils": {"set_weight_attrs": set_weight_attrs},
 }
 
 
