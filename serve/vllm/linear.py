@@ -165,7 +165,7 @@ class SparseLinearMethod(LinearMethodBase):
         """
         weight = self._weight(layer)
         if self._form is None:
-            self._form = weight if isinstance(weight, Form) else _form_of(weight)
+            self._form = weight if isinstance(weight, Form) else _form_of(weight, self.dtype)
         form, dense_bytes = self._form, self.n * self.k * self.dtype.itemsize
         if form.backend is None:
             if isinstance(weight, PackedWeight):
@@ -237,10 +237,10 @@ class SparseLinearMethod(LinearMethodBase):
         return weight if weight.scale is not None else PackedWeight(packed.canonical(weight.values), weight.mask)
 
 
-def _form_of(weight: PackedWeight) -> Form:
+def _form_of(weight: PackedWeight, computes_in: torch.dtype) -> Form:
     """What multiplies a 2:4 weight best here."""
     device, dtype = weight.values.device, weight.values.dtype
-    measured = tuned.decision(device, dtype, *weight.shape)
+    measured = tuned.decision(device, computes_in, *weight.shape, dtype)
     if measured is not None and measured.why_dense is not None:
         return Form(None, measured.why_dense, "halve: some 2:4 layers are served dense, as `halve tune` measured")
     choice = choose(device, dtype, 1, *weight.shape, None if measured is None else measured.backend)

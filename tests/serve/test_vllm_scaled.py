@@ -359,17 +359,18 @@ def test_weights_that_vllm_makes_up(plugin: ModuleType, dtype: torch.dtype, igno
 def test_the_dtype_of_the_values_decides(
     plugin: ModuleType, monkeypatch: pytest.MonkeyPatch, prepared: list[PackedWeight], dtype: torch.dtype
 ) -> None:
-    asked: list[torch.dtype] = []
+    asked: list[Any] = []
 
     def note(result: Any) -> Any:
-        return lambda device, dtype, *rest: asked.append(dtype) or result
+        return lambda device, *rest: asked.append(rest) or result
 
     linear = sys.modules["serve.vllm.linear"]
     monkeypatch.setattr(linear, "choose", note(linear.choose()))
     monkeypatch.setattr(tuned, "decision", note(None))
     layer = single(plugin, dtype)
     layer.read(tensors_of(weight_of(0, dtype)))
-    assert asked == [dtype, dtype]
+    computed_in, (n, k) = torch.bfloat16, weight_of(0, dtype).shape
+    assert asked == [(computed_in, n, k, dtype), (dtype, 1, n, k, None)]
     assert list(layer._parameters) == ["weight_packed"]
 
     monkeypatch.setattr(tuned, "decision", note(Decision(None, "dense is faster here")))
