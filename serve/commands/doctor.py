@@ -33,7 +33,7 @@ def doctor(as_json: Json = False) -> None:
             lines.add_column(no_wrap=not wraps)
         for row in document["matrix"]:
             mark = Text("here", "green") if row["here"] else Text("no", "yellow")
-            dtypes = " ".join(row["dtypes"]).replace("float", "f")
+            dtypes = " ".join(row["dtypes"]).replace("float", "f").replace("8_e4m3fn", "8")
             by = f"by {row['kernel']}" if row["kernel"] else ""
             reason = row["why_not"] or row["status"].replace("works", "")
             lines.add_row("", mark, row["engine"], row["device"], ", ".join(row["formats"]), dtypes, by, reason)
