@@ -32,14 +32,16 @@ from compress.blocks import BlockModel
 from compress.course import relative_error
 from compress.errors import NumericalError, RecipeError
 from compress.methods import Options
+from compress.packed import SCALED_DTYPES, bytes_of
 from compress.pruner import BlockPruner
 from compress.recipe import Recipe
 from compress.repair import Repair, held_out_batches
 
 Weight = tuple[int, int, bool]
 """N, K, and whether it is that of a Conv1D, which is another product."""
-Savings = Callable[[int, torch.dtype, torch.device], Mapping[Weight, float]]
-"""``savings(rows, dtype, device)``: microseconds that 2:4 saves in one product there; negative where it is slower."""
+Savings = Callable[[int, torch.dtype, torch.device, torch.dtype], Mapping[Weight, float]]
+"""``savings(rows, dtype, device, value_dtype)``: microseconds that 2:4 with kept values of that dtype saves in one product there; negative where
+it is slower."""
 Telling = Callable[[int, int, str], None]
 
 
@@ -230,9 +232,11 @@ def what_pruning_saves(
         RecipeError: what a linear saves is not known, or no linear saves anything.
     """
     options, saves = recipe.chosen_allocation, dict[str, float]()
+    asked = "" if recipe.value_dtype == "auto" else f" --value-dtype {recipe.value_dtype}"
     assert options is not None, "the recipe asks for it"
     by_latency = options.by == "latency"
-    known = savings(options.rows, model.dtype, model.device) if by_latency and savings is not None else {}
+    values = SCALED_DTYPES.get(recipe.value_dtype, model.dtype)
+    known = savings(options.rows, model.dtype, model.device, values) if by_latency and savings is not None else {}
     for index in range(len(model.blocks)):
         for name, module in model.linears(index).items():
             if decisions[name] is not None:
@@ -241,14 +245,16 @@ def what_pruning_saves(
             if not by_latency:
                 dense = n * k * model.dtype.itemsize
                 saves[name] = (
-                    dense / 2 - n * k / 8 if recipe.format == "packed" else dense * recipe.parsed_pattern.sparsity
+                    dense - bytes_of(n, k, values)
+                    if recipe.format == "packed"
+                    else dense * recipe.parsed_pattern.sparsity
                 )
                 continue
             weight = (n, k, isinstance(module, Conv1D))
             if weight not in known:
                 raise RecipeError(
                     f"allocate by latency: {name} is {n} x {k}, and the kernel table of {model.device.type} does not know that shape "
-                    f"at {options.rows} rows of x; run `halve tune MODEL` there first, or use --allocate-options by=bytes"
+                    f"at {options.rows} rows of x; run `halve tune MODEL{asked}` there first, or use --allocate-options by=bytes"
                 )
             saves[name] = known[weight]
     if not any(value > 0 for value in saves.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,10 @@ def tune(
         str, typer.Argument(help="a model directory, a config.json or a hub id; no weights are read", metavar="MODEL")
     ],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
+    value_dtype: Annotated[
+        Literal["auto", "int8", "float8_e4m3fn"],
+        typer.Option(help="of the kept values; auto: as the checkpoint has them"),
+    ] = "auto",
     budget: Annotated[float, typer.Option(min=1, help="seconds to measure, for all shapes together")] = 120.0,
     again: Annotated[bool, typer.Option("--again", help="measure what the table knows already, too")] = False,
     as_json: Json = False,
@@ -29,7 +33,7 @@ def tune(
 
     with progress_bar("measuring") as progress:
         document = model_kernels.document(
-            model, device=device, budget=budget, fresh=again, fused=True, progress=progress
+            model, device=device, value_dtype=value_dtype, budget=budget, fresh=again, fused=True, progress=progress
         )
 
     def human() -> None:

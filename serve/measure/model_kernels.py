@@ -107,12 +107,19 @@ def served(entries: Sequence[Entry], device: torch.device) -> tuple[list[Entry],
 
 
 def document(
-    directory: Any, *, device: str, budget: float, progress: Progress, fresh: bool = True, fused: bool = False
+    directory: Any,
+    *,
+    device: str,
+    budget: float,
+    progress: Progress,
+    value_dtype: str = "auto",
+    fresh: bool = True,
+    fused: bool = False,
 ) -> dict[str, Any]:
     """`halve bench --kernels` and `halve tune`: every shape of a model at each of `ROWS`, measured and kept for `halve
-    advise` and for serving; ``fresh``: measured now, even what the table knows; ``fused``: see `kernels`."""
+    advise` and for serving; ``fresh``: measured now, even what the table knows; ``fused``: see `kernels`; ``value_dtype``: see `shapes.read`."""
     place, _ = choose_device(device)
-    model = shapes.read(str(directory))
+    model = shapes.read(str(directory), value_dtype)
     found, notes = kernels(model, device=place, budget=budget, fresh=fresh, fused=fused, progress=progress)
     if tuned.overruled():
         notes.append("HALVE_BACKEND decides how layers are served, so these times do not")

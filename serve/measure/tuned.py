@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from serve.kernels import able, plain
 from serve.linear import WHY_DENSE, Sparse24Conv1D, Sparse24Linear
 from serve.measure import table_cache
-from serve.measure.kernel_entries import WINS, Entry, Shape, dtype_name, kind_name, values_of
+from serve.measure.kernel_entries import WINS, Entry, Shape, kind_name, values_of
 
 DECODED_ROWS = 64
 """Most rows of x that count: sequences that are decoded at once. More come with prompts, once an answer."""
@@ -120,16 +120,19 @@ def backends_for(device: torch.device, dtype: str) -> list[str]:
     return [backend.name for backend in able(device, values_of(dtype))]
 
 
-def savings(rows: int, dtype: torch.dtype, device: torch.device) -> dict[tuple[int, int, bool], float]:
+def savings(
+    rows: int, dtype: torch.dtype, device: torch.device, value_dtype: torch.dtype | None = None
+) -> dict[tuple[int, int, bool], float]:
     """Microseconds that 2:4 saves in one product with ``rows`` rows of x, by the weight's N and K and whether it is a Conv1D's, as the
     table of a device has them; for `compress.compress_model`. Negative where 2:4 is slower."""
     entries, _ = table_cache.load(table_cache.Identity.of(device))
-    names = backends_for(device, dtype_name(dtype))
+    kind = kind_name(dtype, value_dtype)
+    names = backends_for(device, kind)
     return {
         (entry.n, entry.k, entry.conv1d): 1e6 * (entry.dense_seconds - entry.sparse_seconds)
         for (_, stored), of_shape in _by_shape(entries).items()
         for entry in served(of_shape, names)[0]
-        if entry.rows == rows and stored == dtype_name(dtype)
+        if entry.rows == rows and stored == kind
     }
 
 

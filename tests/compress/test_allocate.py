@@ -169,7 +169,7 @@ def test_what_is_kept_is_dense_to_the_bit_and_the_rest_is_pruned_as_without(form
 
 def test_by_latency_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build("llama", tmp_path)
-    asked: list[tuple[int, torch.dtype, torch.device]] = []
+    asked: list[tuple[int, torch.dtype, torch.device, torch.dtype]] = []
     shapes: dict[tuple[int, int, bool], float] = {}
     for module in linears_of(find_blocks(load_model(source))[1], "").values():
         n, k = module.weight.shape
@@ -177,22 +177,28 @@ def test_by_latency_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     slow = (tiny_models.HIDDEN, tiny_models.INTERMEDIATE, False)
     shapes[slow] = -1.0
 
-    def savings(rows: int, dtype: torch.dtype, device: torch.device) -> dict[tuple[int, int, bool], float]:
-        asked.append((rows, dtype, device))
+    def savings(
+        rows: int, dtype: torch.dtype, device: torch.device, values: torch.dtype
+    ) -> dict[tuple[int, int, bool], float]:
+        asked.append((rows, dtype, device, values))
         return shapes
 
     settings = {**SETTINGS, "allocate_options": {"by": "latency", "rows": 4}, "savings": savings}
     found = report(compress(source, tmp_path / "out", **settings).directory)["allocation"]
-    assert asked == [(4, torch.float32, torch.device("cpu"))]
+    assert asked == [(4, torch.float32, torch.device("cpu"), torch.float32)]
     assert found["unit"] == "us"
     assert found["saves_all"] == 2 * (4 + 2) * 2.0
     for candidate in found["candidates"]:
         if candidate["names"][0].endswith("down_proj"):
             assert candidate["kept_dense"]
             assert candidate["saves"] == -1.0
+    compress(source, tmp_path / "eight", **settings, value_dtype="int8")
+    assert asked[1:] == [(4, torch.float32, torch.device("cpu"), torch.int8)]
     del shapes[slow]
-    with pytest.raises(RecipeError, match=r"64 x 160.*does not know.*at 4 rows.*halve tune"):
+    with pytest.raises(RecipeError, match=r"64 x 160.*does not know.*at 4 rows.*halve tune MODEL`"):
         compress(source, tmp_path / "other", **settings)
+    with pytest.raises(RecipeError, match=r"halve tune MODEL --value-dtype int8"):
+        compress(source, tmp_path / "other", **settings, value_dtype="int8")
     assert not (tmp_path / "other.partial").exists()
     with pytest.raises(RecipeError, match=r"halve tune MODEL"):
         compress(source, tmp_path / "other", **{**settings, "savings": None})
@@ -335,3 +341,7 @@ def test_the_table_knows_which_product_was_measured(tmp_path: Path, monkeypatch:
         (768, 768, False): pytest.approx(10.0), (768, 768, True): pytest.approx(80.0),
     }  # fmt: skip
     assert tuned.savings(1, torch.float16, cpu) == {}
+    assert tuned.savings(1, torch.bfloat16, cpu, torch.int8) == {}
+    scaled = entry(False, 1, 3e-5).model_copy(update={"dtype": "int8/bfloat16"})
+    assert table_cache.save(Identity.of(cpu), [scaled]) is None
+    assert tuned.savings(1, torch.bfloat16, cpu, torch.int8) == {(768, 768, False): pytest.approx(20.0)}
