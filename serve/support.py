@@ -68,7 +68,7 @@ KERNELS = {
     "cuda": Kernel("cuda", HALF, "sparse tensor cores", first_capability=(8, 0), units="sparse tensor cores"),
     "triton": Kernel(
         "cuda",
-        HALF,
+        (*HALF, *SCALED),
         "AMD; NVIDIA where the kernels above do not run, or `halve tune` finds these faster; Triton, on dense matrix units",
         first_capability=(8, 0),
         units="bfloat16 tensor cores",

@@ -62,7 +62,7 @@ class Described(NamedTuple):
     second: Second | None
 
 
-def prepared_bytes(n: int, k: int) -> int:
+def prepared_bytes(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """How long a prepared weight [n, k] is, without what is kept behind it; a multiple of 512."""
     return HEADER_BYTES + ceil_div(n, UNIT) * ceil_div(k, UNIT) * UNIT_BYTES
 
