@@ -65,7 +65,9 @@ class Engine:
 
 KERNELS = {
     "cpu": Kernel("cpu", ALL, "AVX-512 BF16, AVX-512, AVX2, portable C++"),
-    "cuda": Kernel("cuda", HALF, "sparse tensor cores", first_capability=(8, 0), units="sparse tensor cores"),
+    "cuda": Kernel(
+        "cuda", (*HALF, *SCALED), "sparse tensor cores", first_capability=(8, 0), units="sparse tensor cores"
+    ),
     "triton": Kernel(
         "cuda",
         (*HALF, *SCALED),
