@@ -183,8 +183,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     index = torch.cuda.current_device() if device.index is None else device.index
     if refusal := support.capability_refusal("cuda", torch.cuda.get_device_capability(index)):
         return refusal
-    found = [_kernels(index, of_x, dtype) for of_x in ACTIVATIONS] if dtype in LARGEST else [_kernels(index, dtype)]
-    return next((refusal for refusal in found if isinstance(refusal, str)), None)
+    kinds = [(of_x, dtype) for of_x in ACTIVATIONS] if dtype in LARGEST else [(dtype,)]
+    return next((found for kind in kinds if isinstance(found := _kernels(index, *kind), str)), None)
 
 
 def _why_no_device() -> str | None:

@@ -27,7 +27,7 @@ _ALIGNMENT = 16
 _KINDS = {torch.bfloat16: 1, torch.float16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 
 
-def prepared_bytes(n: int, k: int, dtype: torch.dtype) -> int:
+def prepared_bytes(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """How long a prepared weight [n, k] with values of that dtype is: never as long as one with values of another size or kind, or as one
     for `serve.kernels.cuda`."""
     needed = _scales_at(n, k, dtype) + (4 * n if dtype in LARGEST else 0)
