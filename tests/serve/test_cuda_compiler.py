@@ -142,6 +142,14 @@ def disassemble(cubin: bytes, directory: Path) -> dict[str, list[str]]:
 
 
 class TestCompiler:
+    def test_every_kind_of_values_is_a_text_of_its_own(self) -> None:
+        """By whose digest cubins are kept."""
+        forms = forms_of((9, 0), "Int8")
+        texts = {
+            compiler.source(forms, dtype, values) for dtype in ("BFloat16", "Float16") for values in ("Int8", "Float8")
+        }
+        assert len(texts) == 4
+
     def test_the_architecture_is_one_that_runs(self) -> None:
         known = [75, 80, 86, 89, 90, 100, 120]
         for capability, arch in (((8, 0), 80), ((8, 7), 86), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)):
