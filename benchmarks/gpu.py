@@ -42,6 +42,7 @@ SECTIONS = (
     "prefill",
     "libraries",
     "host",
+    "scaled",
     "variants",
     "pruning",
     "triton",

@@ -19,13 +19,15 @@ from torch.nn import functional
 from compress import fused
 from compress.columns import prune_columns
 from compress.linalg import inverse_factor
-from compress.packed import PATTERN, PackedWeight, unpack_bits
+from compress.packed import LARGEST, PATTERN, PackedWeight, quantize, unpack, unpack_bits
 from compress.patterns import UnstructuredPattern
 from serve.kernels import ops, plain
 from serve.kernels.cuda import backend, layout, plan
 from serve.kernels.triton import backend as triton
 
 DTYPES = (torch.bfloat16, torch.float16)
+SCALED = tuple(LARGEST)
+"""Of kept values, with a scale for each row."""
 ROWS = (*range(1, 81), 96, 127, 128, 200, 256, 257, 1000, 2049)
 FAMILIES = {
     "Llama-3-8B": ((4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)),
@@ -35,6 +37,10 @@ FAMILIES = {
     "GPT-2": ((2304, 768), (768, 768), (3072, 768), (768, 3072)),
 }
 """Shapes [N, K] of the linear layers of five families."""
+
+DEEP = (1000, 4104)
+ODD = ((1, 8), (65, 72), (130, 520), (257, 2056))
+"""Weights with values of 8 bits [N, K] for every kernel, and for the operator."""
 
 _PATTERNS = (3, 5, 6, 9, 10, 12)
 
@@ -50,6 +56,22 @@ def random_weight(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> PackedWe
     patterns = torch.tensor(_PATTERNS, dtype=torch.uint8, device="cuda")
     halves = patterns[torch.randint(6, (n, k // 8, 2), generator=generator, device="cuda")]
     return PackedWeight(values, halves[..., 0] | halves[..., 1] << 4)
+
+
+def random_scaled(n: int, k: int, values: torch.dtype, seed: int = 0) -> PackedWeight:
+    """One with values of 8 bits on the GPU; every third row of float8 has small values alone, many of them subnormal."""
+    weight = quantize(random_weight(n, k, torch.float32, seed), values)
+    if values != torch.int8:
+        small = weight.values.view(torch.uint8)[::3]
+        small &= 0x8F
+        small[small == 0x80] = 0
+    return weight
+
+
+def exact(weight: PackedWeight) -> Tensor:
+    """The dense weight [n, k] in float64, values times scales if there are some."""
+    scale = 1.0 if weight.scale is None else weight.scale.double()
+    return unpack(PackedWeight(weight.values.double() * scale, weight.mask))
 
 
 def random_input(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
@@ -95,11 +117,12 @@ def poison(count: int, dtype: torch.dtype) -> None:
     torch.full((count,), float("nan"), dtype=dtype, device="cuda")
 
 
-def loaded(dtype: torch.dtype) -> backend.Kernels:
-    """The kernels for the current device."""
-    if refusal := backend.why_not(torch.device("cuda"), dtype):
+def loaded(dtype: torch.dtype, values: torch.dtype | None = None) -> backend.Kernels:
+    """The kernels for the current device, x of that dtype, and values of the same or of 8 bits."""
+    if refusal := backend.why_not(torch.device("cuda"), values or dtype):
         raise WrongError(f"the cuda backend cannot be used: {refusal}")
-    kernels = backend._kernels(torch.cuda.current_device(), dtype)
+    index = torch.cuda.current_device()
+    kernels = backend._kernels(index, dtype) if values is None else backend._kernels(index, dtype, values)
     assert isinstance(kernels, backend.Kernels)
     return kernels
 
@@ -215,10 +238,13 @@ def adversarial() -> None:
 def graphs_and_streams() -> None:
     """A captured product replays to the same bits, on new inputs too, and streams do not disturb each other."""
     dtype, n, k = torch.bfloat16, 4096, 4096
+    of_8_bits = random_scaled(n, k, torch.int8)
     weight = random_weight(n, k, dtype)
-    prepared, dense = backend.prepare(weight), plain.expand(weight)
-    for count in (1, 64, 100, 300):
-        x = random_input(count, k, dtype)
+    cases = [(weight, count) for count in (1, 64, 100, 300)] + [(of_8_bits, count) for count in (8, 300)]
+    for packed, count in cases:
+        x, prepared = random_input(count, k, dtype), backend.prepare(packed)
+        expanded = count > plan.MOST_PASSES * plan.MOST_ROWS  # then the products of values and scales are rounded
+        dense = plain.expand(packed, dtype) if expanded else exact(packed)
         ops.sparse24_linear(x, prepared, None, n)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -231,6 +257,7 @@ def graphs_and_streams() -> None:
             check(y, x, dense, None, f"graph replay, {count} rows")
             if not torch.equal(y, ops.sparse24_linear(x, prepared, None, n)):
                 raise WrongError(f"a graph's product has other bits than the same product outside, {count} rows")
+    prepared = backend.prepare(weight)
     inputs = [random_input(8, k, dtype, seed) for seed in range(4)]
     alone = [ops.sparse24_linear(x, prepared, None, n) for x in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
@@ -313,6 +340,54 @@ def expansion() -> None:
                 raise WrongError(f"{len(x)} rows, [{n}, {k}], {dtype}: not the dense product")
 
 
+def of_8_bits() -> None:
+    """Values of 8 bits: prepared on the GPU as on the processor, every kernel in every cluster, odd shapes, all ways through the operator,
+    and the expanded weight to the bit."""
+    for values, dtype in itertools.product(SCALED, DTYPES):
+        kernels, what = loaded(dtype, values), f"{values}, x in {dtype}"
+        n, k = DEEP
+        weight = random_scaled(n, k, values)
+        prepared = backend.prepare(weight)
+        assert weight.scale is not None
+        on_cpu = PackedWeight(weight.values.cpu(), weight.mask.cpu(), weight.scale.cpu())
+        if not torch.equal(prepared.cpu(), layout.prepare(on_cpu)):
+            raise WrongError(f"{what}: a weight that is prepared on the GPU is another than on the processor")
+        dense = exact(weight)
+        for form, clusters in kernels.active.items():
+            x = random_input(8 * form.tiles, k, dtype)
+            for splits in clusters:
+                how = {"form": form, "splits": splits}
+                first = product(kernels, x, prepared, None, n, **how)
+                check(first, x, dense, None, f"{form.name}, {splits} splits, {what}")
+                if not torch.equal(first, product(kernels, x, prepared, None, n, **how)):
+                    raise WrongError(f"{form.name}, {splits} splits, {what}: another result than before")
+        for n, k in ODD:
+            weight = random_scaled(n, k, values, n)
+            prepared, dense, bias = backend.prepare(weight), exact(weight), random_input(1, n, dtype)[0]
+            for count in (1, 9, 17, 64, 65, 256):
+                x, added = random_input(count, k, dtype, count), bias if count % 2 else None
+                poison(count * n, dtype)
+                check(ops.sparse24_linear(x, prepared, added, n), x, dense, added, f"{count} rows, [{n}, {k}], {what}")
+            expanded = torch.full((n, k), float("nan"), dtype=dtype, device="cuda")
+            kernels.expand(prepared, expanded, torch.cuda.current_stream().cuda_stream)
+            if not torch.equal(expanded, plain.expand(weight, dtype)):
+                raise WrongError(f"the expanded weight [{n}, {k}], {what}, is wrong")
+
+
+def in_triton_of_8_bits() -> None:
+    """The Triton kernels for values of 8 bits, by both dtypes of x."""
+    for values in SCALED:
+        if refusal := triton.why_not(torch.device("cuda"), values):
+            raise WrongError(f"the triton backend cannot be used: {refusal}")
+        for n, k in ((1, 8), (129, 264), (1024, 4096)):
+            weight = random_scaled(n, k, values)
+            prepared, dense = triton.prepare(weight), exact(weight)
+            for dtype, count in itertools.product(DTYPES, (1, 17, 64, 200)):
+                x, bias = random_input(count, k, dtype, count), random_input(1, n, dtype)[0]
+                y = ops.sparse24_linear(x, prepared, bias, n)
+                check(y, x, dense, bias, f"Triton, {count} rows, weight [{n}, {k}] in {values}, x in {dtype}")
+
+
 def in_triton() -> None:
     """The Triton kernels, through their operator, with every tile: odd shapes, the same result every time, also from a graph."""
     for dtype in DTYPES:
@@ -382,12 +457,13 @@ CHECKS: tuple[Callable[[], None], ...] = (
     graphs_and_streams,
     chained_overlap,
     expansion,
+    of_8_bits,
     families,
 )
 """Of the kernels on sparse tensor cores."""
 
 
-WITHOUT_THEM: tuple[Callable[[], None], ...] = (in_triton, pruning)
+WITHOUT_THEM: tuple[Callable[[], None], ...] = (in_triton, in_triton_of_8_bits, pruning)
 """Of what runs where those do not, too."""
 
 

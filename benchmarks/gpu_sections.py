@@ -18,6 +18,7 @@ from benchmarks.gpu_timing import (
     DTYPE,
     Call,
     Weights,
+    copies,
     cycled,
     host_microseconds,
     seconds,
@@ -29,7 +30,7 @@ from compress.columns import prune_columns
 from compress.errors import one_line
 from compress.linalg import inverse_factor
 from compress.packed import PATTERN
-from serve.kernels import ops
+from serve.kernels import ops, plain
 from serve.kernels.cuda import backend, cusparselt, plan
 from serve.kernels.triton import backend as triton_backend
 
@@ -61,7 +62,8 @@ def checks(run: Run) -> None:
 
 def rest(run: Run) -> None:
     """The checks that take longer."""
-    _check(run, [check for check in gpu_checks.CHECKS if check not in gpu_checks.FIRST])
+    done = (*gpu_checks.FIRST, gpu_checks.of_8_bits)
+    _check(run, [check for check in gpu_checks.CHECKS if check not in done])
 
 
 def _check(run: Run, some: Iterable[Callable[[], None]]) -> None:
@@ -104,6 +106,28 @@ def decode(run: Run) -> None:
         del weights
 
 
+def scaled(run: Run) -> None:
+    """Few rows by weights with values of 8 bits, beside those with 16 and the faster dense product: first whether they are right."""
+    _check(run, [gpu_checks.of_8_bits])
+    for n, k in SHAPES[:3]:
+        if not run.has_time(f"scaled {n}x{k}", 8):
+            continue
+        weights = Weights(n, k)
+        prepared, rights = {}, {}
+        for values in gpu_checks.SCALED:
+            weight, name = gpu_checks.random_scaled(n, k, values), str(values).removeprefix("torch.")
+            prepared[name], rights[name] = copies(backend.prepare(weight)), plain.expand(weight)
+        for rows in ROWS[:3]:
+            x = gpu_checks.random_input(rows, k, DTYPE)
+            what, sides = f"scaled {n}x{k}, {rows} rows", {"2:4": weights.sparse_calls(x), **dense_sides(weights, x)}
+            for name, own in prepared.items():
+                calls: list[Call] = [lambda w=w, x=x, n=n: ops.sparse24_linear(x, w, None, n) for w in cycled(own)]
+                if run.right(f"{what}, {name}", calls[0], x, rights[name]):
+                    sides[name] = calls
+            run.add("scaled", {"n": n, "k": k, "rows": rows, **run.compare(what, sides, 7)})
+        del weights, prepared, rights
+
+
 def variants(run: Run) -> None:
     """Every kernel in every cluster, beside the plan's choice."""
     for row in gpu_variants.measured(SHAPES[:5], (1, 16, 64, 32), lambda what: run.has_time(what, 20)):
@@ -119,20 +143,19 @@ def triton(run: Run) -> None:
         if not run.has_time(f"triton {n}x{k}", 10):
             continue
         weights = Weights(n, k)
-        prepared = triton_backend.prepare(weights.packed)
-        copies = [prepared, *(prepared.clone() for _ in weights.dense[1:])]
+        prepared = copies(triton_backend.prepare(weights.packed))
         for rows in (1, 16, 64, 256, 512, 2048):
             x = gpu_checks.random_input(rows, k, DTYPE)
-            calls: list[Call] = [lambda w=w, x=x, n=n: ops.sparse24_linear(x, w, None, n) for w in cycled(copies)]
+            calls: list[Call] = [lambda w=w, x=x, n=n: ops.sparse24_linear(x, w, None, n) for w in cycled(prepared)]
             what, sides = f"triton {n}x{k}, {rows} rows", dense_sides(weights, x)
             if rows > triton_backend.MOST_ROWS or run.right(what, calls[0], x, weights.dense[0]):
                 sides = {"triton": enough(calls, x), **sides}
             run.add("triton", {"n": n, "k": k, "rows": rows, **run.compare(what, sides, 7)})
-        del weights, copies
+        del weights, prepared
     small = triton_backend.prepare(gpu_checks.random_weight(256, 256, DTYPE))
     x = gpu_checks.random_input(1, 256, DTYPE)
     run.add("host", {"microseconds": {"triton": host_microseconds(lambda: ops.sparse24_linear(x, small, None, 256))}})
-    _check(run, [gpu_checks.in_triton])
+    _check(run, [gpu_checks.in_triton, gpu_checks.in_triton_of_8_bits])
 
 
 def pruning(run: Run) -> None:
@@ -194,7 +217,21 @@ def block(run: Run) -> None:
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
     one.__name__: one
-    for one in (proof, checks, bandwidth, decode, block, prefill, libraries, host, variants, pruning, triton, rest)
+    for one in (
+        proof,
+        checks,
+        bandwidth,
+        decode,
+        block,
+        prefill,
+        libraries,
+        host,
+        scaled,
+        variants,
+        pruning,
+        triton,
+        rest,
+    )
 }
 
 

@@ -40,6 +40,7 @@ def render(document: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(map(str, cells))} |")
     for section, title in (
         ("block", "decoder block of Llama-3-8B's shape"),
+        ("scaled", "values of 8 bits"),
         ("prefill", "many rows"),
         ("libraries", "many rows, by libraries"),
         ("triton", "Triton"),

@@ -81,6 +81,11 @@ def summary(samples: dict[str, list[float]], dense: str = "dense") -> dict[str, 
     return {"microseconds": {name: statistics.median(values) for name, values in samples.items()}, "speedup": gains}
 
 
+def copies(weight: Tensor) -> list[Tensor]:
+    """It and so many copies of it that the second cache does not hold them all."""
+    return [weight, *(weight.clone() for _ in range(max(1, COPIES_BYTES // weight.nbytes)))]
+
+
 class Weights:
     """Copies of one 2:4 weight [n, k], prepared and dense, more of them than the second cache holds."""
 
@@ -90,8 +95,7 @@ class Weights:
         self.packed = packed
         self.bytes = {"2:4": packed.nbytes, "dense": n * k * dtype.itemsize}
         prepared, dense = backend.prepare(packed), plain.expand(packed)
-        self.prepared = [prepared, *(prepared.clone() for _ in range(max(1, COPIES_BYTES // prepared.nbytes)))]
-        self.dense = [dense, *(dense.clone() for _ in range(max(1, COPIES_BYTES // dense.nbytes)))]
+        self.prepared, self.dense = copies(prepared), copies(dense)
         torch.cuda.synchronize()
 
     def dense_calls(self, x: Tensor, library: str | None = None) -> list[Call]:
@@ -150,11 +154,11 @@ def faster_dense(samples: dict[str, list[float]]) -> str | None:
     return best
 
 
-def cycled(copies: list[Tensor]) -> list[Tensor]:
+def cycled(weights: list[Tensor]) -> list[Tensor]:
     """All copies in turn, some times: so many launches that the resolution of an event and a wave of the clock do not matter."""
-    least = LEAST_LAUNCHES if copies[0].nbytes < LARGE_BYTES else LEAST_LAUNCHES // 4
-    rounds = -(-least // len(copies))
-    return list(itertools.chain.from_iterable([copies] * rounds))
+    least = LEAST_LAUNCHES if weights[0].nbytes < LARGE_BYTES else LEAST_LAUNCHES // 4
+    rounds = -(-least // len(weights))
+    return list(itertools.chain.from_iterable([weights] * rounds))
 
 
 def stream() -> int:

@@ -108,7 +108,7 @@ class Sparse24Linear(nn.Module):
         if self._backend is not None or values.device.type == "meta":
             return
         shape = (self.out_features, self.in_features)
-        backend = choose(values.device, values.dtype, 1, *shape, self.preferred).backend
+        backend = choose(values.device, values.dtype, 1, *shape, self.preferred, self.dtype).backend
         if backend.prepare is None:
             return
         packed = self.packed
@@ -256,9 +256,8 @@ def backends(model: nn.Module, rows: Mapping[str, int]) -> list[dict[str, Any]]:
         for phase, count in rows.items():
             if isinstance(module, Sparse24Linear):
                 shape = (module.out_features, module.in_features)
-                choice = choose(
-                    module.device, module.value_dtype, count, *shape, module.prepared_for or module.preferred
-                )
+                liked = module.prepared_for or module.preferred
+                choice = choose(module.device, module.value_dtype, count, *shape, liked, module.dtype)
                 counted[phase, choice.backend.name, choice.reason] += 1
             elif (reason := getattr(module, WHY_DENSE, None)) is not None:
                 counted[phase, "dense", reason] += 1

@@ -65,10 +65,12 @@ class Engine:
 
 KERNELS = {
     "cpu": Kernel("cpu", (*ALL, *SCALED), "AVX-512 BF16, AVX-512, AVX2, portable C++"),
-    "cuda": Kernel("cuda", HALF, "sparse tensor cores", first_capability=(8, 0), units="sparse tensor cores"),
+    "cuda": Kernel(
+        "cuda", (*HALF, *SCALED), "sparse tensor cores", first_capability=(8, 0), units="sparse tensor cores"
+    ),
     "triton": Kernel(
         "cuda",
-        HALF,
+        (*HALF, *SCALED),
         "AMD; NVIDIA where the kernels above do not run, or `halve tune` finds these faster; Triton, on dense matrix units",
         first_capability=(8, 0),
         units="bfloat16 tensor cores",
@@ -131,6 +133,11 @@ def kernel_refusal(kernel: str, device: str, dtype: str) -> str | None:
     if how.device is not None and device != how.device:
         return f"the weight is on {device}"
     return None if dtype in how.dtypes else f"values are {dtype}"
+
+
+def x_refusal(kernel: str, dtype: str) -> str | None:
+    """Why that kernel cannot multiply scaled values by x of a dtype, or None."""
+    return None if dtype in KERNELS[kernel].dtypes else f"x is {dtype}"
 
 
 def capability_refusal(kernel: str, capability: Version) -> str | None:

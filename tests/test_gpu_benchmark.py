@@ -31,6 +31,7 @@ def document() -> dict[str, Any]:
         "prefill": [{"n": 64, "k": 128, "rows": 2048, **times}],
         "libraries": [{"n": 64, "k": 128, "rows": 2048, "sm_mhz": 1980, **times}, {"n": 64, "k": 128, "rows": 128, "sm_mhz": 345, **times}],
         "triton": [{"n": 64, "k": 128, "rows": 16, **times}],
+        "scaled": [{"n": 64, "k": 256, "rows": 4, "microseconds": {"int8": 1.5, "dense": 3.0}, "speedup": {"int8": gain["2:4"]}}],
         "pruning": [{"n": 64, "k": 128, "seconds": {"fused": 0.25, "torch": 0.5}, "peak_bytes": 3e9}],
         "host": [{"microseconds": {"operator": 9.0}}],
         "unsearched": [{"n": 64, "k": 128, "rows": 2048, "microseconds": 55.5}],
@@ -169,6 +170,7 @@ def test_the_table_says_all_that_was_measured() -> None:
         "before its search: 64 x 128, 2048 rows: 55.5 us",
         "| 64 x 128, 2048 rows | 2.0 | 3.0 | 2:4 1.50 |",
         "| 64 x 128, 16 rows | 2.0 | 3.0 | 2:4 1.50 |",
+        "| 64 x 256, 4 rows | 1.5 | 3.0 | int8 1.50 |",
         "- 64 x 128: fused 0.250 s, torch 0.500 s; peak memory 3.0 GB",
         "operator 9.0 us",
         "| 64 x 128 | 1 | a in 1 | 3.00 | b in 2 | 2.00 | a in 1 3.00 |",
@@ -253,7 +255,16 @@ def test_where_the_sparse_kernels_do_not_run_the_others_are_measured(faked: pyte
     assert code == 0
     assert ran == ["proof", "bandwidth", "libraries", "pruning", "triton"]
     assert "Broken: cuda: this torch is built without CUDA" in (tmp_path / "gpu.md").read_text()
-    assert gpu.read(tmp_path)["left_out"] == ["checks", "decode", "block", "prefill", "host", "variants", "rest"]
+    assert gpu.read(tmp_path)["left_out"] == [
+        "checks",
+        "decode",
+        "block",
+        "prefill",
+        "host",
+        "scaled",
+        "variants",
+        "rest",
+    ]
 
 
 def test_a_section_that_breaks_does_not_hide_the_next(faked: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks import gpu, gpu_block, gpu_checks, gpu_prefill, gpu_run, gpu_sections, gpu_timing, gpu_variants
 from serve.kernels import ops
 from serve.kernels.cpu import build
-from serve.kernels.cuda import backend, cusparselt, driver, plan
+from serve.kernels.cuda import backend, cusparselt, driver, layout, plan
 from serve.kernels.cuda.driver import Driver
 from tests.serve.cuda_emulation import DTYPES, NAMES, compile_emulator, needs_compiler
 
@@ -28,6 +28,8 @@ pytestmark = needs_compiler
 
 HOPPER = (9, 0)
 FORMS = tuple(form for form in plan.forms(HOPPER) if form.groups == 1)
+NAME = {torch.int8: "int8", torch.float8_e4m3fn: "float8"}
+SCALED_FORMS = tuple(form for form in plan.forms(HOPPER, layout.SCALED_UNIT_BYTES) if form.groups == 1)
 SHAPES = ((128, 128), (64, 192))
 
 
@@ -67,22 +69,29 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     directory = tmp_path_factory.mktemp("gpu")
     forms = (*FORMS, *(form for form in gpu_variants.ALTERNATIVES if form.groups == 1))
     emulator = compile_emulator(directory / "emulator", HOPPER, forms=forms)
+    scaled_emulators = {
+        values: compile_emulator(directory / NAME[values], HOPPER, forms=SCALED_FORMS, values=values) for values in NAME
+    }
     sources = directory / "library" / "src"
     sources.mkdir(parents=True)
     shutil.copy(Path(__file__).parent / "serve" / "cuda_cusparselt.cpp", sources)
     build.compile_library(directory / "libcusparseLt.so.0", sources=sources, sanitize=())
     device, loaded = plan.Device(HOPPER, 4), backend.load
 
-    def load(device: plan.Device, dtype: torch.dtype, driver: Driver, forms: Any) -> backend.Kernels:
+    def load(
+        device: plan.Device, dtype: torch.dtype, driver: Driver, forms: Any, values: torch.dtype | None = None
+    ) -> backend.Kernels:
         monkeypatch.setattr(backend.compiler, "architecture", lambda capability: 90)
         monkeypatch.setattr(backend.compiler, "version", lambda: (13, 0))
         monkeypatch.setattr(backend.disk, "cubin", lambda *how: NAMES[dtype].encode())
-        return loaded(device, dtype, driver, forms)
+        return loaded(device, dtype, driver, forms, values)
 
     emulated = Driver(str(emulator.path))
-    kernels = {dtype: load(device, dtype, emulated, FORMS) for dtype in DTYPES}
+    kernels = {(dtype, None): load(device, dtype, emulated, FORMS) for dtype in DTYPES}
     for dtype in DTYPES:
-        kernels[dtype].overlap = True
+        kernels[dtype, None].overlap = True
+        for values, its in scaled_emulators.items():
+            kernels[dtype, values] = load(device, dtype, Driver(str(its.path)), SCALED_FORMS, values)
     ctypes.c_int.in_dll(emulator.library, "emulated_blocks_at_once").value = 8
     library = cusparselt.CusparseLt(str(directory / "libcusparseLt.so.0"))
 
@@ -108,10 +117,10 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "Generator", lambda *device, make=torch.Generator: make("cpu"))
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight)
     monkeypatch.setattr(backend, "why_not", lambda device, dtype: None)
-    monkeypatch.setattr(backend, "_kernels", lambda index, dtype: kernels[dtype])
+    monkeypatch.setattr(backend, "_kernels", lambda index, dtype, values=None: kernels[dtype, values])
     monkeypatch.setattr(backend, "load", load)
     monkeypatch.setattr(driver, "default", lambda: emulated)
-    monkeypatch.setattr(plan, "forms", lambda capability: FORMS)
+    monkeypatch.setattr(plan, "forms", lambda capability, unit_bytes=layout.UNIT_BYTES: FORMS)
     monkeypatch.setattr(gpu_variants, "ALTERNATIVES", forms[len(FORMS) :])
     monkeypatch.setattr(cusparselt, "on_device", lambda index: library)
     monkeypatch.setattr(ops, "sparse24_linear", backend.linear)
@@ -130,6 +139,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_sections, "COPIED_BYTES", 1 << 16)
     for name in ("host_microseconds", "seconds"):
         monkeypatch.setattr(gpu_sections, name, lambda call: (call(), 1.0)[1])
+    monkeypatch.setattr(gpu_checks, "DEEP", (70, 200))
+    monkeypatch.setattr(gpu_checks, "ODD", ((9, 72),))
     monkeypatch.setattr(gpu_checks, "FIRST", (gpu_checks.packing,))
     monkeypatch.setattr(gpu_checks, "CHECKS", (gpu_checks.packing, gpu_checks.adversarial))
     for name, value in {"HEADS": 4, "KEY_HEADS": 2, "DEPTH": 16, "HIDDEN": 64, "INTERMEDIATE": 128}.items():
@@ -155,7 +166,13 @@ def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None
         "triton": "there is no Triton",
     }
     assert document["left_out"] == []
-    assert [check["wrong"] for check in document["checks"]] == [None, None]
+    assert [(check["name"], check["wrong"]) for check in document["checks"]] == [
+        ("packing", None), ("of_8_bits", None), ("adversarial", None),
+    ]  # fmt: skip
+    assert [(row["n"], row["k"], row["rows"]) for row in document["scaled"]] == [
+        (*s, r) for s in SHAPES for r in (1, 64)
+    ]
+    assert all(set(row["speedup"]) == {"2:4", "int8", "float8_e4m3fn"} for row in document["scaled"])
     assert {(row["n"], row["k"], row["rows"]) for row in document["decode"]} == {
         (*s, r) for s in SHAPES for r in (1, 64)
     }

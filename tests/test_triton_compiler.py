@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -24,7 +25,13 @@ TARGETS = [("cuda", 80, 32), ("cuda", 86, 32), ("cuda", 89, 32), ("cuda", 90, 32
            ("hip", "gfx942", 64)]  # fmt: skip
 each_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-WEIGHT = {"MAGIC": layout.MAGIC, "CODE": 1}
+KINDS = {
+    "bfloat16": ("*bf16", {"MAGIC": layout.MAGIC, "CODE": layout.CODES[torch.bfloat16]}),
+    "int8": ("*u8", {"MAGIC": layout.MAGIC, "CODE": layout.CODES[torch.int8]}),
+    "float8": ("*u8", {"MAGIC": layout.MAGIC, "CODE": layout.CODES[torch.float8_e4m3fn]}),
+}
+"""Of kept values: what a pointer to them is, and what the kernels are told."""
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def compiled(
@@ -59,24 +66,43 @@ def spilled(done: Any, amd: bool) -> int:
     return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", said)))
 
 
+def keeps_subnormal_numbers(code: str, amd: bool) -> bool:
+    """Whether no float32 is flushed to zero."""
+    if amd:
+        return ".amdhsa_float_denorm_mode_32 3" in code
+    return re.search(r"\.ftz\b.*\.f32|\.f32.*\.ftz\b", code) is None
+
+
 def ints(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
 
 
 @each_target
+@each_kind
 @pytest.mark.parametrize("unit", [8, 128])
-def test_products(target: tuple[Any, ...], unit: int) -> None:
+def test_products(target: tuple[Any, ...], unit: int, kind: str) -> None:
     """On matrix units; and for few rows, where K is a multiple of 128, all loads are in flight while others are multiplied. (For
     more rows the bytes of the mask are too few for each thread; what counts there are products.)"""
     amd = target[0] == "hip"
-    cuts = {backend.tiles(rows, amd=amd) for rows in (16, 32, 64, 128)}
+    cuts = {backend.tiles(rows, amd=amd, scaled=kind != "bfloat16") for rows in (16, 32, 64, 128)}
     assert len(cuts) == 4
-    arguments = {"x": "*bf16", "header": "*i32", "values": "*bf16", "mask": "*u8", "bias": "*bf16", "y": "*bf16"}
-    arguments |= ints("rows", "n", "units", "splits", "has_bias")
+    pointer, weight = KINDS[kind]
+    arguments = {
+        "x": "*bf16",
+        "header": "*i32",
+        "values": pointer,
+        "mask": "*u8",
+        "scales": "*fp32",
+        "bias": "*bf16",
+        "y": "*bf16",
+    }
+    arguments |= ints("rows", "n", "units", "splits", "has_scales", "has_bias")
     for cut in cuts if unit == 128 else list(cuts)[:1]:
-        constants = {"UNIT": unit, "ROWS": cut.rows, "OUTPUTS": cut.outputs, "DEPTH": cut.depth, **WEIGHT}
+        constants = {"UNIT": unit, "ROWS": cut.rows, "OUTPUTS": cut.outputs, "DEPTH": cut.depth, **weight}
         done = compiled(serving.multiply, arguments, constants, target, num_warps=cut.warps, num_stages=cut.stages)
-        assert ("mfma" if amd else "mma") in done.asm["amdgcn" if amd else "ptx"]
+        code = done.asm["amdgcn" if amd else "ptx"]
+        assert ("mfma" if amd else "mma") in code
+        assert keeps_subnormal_numbers(code, amd)  # of which float8 is made
         if not amd and unit == 128 and cut.rows < 128:
             [loop] = re.findall(r"scf\.for.*?\n(.*?)scf\.yield", done.asm["ttgir"], flags=re.DOTALL)
             assert "tt.load" not in loop
@@ -84,12 +110,18 @@ def test_products(target: tuple[Any, ...], unit: int) -> None:
 
 
 @each_target
-def test_sums_and_expansion(target: tuple[Any, ...]) -> None:
-    arguments = {"sums": "*fp32", "bias": "*bf16", "y": "*bf16", **ints("total", "n", "splits", "has_bias")}
-    compiled(serving.add_splits, arguments, {"SIZE": backend._SIZE}, target)
+@each_kind
+def test_sums_and_expansion(target: tuple[Any, ...], kind: str) -> None:
+    pointer, weight = KINDS[kind]
+    arguments = {"sums": "*fp32", "scales": "*fp32", "bias": "*bf16", "y": "*bf16"}
+    arguments |= ints("total", "n", "splits", "has_bias")
+    compiled(serving.add_splits, arguments, {"SIZE": backend._SIZE, "CODE": weight["CODE"]}, target)
     outputs, depth = backend._EXPANDED
-    arguments = {"header": "*i32", "values": "*bf16", "mask": "*u8", "dense": "*bf16", **ints("n", "units")}
-    compiled(serving.expand, arguments, {"UNIT": 128, "OUTPUTS": outputs, "DEPTH": depth, **WEIGHT}, target)
+    arguments = {"header": "*i32", "values": pointer, "mask": "*u8", "scales": "*fp32", "dense": "*bf16"}
+    arguments |= ints("n", "units")
+    done = compiled(serving.expand, arguments, {"UNIT": 128, "OUTPUTS": outputs, "DEPTH": depth, **weight}, target)
+    amd = target[0] == "hip"
+    assert keeps_subnormal_numbers(done.asm["amdgcn" if amd else "ptx"], amd)
 
 
 @each_target

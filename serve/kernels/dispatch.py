@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError, did_you_mean
-from compress.packed import PackedWeight
+from compress.packed import LARGEST, PackedWeight
 from serve import support
 from serve.kernels import ops, plain
 from serve.kernels.cpu import backend as cpu
@@ -60,27 +60,39 @@ BACKENDS = tuple({backend.name: backend for backend in (CPU, CUDA, TRITON, PLAIN
 """In the order of the table of support: the best first; the last one runs everywhere."""
 
 
-def able(device: torch.device, dtype: torch.dtype) -> list[Backend]:
+def able(device: torch.device, dtype: torch.dtype, x_dtype: torch.dtype | None = None) -> list[Backend]:
     """The backends that could multiply such weights, the one first that is chosen where nothing was measured. Of several, those with a form of
     their own: to expand at every call is never faster.
+
+    Args:
+        dtype: of the values; ``x_dtype``: see `choose`.
 
     Raises:
         UsageError: ``HALVE_BACKEND`` names none, or one that cannot run this.
     """
-    chosen = choose(device, dtype, 1, 0, 0).backend
+    chosen = choose(device, dtype, 1, 0, 0, x_dtype=x_dtype).backend
     if os.environ.get("HALVE_BACKEND", "auto") != "auto":
         return [chosen]
-    own = [b for b in BACKENDS if b.prepare is not None and b.why_not(device, dtype) is None]
+    own = [b for b in BACKENDS if b.prepare is not None and _refusal(b, device, dtype, x_dtype) is None]
     return own or [chosen]
 
 
-def choose(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, preferred: str | None = None) -> Choice:
-    """The backend for ``rows`` rows of x against a weight [n, k] on that device in that dtype.
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    n: int,
+    k: int,
+    preferred: str | None = None,
+    x_dtype: torch.dtype | None = None,
+) -> Choice:
+    """The backend for ``rows`` rows of x against a weight [n, k] on that device with values in that dtype.
 
     ``HALVE_BACKEND`` names one to use instead of the best.
 
     Args:
         preferred: the one that was measured to be faster than the first that can run; taken if it still can.
+        x_dtype: of x, where the values are scaled; left out: bfloat16, which every backend takes.
 
     Raises:
         UsageError: ``HALVE_BACKEND`` names none, or one that cannot run this.
@@ -88,18 +100,26 @@ def choose(device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int, 
     wish = os.environ.get("HALVE_BACKEND", "auto")
     if wish == "auto":
         said = []
-        liked = next((b for b in BACKENDS if b.name == preferred and b.why_not(device, dtype) is None), None)
+        liked = next((b for b in BACKENDS if b.name == preferred and not _refusal(b, device, dtype, x_dtype)), None)
         for backend in BACKENDS:
-            refusal = backend.why_not(device, dtype)
+            refusal = _refusal(backend, device, dtype, x_dtype)
             if refusal is None and liked in (None, backend):
                 return Choice(backend, "; ".join([backend.reason(dtype, rows), *said]))
             said.append(f"not {backend.name}: {refusal or 'measured to be slower here'}")
     named = {backend.name: backend for backend in BACKENDS}
     if wish not in named:
         raise UsageError(f"HALVE_BACKEND={wish!r} is not known{did_you_mean(wish, [*named, 'auto'])}.")
-    if refusal := named[wish].why_not(device, dtype):
+    if refusal := _refusal(named[wish], device, dtype, x_dtype):
         raise UsageError(f"HALVE_BACKEND={wish!r} cannot be used: {refusal}")
     return Choice(named[wish], f"{named[wish].reason(dtype, rows)}; HALVE_BACKEND asks for it")
+
+
+def _refusal(backend: Backend, device: torch.device, dtype: torch.dtype, x_dtype: torch.dtype | None) -> str | None:
+    """Why a backend cannot multiply values of a dtype by x of another there, or None."""
+    if dtype in LARGEST and x_dtype is not None:
+        # Asked first, as the other answer may take a compiler.
+        return support.x_refusal(backend.name, str(x_dtype).removeprefix("torch.")) or backend.why_not(device, dtype)
+    return backend.why_not(device, dtype)
 
 
 def sparse24_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -113,7 +133,7 @@ def sparse24_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None)
     n, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"x has {x.shape[-1]} features, the packed weight takes {k}")
-    backend = choose(x.device, weight.values.dtype, x.numel() // k, n, k).backend
+    backend = choose(x.device, weight.values.dtype, x.numel() // k, n, k, x_dtype=x.dtype).backend
     if backend.prepare is None:
         return plain.linear(x, weight, bias)
     return ops.sparse24_linear(x, backend.prepare(weight, "weight"), bias, n)

@@ -27,7 +27,7 @@ def _sparse24_linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -
 def _sparse24_linear_cuda(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
     # One operator for both, told apart by the weight, whose lengths are never the same. (A compiled graph holds the length, so
     # one that is kept does not outlive a change of backend: `serve.vllm.compile_cache`.)
-    if x.ndim and prepared.numel() == triton_layout.prepared_bytes(n, x.shape[-1]):
+    if x.ndim and triton_layout.values_dtype(prepared.numel(), n, x.shape[-1], x.dtype) is not None:
         return triton.linear(x, prepared, bias, n)
     return cuda.linear(x, prepared, bias, n)
 

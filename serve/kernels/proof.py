@@ -8,31 +8,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.packed import PATTERN
+from compress.packed import LARGEST, PATTERN, PackedWeight, pack, pack_bits, unpack
+
+_SMALL = 0x8F
+"""Of a float8, the bits of those that are less than 2^-5, half of which are subnormal."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Random numbers on the processor: ``weight`` [n, k], 2:4; ``x`` [rows, k]; ``bias`` [n]."""
+    """Random numbers on the processor: ``packed``, a weight [n, k]; ``x`` [rows, k]; ``bias`` [n]."""
 
-    weight: Tensor
+    packed: PackedWeight
     x: Tensor
     bias: Tensor
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense one [n, k], in x's dtype."""
+        return unpack(self.packed, self.x.dtype)
+
     def is_solved_by(self, y: Tensor) -> bool:
         """Whether y [some rows, n] is x times the transposed weight plus bias for the first rows: within the rounding of the result, and
-        what sums in float32 lose, of float64. A product that is left out, or in another column, is found."""
-        x, weight, bias = self.x[: len(y)].double(), self.weight.double(), self.bias.double()
+        what sums in float32 lose, of float64. A product that is left out, or in another column, is found, and so is the scale of
+        another row."""
+        scale = 1.0 if self.packed.scale is None else self.packed.scale.double()
+        weight = unpack(PackedWeight(self.packed.values.double() * scale, self.packed.mask))
+        x, bias = self.x[: len(y)].double(), self.bias.double()
         expected = x @ weight.T + bias
         size = x.abs() @ weight.abs().T + bias.abs()
         error = (y.cpu().double() - expected).abs()
-        return bool((error <= torch.finfo(self.weight.dtype).eps * expected.abs() + 2**-16 * size).all())
+        return bool((error <= torch.finfo(self.x.dtype).eps * expected.abs() + 2**-16 * size).all())
 
 
-def problem(rows: int, n: int, k: int, dtype: torch.dtype) -> Problem:
-    """Always the same one."""
+def problem(rows: int, n: int, k: int, dtype: torch.dtype, values: torch.dtype | None = None) -> Problem:
+    """Always the same one.
+
+    Args:
+        dtype: of x and the bias, and of the weight,
+        values: unless its kept values are of this one of 8 bits: then all there are occur, and a third of the rows of float8 have
+            small ones alone.
+    """
     random = torch.Generator("cpu").manual_seed(0)
     # (whatever dtype and device are torch's defaults where this is called)
     exact: dict[str, Any] = {"generator": random, "dtype": torch.float32, "device": "cpu"}
     weight, x, bias = (torch.randn(*shape, **exact).to(dtype) for shape in ((n, k), (rows, k), (n,)))
-    return Problem(weight * PATTERN.mask(weight.abs()), x, bias)
+    kept = PATTERN.mask(weight.abs())
+    if values is None:
+        return Problem(pack(weight * kept), x, bias)
+    bits = torch.randint(256, (n, k // 2), generator=random, dtype=torch.uint8, device="cpu")
+    if values == torch.int8:
+        bits[bits == 0x80] = 0  # −128 is none
+    else:
+        bits[::3] &= _SMALL
+        bits[(bits & 0x7F == 0x7F) | (bits == 0x80)] = 0  # NaN, and −0.0
+    # The largest weight of a row is 1 to 8, more or less, and no two rows have the same.
+    scale = torch.exp2(3 * torch.rand(n, 1, **exact)) / LARGEST[values]
+    if values != torch.int8:
+        scale[::3] *= LARGEST[values] * 2**5
+    return Problem(PackedWeight(bits.view(values), pack_bits(kept), scale), x, bias)

@@ -194,7 +194,7 @@ def _refusal(model: ModelShape, place: Place) -> str | None:
     if place.gpu is not None and dtype not in support.HALF:
         return f"there is no sparse kernel of GPUs for {dtype}; convert by `halve compress --dtype bfloat16`"
     if place.here is not None:
-        choice = choose(place.here, model.value_dtype, 1, *_first(model))
+        choice = choose(place.here, model.value_dtype, 1, *_first(model), x_dtype=model.dtype)
         if choice.backend.prepare is None:
             return f"there is no sparse kernel for this device and dtype: {choice.reason}"
     return None

@@ -111,9 +111,10 @@ def kind_name(dtype: torch.dtype, value_dtype: torch.dtype | None = None) -> str
     return name if value_dtype in (None, dtype) else f"{dtype_name(value_dtype)}/{name}"
 
 
-def values_of(kind: str) -> torch.dtype:
-    """The dtype of the packed values of a kind."""
-    return getattr(torch, kind.partition("/")[0])
+def dtypes_of(kind: str) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of the packed values of a kind, and the one that is computed in."""
+    values, _, dtype = kind.partition("/")
+    return getattr(torch, values), getattr(torch, dtype or values)
 
 
 def wins_at(entries: Sequence[Entry]) -> str:

@@ -120,7 +120,7 @@ class _Sides:
     ) -> None:
         self.shape, self.dtype, self.values, self.device = shape, dtype, values, device
         self.copies = copies(shape, dtype, values, device)
-        self.backends = [backend.name for backend in able(device, values) if backend.name not in leave_out]
+        self.backends = [backend.name for backend in able(device, values, dtype) if backend.name not in leave_out]
         self.failures: list[Failure] = []
         self.sides: dict[str, list[nn.Module]] = {_DENSE: [_dense(shape, dtype, device) for _ in range(self.copies)]}
         for name in self.backends:
@@ -167,7 +167,8 @@ class _Sides:
 
     def _entry(self, backend: str, rows: int, sparse: list[float], dense: list[float]) -> Entry:
         shape = (self.shape.n, self.shape.k)
-        choice = choose(self.device, self.values, rows, *shape, None if backend == self.backends[0] else backend)
+        liked = None if backend == self.backends[0] else backend
+        choice = choose(self.device, self.values, rows, *shape, liked, self.dtype)
         return Entry(
             n=self.shape.n,
             k=self.shape.k,

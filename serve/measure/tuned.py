@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from serve.kernels import able, plain
 from serve.linear import WHY_DENSE, Sparse24Conv1D, Sparse24Linear
 from serve.measure import table_cache
-from serve.measure.kernel_entries import WINS, Entry, Shape, kind_name, values_of
+from serve.measure.kernel_entries import WINS, Entry, Shape, dtypes_of, kind_name
 
 DECODED_ROWS = 64
 """Most rows of x that count: sequences that are decoded at once. More come with prompts, once an answer."""
@@ -117,7 +117,7 @@ def decide(entries: Sequence[Entry], backends: Sequence[str]) -> Decision | None
 
 def backends_for(device: torch.device, dtype: str) -> list[str]:
     """The names of those that can multiply weights of that dtype (see `kind_name`) there, as `served` takes them."""
-    return [backend.name for backend in able(device, values_of(dtype))]
+    return [backend.name for backend in able(device, *dtypes_of(dtype))]
 
 
 def savings(

@@ -23,6 +23,8 @@ HEADER = Path(__file__).parent / "cuda_emulator.h"
 INTERFACE = HEADER.with_name("cuda_emulator_interface.inc")
 DTYPES = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+VALUES = {None: "Same", torch.int8: "Int8", torch.float8_e4m3fn: "Float8"}
+"""What kept values are."""
 
 AT_ONCE, AT_THE_WAIT, ANY_TIME = range(3)
 """When a background copy happens."""
@@ -49,12 +51,14 @@ class EmulationError(Exception):
 
 @dataclass(frozen=True)
 class Emulator:
-    """The kernels for a compute capability. The library is also a driver, with the functions that halve calls."""
+    """The kernels for a compute capability and, if there are any, values of 8 bits. The library is also a driver, with the functions
+    that halve calls."""
 
     capability: tuple[int, int]
     forms: tuple[Form, ...]
     path: Path
     library: ctypes.CDLL
+    values: torch.dtype | None = None
 
     def multiply(
         self,
@@ -94,7 +98,8 @@ class Emulator:
         y = torch.full((size + 2 * _GUARD,), _POISON, dtype=torch.int16)
         message = ctypes.create_string_buffer(300)
         self.library.emulate(
-            *(layout.CODES[x.dtype], kernel.encode(), prepared.data_ptr(), prepared.numel(), x.data_ptr(), x.nbytes),
+            *(layout.CODES[x.dtype], layout.CODES[self.values or x.dtype], kernel.encode()),
+            *(prepared.data_ptr(), prepared.numel(), x.data_ptr(), x.nbytes),
             *(None if bias is None else bias.data_ptr(), y.data_ptr() + 2 * _GUARD, x.shape[0]),
             *(
                 shape[0] if kernel == "expand_weight" else shape[1],
@@ -123,19 +128,22 @@ def compile_emulator(
     source: str | None = None,
     forms: Sequence[Form] | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
+    values: torch.dtype | None = None,
 ) -> Emulator:
     """The kernels for that capability, out of another source than the real one if there is one.
 
     Args:
         forms, dtypes: some of them, to be done sooner; left out: all that a device of the capability has.
+        values: of the weight, where they are of 8 bits.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    forms = plan.forms(capability) if forms is None else tuple(forms)
+    if forms is None:
+        forms = plan.forms(capability, layout.UNIT_BYTES if values is None else layout.unit_bytes(values))
     calls = []
     parts = ['#include "cuda_emulator.h"', source or SOURCE.read_text()]
     for dtype in dtypes:
         namespace = NAMES[dtype].lower()
-        parts.append(f"namespace {namespace} {{\n{plan.instantiations(forms, NAMES[dtype])}}}")
+        parts.append(f"namespace {namespace} {{\n{plan.instantiations(forms, NAMES[dtype], VALUES[values])}}}")
         for kernel in (*(form.name for form in forms), "expand_weight"):
             calls.append(
                 f'if (dtype == {layout.CODES[dtype]} && name == std::string("{kernel}")) return {namespace}::{kernel};'
@@ -155,9 +163,9 @@ def compile_emulator(
     loaded = ctypes.CDLL(str(library))
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.emulate.argtypes = (
-        *(number, ctypes.c_char_p, pointer, size, pointer, size, pointer, pointer),
+        *(number, number, ctypes.c_char_p, pointer, size, pointer, size, pointer, pointer),
         *(number,) * 9,
         ctypes.c_char_p,
     )
     loaded.emulate.restype = None
-    return Emulator(capability, forms, library, loaded)
+    return Emulator(capability, tuple(forms), library, loaded, values)

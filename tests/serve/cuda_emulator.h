@@ -32,6 +32,9 @@ using u64 = uint64_t;
 
 struct BFloat16;
 struct Float16;
+struct Same;
+struct Int8;
+struct Float8;
 
 struct alignas(16) Quad {
   u32 word[4];
@@ -330,6 +333,32 @@ inline float to_float<BFloat16>(u16 bits) {
 template <>
 inline float to_float<Float16>(u16 bits) {
   return emulated::half_to_float(bits);
+}
+// PTX ISA, prmt in its default mode, of which the highest bit of a digit repeats a sign.
+inline u32 pick_bytes(u32 low, u32 high, u32 which) {
+  const u64 bytes = low | static_cast<u64>(high) << 32;
+  u32 picked = 0;
+  for (int i = 0; i < 4; ++i) {
+    const u32 digit = which >> 4 * i & 15;
+    if (digit > 7) emulated::fail("a byte is picked for its sign");
+    picked |= static_cast<u32>(bytes >> 8 * digit & 0xff) << 8 * i;
+  }
+  return picked;
+}
+
+// Every result that the kernels ask for is a number that the dtype has, so this does not round but look.
+template <class T>
+u32 multiply_add(u32 a, u32 b, u32 c) {
+  u32 pair = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    auto number = [&](u32 of) { return static_cast<double>(to_float<T>(static_cast<u16>(of >> shift))); };
+    const double exact = number(a) * number(b) + number(c);
+    const float value = static_cast<float>(exact);
+    const u16 bits = std::is_same_v<T, BFloat16> ? emulated::float_to_bfloat16(value) : emulated::float_to_half(value);
+    if (static_cast<double>(to_float<T>(bits)) != exact) emulated::fail("a value was rounded when it was converted");
+    pair |= static_cast<u32>(bits) << shift;
+  }
+  return pair;
 }
 template <class T>
 u32 rounded(float low, float high) {

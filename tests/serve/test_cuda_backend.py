@@ -7,6 +7,7 @@ and what is said where something is missing. Structures of the driver are writte
 from __future__ import annotations
 
 import ctypes
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from torch.nn import functional
 from compress.packed import unpack
 from serve.kernels import choose, dispatch
 from serve.kernels.cpu import build
-from serve.kernels.cuda import backend, compiler, driver, layout, plan
+from serve.kernels.cuda import backend, beside, compiler, driver, layout, plan
 from serve.kernels.cuda.compiler import CompilerError
 from serve.kernels.cuda.driver import Driver, DriverError
 from serve.kernels.cuda.plan import Device, Form
 from tests.serve.cpu_reference import expected, normal, random_weight
 from tests.serve.cuda_emulation import DTYPES, Emulator, compile_emulator, needs_compiler
+from tests.serve.gpu_reference import SCALED, expected_scaled, same, scaled_weight
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 CUDA = torch.device("cuda")
@@ -57,7 +59,23 @@ def fake(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def load(emulator: Emulator, dtype: torch.dtype, capability: tuple[int, int] = HOPPER) -> backend.Kernels:
-    return backend.load(Device(capability, 132), dtype, Driver(str(emulator.path)), FORMS)
+    return backend.load(
+        Device(capability, 132), dtype, Driver(str(emulator.path)), emulator.forms, values=emulator.values
+    )
+
+
+@pytest.fixture(scope="module", params=SCALED, ids=str)
+def scaled_emulator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    forms = [form for form in plan.forms(HOPPER, layout.SCALED_UNIT_BYTES) if form.groups in (1, 2)]
+    return compile_emulator(tmp_path_factory.mktemp("scaled"), HOPPER, forms=forms, values=request.param)
+
+
+@pytest.fixture
+def scaled(scaled_emulator: Emulator, fake: Emulator, monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    """The same for values of 8 bits, and for no others."""
+    kernels = {(dtype, scaled_emulator.values): load(scaled_emulator, dtype) for dtype in DTYPES}
+    monkeypatch.setattr(backend, "_kernels", lambda index, dtype, values=None: kernels[dtype, values])
+    return scaled_emulator
 
 
 def number(emulator: Emulator, name: str) -> ctypes.c_int:
@@ -162,6 +180,72 @@ class TestProducts:
 
 
 @needs_compiler
+class TestScaled:
+    """Values of 8 bits, by x in either dtype; which they are, the length of the weight tells."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (40,), (2, 65), (257,)], ids=str)
+    def test_products(self, scaled: Emulator, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        n, k = 70, 264
+        assert scaled.values is not None
+        x, weight, bias = normal(*shape, k, dtype=dtype), scaled_weight(n, k, scaled.values), normal(n, dtype=dtype)
+        prepared = layout.prepare(weight)
+        for added in (None, bias):
+            y = backend.linear(x, prepared, added, n)
+            assert y.shape == (*shape, n)
+            if x.numel() > plan.MOST_PASSES * plan.MOST_ROWS * k:
+                assert torch.equal(y, functional.linear(x, unpack(weight, dtype), added))
+            else:
+                assert not expected_scaled(x.view(-1, k), weight, added).wrong(y.view(-1, n)).any()
+        assert same(backend.restore(prepared), weight)
+
+    def test_nothing_to_multiply(self, scaled: Emulator) -> None:
+        assert scaled.values is not None
+        before = number(scaled, "launches").value
+        for m, n in ((0, 5), (3, 0)):
+            prepared = layout.prepare(scaled_weight(n, 16, scaled.values))
+            for rows in (m, 300 * m):
+                assert backend.linear(normal(rows, 16, dtype=torch.half), prepared, None, n).shape == (rows, n)
+        assert number(scaled, "launches").value == before
+
+    def test_what_does_not_belong_together(self, scaled: Emulator) -> None:
+        assert scaled.values is not None
+        prepared = layout.prepare(scaled_weight(70, 40, scaled.values))
+        with pytest.raises(ValueError, match=r"x is torch\.float32"):
+            backend.linear(normal(3, 40, dtype=torch.float32), prepared, None, 70)
+        for bad, n in ((prepared[:-1], 70), (prepared[:-256], 70), (prepared, 140)):
+            with pytest.raises(ValueError, match=rf"is no prepared weight \[{n}, 40\]"):
+                backend.linear(normal(3, 40, dtype=torch.bfloat16), bad, None, n)
+
+    def test_no_second_form(self, scaled: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However it is asked for; then few rows and many go as without."""
+        assert scaled.values is not None
+        usual = [backend.reason(scaled.values, rows) for rows in (64, 65, 257)]
+        monkeypatch.setenv(beside.VARIABLE, "1")
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda device: types.SimpleNamespace(synchronize=lambda: None)
+        )
+        assert [backend.reason(scaled.values, rows) for rows in (64, 65, 257)] == usual
+        weight = scaled_weight(32, 64, scaled.values)
+        prepared = backend.prepare(weight)
+        assert torch.equal(prepared, layout.prepare(weight))
+        x = normal(65, 64, dtype=torch.bfloat16)
+        assert not expected_scaled(x, weight, None).wrong(backend.linear(x, prepared, None, 32)).any()
+
+    def test_the_library_proves_itself_for_what_x_may_be(
+        self, scaled: Emulator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert scaled.values is not None
+        asked: list[torch.dtype] = []
+        monkeypatch.setattr(backend.prefill, "prove", lambda device, dtype: asked.append(dtype))
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda device: types.SimpleNamespace(synchronize=lambda: None)
+        )
+        backend.prepare(scaled_weight(8, 16, scaled.values))
+        assert asked == [torch.bfloat16, torch.float16]
+
+
+@needs_compiler
 class TestLoading:
     def test_clusters_are_as_large_as_the_device_has_them(self, fake: Emulator) -> None:
         for largest in (8, 4, 2, 1):
@@ -225,6 +309,43 @@ class TestProof:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_right_ones(self, fake: Emulator, dtype: torch.dtype) -> None:
         assert backend.wrong(load(fake, dtype), torch.device("cpu"), 0) is None
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_right_ones_of_8_bits(self, scaled: Emulator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        kernels = load(scaled, dtype)
+        assert kernels.values == scaled.values
+        assert backend.wrong(kernels, torch.device("cpu"), 0) is None
+        monkeypatch.setattr(backend, "LINKS", 3)
+        assert backend.overlaps_rightly(kernels, torch.device("cpu"), 0)
+
+    @pytest.mark.parametrize("mistake", ["scales", "small values", "a dense value"])
+    def test_wrong_ones_of_8_bits(self, scaled: Emulator, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The scale of another row, float8 that are lost where they are subnormal, a dense value that is off by its last bit."""
+        kernels = load(scaled, torch.bfloat16)
+        multiply, expand = kernels.multiply, kernels.expand
+
+        def mistaken(x: Tensor, prepared: Tensor, bias: Tensor | None, y: Tensor, *rest: Any, **how: Any) -> None:
+            weight = layout.restore(prepared)
+            assert weight.scale is not None
+            if mistake == "scales":
+                weight.scale.copy_(weight.scale.roll(1, 0))
+            elif mistake == "small values":
+                limit = 2**-6 if scaled.values == torch.float8_e4m3fn else 64
+                weight.values.view(torch.uint8)[weight.values.float().abs() < limit] = 0
+            multiply(x, layout.prepare(weight), bias, y, *rest, **how)
+
+        def one_bit_off(prepared: Tensor, dense: Tensor, stream: int) -> None:
+            expand(prepared, dense, stream)
+            if mistake == "a dense value":
+                dense.view(torch.int16)[-1, int(dense[-1].nonzero()[0])] ^= 1
+
+        monkeypatch.setattr(kernels, "multiply", mistaken)
+        monkeypatch.setattr(kernels, "expand", one_bit_off)
+        said = str(backend.wrong(kernels, torch.device("cpu"), 0))
+        expected_words = (
+            "that expands weights is wrong" if mistake == "a dense value" else "for 8 rows of x, in clusters of 1"
+        )
+        assert expected_words in said
 
     def test_wrong_ones(self, fake: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
         kernels = load(fake, torch.bfloat16)
@@ -333,16 +454,37 @@ class TestWhyNot:
         hopper.setattr(driver, "default", lambda: None)
         hopper.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
         found = backend.Kernels(None, Device(HOPPER, 132), torch.bfloat16, {}, {})  # pyright: ignore[reportArgumentType]
-        hopper.setattr(backend, "load", lambda *args: found)
+        hopper.setattr(backend, "load", lambda *args, **how: found)
         hopper.setattr(backend, "wrong", lambda *args: None)
         hopper.setattr(backend, "overlaps_rightly", lambda *args: right)
         assert backend.why_not(CUDA, torch.bfloat16) is None
         assert found.overlap is right
 
+    @pytest.mark.parametrize("values", SCALED, ids=str)
+    def test_of_8_bits_every_dtype_of_x_is_proven(self, hopper: pytest.MonkeyPatch, values: torch.dtype) -> None:
+        loaded: list[tuple[torch.dtype, torch.dtype | None]] = []
+
+        def load(device: Device, dtype: torch.dtype, of: Any, values: torch.dtype | None) -> backend.Kernels:
+            loaded.append((dtype, values))
+            return backend.Kernels(of, device, dtype, {}, {}, values=values)
+
+        hopper.setattr(driver, "default", lambda: None)
+        hopper.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+        hopper.setattr(backend, "load", load)
+        hopper.setattr(backend, "wrong", lambda kernels, *where: refusals.get(kernels.dtype))
+        hopper.setattr(backend, "overlaps_rightly", lambda *args: True)
+        refusals: dict[torch.dtype, str] = {}
+        assert backend.why_not(CUDA, values) is None
+        assert loaded == [(torch.bfloat16, values), (torch.float16, values)]
+        for dtype in DTYPES:
+            backend._kernels.cache_clear()
+            refusals = {dtype: f"{dtype} is wrong"}
+            assert backend.why_not(CUDA, values) == f"{dtype} is wrong"
+
     def test_kernels_that_fail(self, hopper: pytest.MonkeyPatch) -> None:
         """An address outside of the memory, say, is reported where something waits for the kernel."""
 
-        def failed(*args: Any) -> Any:
+        def failed(*args: Any, **how: Any) -> Any:
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
 
         hopper.setattr(driver, "default", lambda: None)
@@ -363,13 +505,16 @@ class TestWhyNot:
 class TestPlan:
     CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
 
+    UNITS = (layout.UNIT_BYTES, layout.SCALED_UNIT_BYTES)
+
+    @pytest.mark.parametrize("unit_bytes", UNITS)
     @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
-    def test_every_form_fits_on_the_device(self, capability: tuple[int, int]) -> None:
+    def test_every_form_fits_on_the_device(self, capability: tuple[int, int], unit_bytes: int) -> None:
         """Shared memory of a processor and of a block, in KiB, from the CUDA Programming Guide's table."""
         processor = {80: 164, 87: 164, 90: 228, 100: 228, 103: 228, 110: 228}.get(
             capability[0] * 10 + capability[1], 100
         )
-        forms = plan.forms(capability)
+        forms = plan.forms(capability, unit_bytes)
         assert sorted({form.tiles for form in forms}) == [1, 2, 4, 8]
         assert len({form.name for form in forms}) == len(forms)
         for form in forms:
@@ -377,6 +522,14 @@ class TestPlan:
             assert form.shared_bytes <= (processor - 1) * 1024
             assert form.stages >= 2
             assert form.threads <= 256
+            sums = (
+                form.groups * 8 * form.tiles * (64 * form.panels + 4) * 4
+            )  # which take the place of what is under way
+            assert (
+                sums
+                <= form.shared_bytes
+                == form.groups * form.stages * (form.panels * unit_bytes + 8 * form.tiles * 64 * 2)
+            )
 
     @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
     def test_a_processor_has_the_same_warps_by_every_form_of_a_number_of_tiles(
@@ -389,9 +542,10 @@ class TestPlan:
 
     def test_enough_is_under_way_on_hopper(self) -> None:
         """At least 64 KB of weights for a processor: 4.8 TB/s / 132 x 1.4 us is 51 KB."""
-        for form in plan.forms(HOPPER):
-            assert form.bytes_ahead == (form.stages - 1) * form.groups * form.panels * layout.UNIT_BYTES
-            assert form.resident * form.bytes_ahead >= 100 * 1024
+        for unit_bytes in self.UNITS:
+            for form in plan.forms(HOPPER, unit_bytes):
+                assert form.bytes_ahead == (form.stages - 1) * form.groups * form.panels * unit_bytes
+                assert form.resident * form.bytes_ahead >= 100 * 1024
 
     def test_every_number_of_rows_has_a_form(self) -> None:
         for rows in range(1, plan.MOST_ROWS + 1):
@@ -399,10 +553,10 @@ class TestPlan:
                 assert 4 * form.tiles < rows <= 8 * form.tiles or form.tiles == 1
 
     @staticmethod
-    def active(capability: tuple[int, int], processors: int) -> plan.Active:
+    def active(capability: tuple[int, int], processors: int, unit_bytes: int = layout.UNIT_BYTES) -> plan.Active:
         return {
             form: {splits: processors * form.resident // splits for splits in plan.possible_splits(capability)}
-            for form in plan.forms(capability)
+            for form in plan.forms(capability, unit_bytes)
         }
 
     def chosen(self, rows: int, n: int, k: int) -> tuple[Form, int, int]:
@@ -440,9 +594,21 @@ class TestPlan:
         fits, does_not = (plan.microseconds(form, 8, clusters, n, k, device) for clusters in (16, 15))
         assert does_not > fits + 1
 
+    def test_values_of_8_bits_take_less_time(self) -> None:
+        """As many blocks, five ninths of the bytes: in what the model takes for the time, that is half of it and more."""
+        device = Device(HOPPER, 132)
+        for rows in (1, 64):
+            times = []
+            for unit_bytes in self.UNITS:
+                active = self.active(HOPPER, 132, unit_bytes)
+                form, splits = plan.choose(active, rows, 28672, 8192, device)
+                times.append(plan.microseconds(form, splits, active[form][splits], 28672, 8192, device))
+            assert 0.5 < times[1] / times[0] < (0.6 if rows == 1 else 0.8)
+
+    @pytest.mark.parametrize("unit_bytes", UNITS)
     @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
-    def test_there_is_a_way_for_every_product(self, capability: tuple[int, int]) -> None:
-        active, device = self.active(capability, 20), Device(capability, 20)
+    def test_there_is_a_way_for_every_product(self, capability: tuple[int, int], unit_bytes: int) -> None:
+        active, device = self.active(capability, 20, unit_bytes), Device(capability, 20)
         for n in (0, 1, 64, 65, 1000, 100_000):
             for k in (0, 8, 72, 5000):
                 for rows in (1, 9, 17, 33, 64):

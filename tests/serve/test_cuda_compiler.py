@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from serve.kernels.cuda import cache as disk
-from serve.kernels.cuda import compiler, plan
+from serve.kernels.cuda import compiler, layout, plan
 from serve.kernels.cuda.compiler import CompilerError
+from serve.kernels.cuda.plan import Form
 from tests.runs import beside, environment
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -36,42 +37,51 @@ needs_nvrtc = pytest.mark.skipif(why_no_nvrtc() is not None, reason=str(why_no_n
 
 
 @cache
-def compiled(capability: tuple[int, int], dtype: str) -> tuple[bytes, str]:
-    return compiler.compile_cubin(compiler.source(plan.forms(capability), dtype), compiler.architecture(capability))
+def compiled(capability: tuple[int, int], dtype: str, values: str) -> tuple[bytes, str]:
+    text = compiler.source(forms_of(capability, values), dtype, values)
+    return compiler.compile_cubin(text, compiler.architecture(capability))
+
+
+def forms_of(capability: tuple[int, int], values: str) -> tuple[Form, ...]:
+    return plan.forms(capability, layout.UNIT_BYTES if values == "Same" else layout.SCALED_UNIT_BYTES)
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [*((capability, "BFloat16") for capability in CAPABILITIES), ((9, 0), "Float16")],
+    ("capability", "dtype", "values"),
+    [
+        *((capability, "BFloat16", values) for capability in CAPABILITIES for values in ("Same", "Int8", "Float8")),
+        *(((9, 0), "Float16", values) for values in ("Same", "Int8", "Float8")),
+        *(((8, 0), "Float16", values) for values in ("Int8", "Float8")),
+    ],
     ids=lambda value: NAMES.get(value, value),
 )
 class TestArchitectures:
-    def test_nothing_is_spilled(self, capability: tuple[int, int], dtype: str) -> None:
-        cubin, report = compiled(capability, dtype)
+    def test_nothing_is_spilled(self, capability: tuple[int, int], dtype: str, values: str) -> None:
+        cubin, report = compiled(capability, dtype, values)
         assert cubin.startswith(b"\x7fELF")
         assert f"'{NAMES[capability]}'" in report
         assert "warning" not in report
         used = compiler.usage(report)
-        forms = {form.name: form for form in plan.forms(capability)}
+        forms = {form.name: form for form in forms_of(capability, values)}
         assert used.keys() == forms.keys() | {"expand_weight"}
         for name, usage in used.items():
             assert (usage.stack_bytes, usage.spill_store_bytes, usage.spill_load_bytes) == (0, 0, 0), name
             if name in forms:  # as many blocks fit on a processor as `plan` counts on
                 assert usage.registers * forms[name].threads * forms[name].resident <= REGISTERS_OF_A_PROCESSOR
 
-    def test_what_becomes_of_it(self, capability: tuple[int, int], dtype: str, tmp_path: Path) -> None:
+    def test_what_becomes_of_it(self, capability: tuple[int, int], dtype: str, values: str, tmp_path: Path) -> None:
         """Weights are copied and multiplied in the widest form there is, and nothing is in local memory."""
-        code = disassemble(compiled(capability, dtype)[0], tmp_path)
+        code = disassemble(compiled(capability, dtype, values)[0], tmp_path)
         kind = {"BFloat16": "F32.BF16", "Float16": "F32"}[dtype]
-        for form in plan.forms(capability):
+        for form in forms_of(capability, values):
             instructions = code[form.name]
             multiplications = [line for line in instructions if "MMA" in line]
             assert len(multiplications) % (8 * form.tiles) == 0
             assert all(re.search(rf"HMMA\.SP\.16832\.{kind} ", line) for line in multiplications)
             assert {line.rsplit(",", 1)[1].strip(" ;") for line in multiplications} == {"0x0", "0x1"}
             copies = [line for line in instructions if "LDGSTS" in line]
-            assert len(copies) >= 9 * form.stages
+            assert len(copies) >= form.unit_bytes // 512 * form.stages
             assert all(".BYPASS" in line and ".128" in line for line in copies)
             # Nothing waits for the memory before the first weights are asked for, the header of the weight least of all.
             waited_for: set[str] = set()
@@ -79,8 +89,25 @@ class TestArchitectures:
                 assert not waited_for & set(re.findall(r"\bR\d+\b", used_by(line))), line
                 waited_for |= set(loaded_by(line))
             assert len([line for line in instructions if "LDSM" in line and ".4 " in line]) % (2 * form.tiles) == 0
+            if values != "Same":
+                conversions_are_few(instructions, values, len(multiplications) // (8 * form.tiles))
         for name, instructions in code.items():
             assert not [line for line in instructions if re.search(r"\b(LDL|STL)\b", line)], name
+
+
+def conversions_are_few(instructions: list[str], values: str, steps: int) -> None:
+    """Of the 64 values of 8 bits that a lane has in each of so many steps: one packed instruction for two of them, after one that picks
+    their bytes or puts their bits in place, and none of the slow conversions."""
+    packed = [line for line in instructions if re.search(r"\bH(FMA|MUL)2(\.BF16_V2)? ", line) and not is_constant(line)]
+    assert len(packed) == 32 * steps
+    picked = [line for line in instructions if re.search(r"\bPRMT ", line)]
+    assert len(picked) >= 32 * steps if values == "Int8" else len(picked) < 32
+    assert not [line for line in instructions if re.search(r"\b(I2F|F2F)\.(?!RP)|\bI2FP\b|E4M3", line)]
+
+
+def is_constant(line: str) -> bool:
+    """Whether a packed instruction only puts a constant into a register."""
+    return re.search(r", -?RZ, -?RZ,", line) is not None
 
 
 def loaded_by(line: str) -> list[str]:
@@ -115,6 +142,14 @@ def disassemble(cubin: bytes, directory: Path) -> dict[str, list[str]]:
 
 
 class TestCompiler:
+    def test_every_kind_of_values_is_a_text_of_its_own(self) -> None:
+        """By whose digest cubins are kept."""
+        forms = forms_of((9, 0), "Int8")
+        texts = {
+            compiler.source(forms, dtype, values) for dtype in ("BFloat16", "Float16") for values in ("Int8", "Float8")
+        }
+        assert len(texts) == 4
+
     def test_the_architecture_is_one_that_runs(self) -> None:
         known = [75, 80, 86, 89, 90, 100, 120]
         for capability, arch in (((8, 0), 80), ((8, 7), 86), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)):

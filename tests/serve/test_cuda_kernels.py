@@ -25,6 +25,7 @@ from tests.serve.cuda_emulation import (
     compile_emulator,
     needs_compiler,
 )
+from tests.serve.gpu_reference import SCALED, expected_scaled, scaled_weight
 
 pytestmark = needs_compiler
 
@@ -38,9 +39,9 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     return compile_emulator(tmp_path_factory.mktemp("hopper"), HOPPER, forms=some(HOPPER))
 
 
-def some(capability: tuple[int, int]) -> list[Form]:
+def some(capability: tuple[int, int], unit_bytes: int = layout.UNIT_BYTES) -> list[Form]:
     """A form for each number of tiles, divided among blocks in one way after the other."""
-    forms = plan.forms(capability)
+    forms = plan.forms(capability, unit_bytes)
     return [(found := plan.for_rows(forms, 8 * tiles))[at % len(found)] for at, tiles in enumerate((1, 2, 4, 8))]
 
 
@@ -225,7 +226,7 @@ class TestMistakes:
             ("+ (i >> 1) * 8", "", 1),
             ("first + group + step * Groups", "first + group + step", 1),
             ("if (!right)", "if (right)", 1),
-            ("if (row < call.n) *", "*", 1),
+            ("if (own_row < call.n) *", "*", 1),
         ],
     )
     def test_in_the_source(
@@ -248,3 +249,199 @@ class TestMistakes:
         with pytest.raises(EmulationError, match="beyond shared memory"):
             hopper.multiply(normal(3, 4096, dtype=torch.bfloat16), layout.prepare(weight), None, 64,
                             shared_bytes=form.shared_bytes - 16)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SCALED, ids=str)
+def scaled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """Of kernels for values of 8 bits."""
+    return compile_emulator(
+        tmp_path_factory.mktemp("scaled"),
+        HOPPER,
+        forms=some(HOPPER, layout.SCALED_UNIT_BYTES),
+        values=request.param,
+    )
+
+
+@pytest.fixture(scope="module", params=SCALED, ids=str)
+def without_clusters(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return compile_emulator(
+        tmp_path_factory.mktemp("ada"), ADA, forms=some(ADA, layout.SCALED_UNIT_BYTES), values=request.param
+    )
+
+
+class TestScaled:
+    """Values of 8 bits with a scale for each row."""
+
+    @staticmethod
+    def wrong(emulator: Emulator, m: int, n: int, k: int, dtype: torch.dtype, *, bias: bool, splits: int = 1,
+              seed: int = 0, **how: Form) -> int:  # fmt: skip
+        """How many outputs are out of their bounds."""
+        assert emulator.values is not None
+        weight, x = scaled_weight(n, k, emulator.values, seed), normal(m, k, dtype=dtype, seed=1)
+        added = normal(n, dtype=dtype, seed=2) if bias else None
+        y = emulator.multiply(x, layout.prepare(weight), added, n, splits=splits, seed=seed, **how)
+        return int(expected_scaled(x, weight, added).wrong(y).sum())
+
+    @pytest.mark.parametrize("values", SCALED, ids=str)
+    @pytest.mark.parametrize("capability", [HOPPER, ADA, (12, 0)], ids=["9.0", "8.9", "12.0"])
+    def test_every_form(
+        self, tmp_path_factory: pytest.TempPathFactory, capability: tuple[int, int], values: torch.dtype
+    ) -> None:
+        emulator = compile_emulator(
+            tmp_path_factory.mktemp("forms"), capability, dtypes=[torch.bfloat16], values=values
+        )
+        assert {form.unit_bytes for form in emulator.forms} == {layout.SCALED_UNIT_BYTES}
+        for form in emulator.forms:
+            k = 64 * form.groups * (form.stages + 1) + 8
+            for splits in plan.possible_splits(capability)[:2]:
+                how = {"bias": True, "splits": splits, "seed": splits, "form": form}
+                assert self.wrong(emulator, 8 * form.tiles - 1, 130, k, torch.bfloat16, **how) == 0, (form, splits)
+
+    def test_every_number_of_rows_of_x(self, scaled: Emulator) -> None:
+        for m in range(1, plan.MOST_ROWS + 1):
+            assert self.wrong(scaled, m, 70, 136, DTYPES[m % 2], bias=m % 3 == 0, seed=m) == 0, m
+
+    @OF_BOTH_DTYPES
+    def test_every_number_of_outputs(self, scaled: Emulator, dtype: torch.dtype) -> None:
+        for n in [*range(1, 12), 63, 64, 65, 66, 127, 128, 129, 191, 194, 260]:
+            assert self.wrong(scaled, (1, 9, 20, 40)[n % 4], n, 72, dtype, bias=n % 3 > 0, seed=n) == 0, n
+
+    @OF_BOTH_DTYPES
+    def test_every_number_of_inputs(self, without_clusters: Emulator, dtype: torch.dtype) -> None:
+        for k in [*range(8, 137, 16), 256, 320, 520, 1024, 1416]:
+            assert self.wrong(without_clusters, (1, 16, 32, 64)[k // 8 % 4], 70, k, dtype, bias=True, seed=k) == 0, k
+
+    @OF_BOTH_DTYPES
+    @pytest.mark.parametrize("splits", [2, 3, 8])
+    def test_clusters(self, scaled: Emulator, dtype: torch.dtype, splits: int) -> None:
+        """The scale counts once, and the bias is not scaled."""
+        for m, n, k in ((1, 100, 64 * splits), (8, 65, 1096), (13, 130, 8 * splits), (40, 200, 712), (64, 260, 328)):
+            assert self.wrong(scaled, m, n, k, dtype, bias=m > 1, splits=splits, seed=m) == 0, (m, n, k)
+
+    def test_no_order_of_events_changes_a_bit(self, scaled: Emulator) -> None:
+        assert scaled.values is not None
+        weight, x = scaled_weight(130, 1000, scaled.values), normal(25, 1000, dtype=torch.float16)
+        prepared = layout.prepare(weight)
+        first = scaled.multiply(x, prepared, None, 130, splits=2, seed=9, copies=AT_ONCE)
+        for copies in (AT_ONCE, AT_THE_WAIT, ANY_TIME):
+            for seed in range(4):
+                y = scaled.multiply(x, prepared, None, 130, splits=2, seed=seed, copies=copies)
+                assert torch.equal(y, first)
+
+    @OF_BOTH_DTYPES
+    def test_every_value_in_every_byte_of_a_lane(self, scaled: Emulator, dtype: torch.dtype) -> None:
+        """Exactly, subnormal ones too: each is alone in its sum, and its scale is 1. (The emulator ends where a conversion rounds.)"""
+        assert scaled.values is not None
+        bits = torch.arange(2048 * 16).remainder(256).to(torch.uint8).view(1024, 32)
+        bits = torch.cat([part.roll(i, 1) for i, part in enumerate(bits.split(64))])  # (panels)
+        if scaled.values == torch.int8:
+            bits[bits == 0x80] = 0
+        else:
+            bits[(bits & 0x7F == 0x7F) | (bits == 0x80)] = 0
+        values = bits.view(scaled.values)
+        weight = PackedWeight(values, torch.full((1024, 8), 0x33, dtype=torch.uint8), torch.ones(1024, 1))
+        prepared = layout.prepare(weight)
+        of_lanes = layout._body(prepared, 1024, 64, scaled.values)[..., :2048].reshape(-1, 16)
+        assert [len(place.unique()) for place in of_lanes.T] == [255 if scaled.values == torch.int8 else 253] * 16
+        kept = torch.arange(64)[torch.arange(64) % 4 < 2]
+        x = torch.zeros(32, 64, dtype=dtype)
+        x[torch.arange(32), kept] = 1
+        y = scaled.multiply(x, prepared, None, 1024)
+        assert torch.equal(y.T.double(), values.double())
+        assert torch.equal(scaled.expand(prepared, 1024, 64, dtype).double()[:, kept], values.double())
+
+    @OF_BOTH_DTYPES
+    @pytest.mark.parametrize(("n", "k"), [(1, 8), (64, 64), (70, 136), (200, 328)])
+    def test_expansion(self, scaled: Emulator, dtype: torch.dtype, n: int, k: int) -> None:
+        """To the bit, with scales that make subnormal numbers of it."""
+        assert scaled.values is not None
+        weight = scaled_weight(n, k, scaled.values)
+        assert weight.scale is not None
+        weight.scale[::4] *= 2.0**-20 if dtype is torch.float16 else 2.0**-130
+        dense = scaled.expand(layout.prepare(weight), n, k, dtype)
+        exact = unpack(PackedWeight(weight.values.double() * weight.scale.double(), weight.mask))
+        assert torch.equal(dense, unpack(weight, dtype))
+        assert torch.equal(dense, exact.float().to(dtype))
+        assert n == 1 or bool(((dense != 0) & (dense.abs() < torch.finfo(dtype).tiny)).any())
+
+    def test_other_weights_give_nan(self, scaled: Emulator) -> None:
+        assert scaled.values is not None
+        right = layout.prepare(scaled_weight(100, 200, scaled.values))
+        all_nan = TestOtherWeights.all_nan
+        assert not all_nan(scaled, right, 100, 200, torch.float16)
+        assert all_nan(scaled, right, 101, 200, torch.float16)
+        for code in set(layout.CODES.values()) - {layout.CODES[scaled.values]}:
+            other = right.clone()
+            other[4] = code
+            assert all_nan(scaled, other, 100, 200, torch.float16)
+
+    @pytest.mark.parametrize("damage", ["a scale", "two scales", "two values", "a sign", "two fragments"])
+    def test_mistakes_in_the_bytes(self, scaled: Emulator, damage: str) -> None:
+        assert scaled.values is not None
+        n, k = 132, 1000
+        weight, x = scaled_weight(n, k, scaled.values), normal(60, k, dtype=torch.bfloat16)
+        prepared = layout.prepare(weight)
+        right = expected_scaled(x, weight, None)
+        assert not right.wrong(scaled.multiply(x, prepared, None, n)).any()
+        scales = layout._scales(prepared, n, k, scaled.values)
+        values = layout._body(prepared, n, k, scaled.values)[1, 3, :2048]
+        large = int(values.view(scaled.values).float().abs().argmax())
+        other = large ^ 1
+        if damage == "a scale":
+            scales[17] *= 1.05
+        elif damage == "two scales":
+            scales[5:7] = scales[5:7].clone().flip(0)
+        elif damage == "two values":
+            assert values[large] != values[other]
+            values[large], values[other] = values[other].clone(), values[large].clone()
+        elif damage == "a sign":
+            number = -values.view(scaled.values)[large].float()
+            values[large] = number.to(scaled.values).view(torch.uint8)
+        else:
+            values[:512] = values[:512].view(32, 2, 8).flip(1).flatten()
+        wrong = right.wrong(scaled.multiply(x, prepared, None, n)).any(dim=0)
+        rows = {"a scale": 1, "two scales": 2, "two values": 2, "a sign": 1, "two fragments": 32}[damage]
+        assert int(wrong.sum()) == rows
+        if damage in ("a scale", "two scales"):
+            assert wrong[17 if damage == "a scale" else slice(5, 7)].all()
+
+    @pytest.mark.parametrize(
+        ("values", "dtype", "right", "mistaken"),
+        [
+            (torch.int8, torch.float16, "total[i] *= as_float(scales.word[i]);", ""),
+            (torch.int8, torch.float16, "+ thread % kFours * 4;", "+ thread % kFours;"),
+            (torch.int8, torch.float16, "load_global(scales_of<V>(call) + own_row * 4)", "load_global(scales_of<V>(call))"),
+            (torch.int8, torch.float16, "units * Stored<V>::kUnitBytes;\n}", "units * kBlockBytes;\n}"),
+            (torch.int8, torch.float16, "bytes ^ 0x80808080", "bytes"),
+            (torch.int8, torch.float16, "0x4240), 0x3c003c00", "0x4140), 0x3c003c00"),
+            (torch.int8, torch.bfloat16, "0x4341));", "0x4340));"),
+            (torch.int8, torch.bfloat16, "pair & 0xff80ff80", "pair & 0xff00ff00"),
+            (torch.int8, torch.bfloat16, "word[2 + half], both.lower", "word[half], both.lower"),
+            (torch.float8_e4m3fn, torch.bfloat16, "upper = one(bytes << 8), lower = one(bytes)", "upper = one(bytes), lower = one(bytes << 8)"),
+            (torch.float8_e4m3fn, torch.bfloat16, "0x07f007f0", "0x07e007e0"),
+            (torch.float8_e4m3fn, torch.bfloat16, "0x7b807b80", "0x7b007b00"),
+            (torch.float8_e4m3fn, torch.float16, "(high & 0x80008000), 0x5c005c00", "(high & 0x00008000), 0x5c005c00"),
+            (torch.float8_e4m3fn, torch.float16, "load_shared(values + (half * 2 + rows / 2)", "load_shared(values + (half * 2)"),
+            (torch.float8_e4m3fn, torch.float16, "block <= kValueBlocks; ++block) copy", "block < kValueBlocks; ++block) copy"),
+        ],
+    )  # fmt: skip
+    def test_mistakes_in_the_source(
+        self, tmp_path_factory: pytest.TempPathFactory, values: torch.dtype, dtype: torch.dtype, right: str, mistaken: str
+    ) -> None:  # fmt: skip
+        source = SOURCE.read_text()
+        assert right in source
+        seen = []
+        for text in (source, source.replace(right, mistaken)):
+            emulator = compile_emulator(
+                tmp_path_factory.mktemp("mistaken"),
+                HOPPER,
+                text,
+                forms=plan.for_rows(plan.forms(HOPPER, layout.SCALED_UNIT_BYTES), 9)[:1],
+                dtypes=[dtype],
+                values=values,
+            )
+            try:
+                seen.append(self.wrong(emulator, 9, 132, 200, dtype, bias=True) > 0)
+            except EmulationError:
+                seen.append(True)
+        assert seen == [False, True]

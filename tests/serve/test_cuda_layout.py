@@ -11,8 +11,10 @@ from compress.packed import PackedWeight, pack, unpack
 from compress.patterns import NMPattern
 from serve.kernels.cuda import layout
 from tests.serve.cpu_reference import kept_columns, random_weight
+from tests.serve.gpu_reference import SCALED, same, scaled_weight
 
 SHAPES = [(1, 8), (5, 24), (64, 64), (65, 72), (128, 128), (200, 136), (63, 320)]
+OF_8_BITS = pytest.mark.parametrize("values", SCALED, ids=str)
 OF_BOTH_DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -28,8 +30,71 @@ def test_what_is_prepared_is_restored(n: int, k: int, dtype: torch.dtype) -> Non
     assert torch.equal(restored.mask, weight.mask)
 
 
+@OF_8_BITS
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (0, 16)])
+def test_values_of_8_bits_are_restored(n: int, k: int, values: torch.dtype) -> None:
+    weight = scaled_weight(n, k, values)
+    prepared = layout.prepare(weight)
+    assert len(prepared) == layout.prepared_bytes(n, k, values)
+    assert layout.scaled_dtype(len(prepared), n, k) == values
+    assert layout.describe(prepared) == (values, n, k, None)
+    assert same(layout.restore(prepared), weight)
+
+
 def test_the_bytes_are_nine_sixteenths() -> None:
     assert layout.prepared_bytes(4096, 4096) - layout.HEADER_BYTES == 4096 * 4096 * 2 * 9 // 16
+
+
+@OF_8_BITS
+def test_the_bytes_are_five_sixteenths_and_the_scales(values: torch.dtype) -> None:
+    more = layout.prepared_bytes(4096, 4096, values) - 4096 * 4096 * 2 * 5 // 16 - 4 * 4096
+    assert 0 < more <= layout.HEADER_BYTES + 1024
+
+
+@OF_8_BITS
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (70, 200)])
+def test_every_lane_has_its_bytes_of_the_fragments(n: int, k: int, values: torch.dtype) -> None:
+    """Four at a time, of the two registers with the same columns: register r and r + 1 of the fragment have rows l / 4 and 8 more, and
+    of each the first value comes before the second ones."""
+    weight = scaled_weight(n, k, values)
+    given = weight.values.view(torch.uint8).tolist()
+    panels, units = -(-n // 64), -(-k // 64)
+    prepared = layout.prepare(weight)
+    body = prepared[layout.HEADER_BYTES :][: panels * units * 2560].view(panels, units, 2560)
+    found = body[..., :2048].contiguous().view(panels, units, 2, 2, 32, 16).tolist()
+    of_16_bits = layout.prepare(PackedWeight(weight.values.view(torch.uint8).half(), weight.mask))
+    metadata = of_16_bits[layout.HEADER_BYTES :].view(panels, units, 4608)[..., 4096:]
+    assert torch.equal(body[..., 2048:], metadata)
+    seen = 0
+    for panel in range(panels):
+        for unit in range(units):
+            for half in range(2):
+                for below in range(2):
+                    for lane in range(32):
+                        for byte in range(16):
+                            fragment, register, value, lower = byte // 8, byte // 4 % 2, byte // 2 % 2, byte % 2
+                            row = panel * 64 + below * 32 + fragment * 16 + lower * 8 + lane // 4
+                            kept = (unit * 64 + half * 32 + register * 16 + lane % 4 * 4) // 2 + value
+                            wanted = given[row][kept] if row < n and kept < k // 2 else 0
+                            assert found[panel][unit][half][below][lane][byte] == wanted
+                            seen += row < n and kept < k // 2
+    assert seen == n * k // 2
+    scales = prepared[layout.HEADER_BYTES + panels * units * 2560 :][: panels * 256].view(torch.float32)
+    assert weight.scale is not None
+    assert torch.equal(scales[:n], weight.scale[:, 0])
+    assert not scales[n:].any()
+
+
+@OF_8_BITS
+def test_values_of_8_bits_have_one_form(values: torch.dtype) -> None:
+    prepared = layout.prepare(scaled_weight(10, 40, values))
+    with pytest.raises(ValueError, match="only a weight with values of 16 bits has a second form"):
+        layout.append(prepared, layout.Second.DENSE, prepared[:64])
+    second = prepared.clone()
+    second[16] = 1
+    for damaged in (prepared[:-1], torch.cat([prepared, prepared[:512]]), second):
+        with pytest.raises(ValueError, match="damaged, or no prepared weight"):
+            layout.restore(damaged)
 
 
 @pytest.mark.parametrize(("n", "k"), [(128, 128), (70, 200)])
@@ -93,7 +158,9 @@ def test_a_mask_that_is_wrong() -> None:
         layout.prepare(weight, "layer.3")
     with pytest.raises(CorruptCheckpointError, match="do not belong together"):
         layout.prepare(PackedWeight(weight.values, weight.mask[:, :-1]))
-    with pytest.raises(ValueError, match=r"layer: values are torch.float32; the kernels take bfloat16 and float16"):
+    with pytest.raises(
+        ValueError, match=r"layer: values are torch.float32; the kernels take bfloat16, float16, int8, float8_e4m3fn"
+    ):
         layout.prepare(random_weight(4, 8, torch.float32), "layer")
 
 

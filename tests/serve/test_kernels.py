@@ -15,7 +15,7 @@ from compress import wide
 from compress.errors import CorruptCheckpointError, UsageError
 from compress.packed import PackedWeight, pack, unpack
 from compress.patterns import NMPattern
-from serve.kernels import choose, plain, sparse24_linear
+from serve.kernels import able, choose, plain, sparse24_linear
 from serve.kernels.cpu import backend as cpu
 from serve.kernels.cpu import library
 from serve.linear import Sparse24Conv1D, Sparse24Linear, StreamedLinear, prepare_for_serving, replacement
@@ -270,3 +270,16 @@ def test_dense_layers_are_torchs_own_where_plain_is_asked_for(
     else:
         assert issubclass(kinds[0], wide.WideLinear) or not emulated
         assert kinds[1] is (wide.WideConv1D if emulated else Conv1D)
+
+
+@pytest.mark.parametrize("values", [torch.int8, torch.float8_e4m3fn])
+def test_scaled_values_need_a_kernel_for_the_dtype_of_x(values: torch.dtype) -> None:
+    """GPUs have none for float32."""
+    gpu = torch.device("cuda")
+    choice = choose(gpu, values, 1, 64, 64, x_dtype=torch.float32)
+    assert choice.backend.name == "plain"
+    assert "not cuda: x is float32; not triton: x is float32" in choice.reason
+    assert "x is" not in choose(gpu, values, 1, 64, 64, x_dtype=torch.bfloat16).reason
+    assert able(gpu, values, torch.float32) == [choice.backend]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert "x is" not in choose(torch.device("cpu"), values, 1, 64, 64, x_dtype=dtype).reason

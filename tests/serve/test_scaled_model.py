@@ -17,7 +17,7 @@ from serve.kernels.cpu import library
 from serve.linear import Sparse24Linear, backends, prepare_for_serving
 from serve.loading import load_model
 from serve.measure import kernel_table, shapes, tuned
-from serve.measure.kernel_entries import Shape, kind_name, values_of
+from serve.measure.kernel_entries import Shape, dtypes_of, kind_name
 from serve.measure.kernel_table import measure
 from tests import tiny_models
 from tests.runs import Halve, compress, generated, identical, load, logits
@@ -152,8 +152,8 @@ class TestPrepared:
 @pytest.mark.parametrize("value_dtype", SCALED.values(), ids=list(SCALED))
 def test_layers_are_measured_with_their_values(value_dtype: torch.dtype) -> None:
     kind = kind_name(torch.bfloat16, value_dtype)
-    assert values_of(kind) == value_dtype
-    assert values_of(kind_name(torch.float16)) == torch.float16
+    assert dtypes_of(kind) == (value_dtype, torch.bfloat16)
+    assert dtypes_of(kind_name(torch.float16)) == (torch.float16, torch.float16)
     found = measure([(Shape(64, 128), 1)], dtype=torch.bfloat16, value_dtype=value_dtype, device=CPU, budget=60)
     [entry] = found.entries
     assert (entry.dtype, entry.backend) == (kind, "cpu")

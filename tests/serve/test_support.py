@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from compress.packed import VALUE_DTYPES
+from compress.packed import LARGEST, VALUE_DTYPES
 from serve import support, vllm_plugin
 from serve.engines import vllm
 from serve.kernels import choose, dispatch
 from serve.kernels.cpu import backend as cpu
 from serve.kernels.cuda import backend as cuda
+from serve.kernels.triton import layout as triton_layout
 from tests.runs import ROOT, Halve, environment
 
 CPU = torch.device("cpu")
@@ -48,10 +49,11 @@ def test_the_dispatch_reads_the_dtypes(alter, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_cuda_backend_reads_device_dtypes_and_capability(alter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_why_no_device", lambda: None)
-    monkeypatch.setattr(cuda, "_kernels", lambda index, dtype: object())
+    monkeypatch.setattr(cuda, "_kernels", lambda index, dtype, values=None: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
     device = torch.device("cuda", 0)
     assert cuda.why_not(device, torch.bfloat16) is None
+    assert cuda.why_not(device, torch.int8) is None
     assert cuda.why_not(device, torch.float32) == "values are float32"
     alter(support.KERNELS, "cuda", first_capability=(9, 0))
     assert cuda.why_not(device, torch.bfloat16) == (
@@ -109,7 +111,7 @@ def test_doctor_shows_the_table(halve: Halve, alter, monkeypatch: pytest.MonkeyP
     assert (onnx["status"], onnx["here"], onnx["why_not"]) == ("not built", False, "not built")
     [on_gpu] = [row for row in rows("transformers") if row["kernel"] == "cuda"]
     assert (on_gpu["status"], on_gpu["formats"], on_gpu["dtypes"]) == (
-        "needs compute capability 8.0", ["packed"], ["bfloat16", "float16"],
+        "needs compute capability 8.0", ["packed"], ["bfloat16", "float16", "int8", "float8_e4m3fn"],
     )  # fmt: skip
     assert on_gpu["here"] is torch.cuda.is_available()
     [plain] = [row for row in rows("transformers") if row["kernel"] == "plain"]
@@ -138,6 +140,8 @@ def test_the_table_agrees_with_what_is_built() -> None:
     assert dtypes <= set(VALUE_DTYPES.values())
     assert {getattr(torch, dtype) for dtype in support.KERNELS["cpu"].dtypes} == set(cpu._CODES)
     assert {getattr(torch, dtype) for dtype in support.KERNELS["cuda"].dtypes} == set(cuda._TYPES)
+    assert {getattr(torch, dtype) for dtype in support.KERNELS["triton"].dtypes} == set(triton_layout.CODES)
+    assert {str(dtype).removeprefix("torch.") for dtype in LARGEST} == set(support.SCALED)
     assert [backend.name for backend in dispatch.BACKENDS] == list(support.KERNELS)
     last = list(support.KERNELS.values())[-1]
     assert (last.device, set(last.dtypes), last.first_capability) == (None, set(VALUE_DTYPES), None)

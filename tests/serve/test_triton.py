@@ -22,8 +22,10 @@ from serve.kernels.triton.backend import Kernels
 from serve.linear import Sparse24Linear
 from tests.interpreted import interpreted
 from tests.serve.cpu_reference import expected, normal, random_weight
+from tests.serve.gpu_reference import SCALED, expected_scaled, same, scaled_weight
 
 DTYPES = [torch.bfloat16, torch.float16]
+of_8_bits = pytest.mark.parametrize("values", SCALED, ids=str)
 CUDA = torch.device("cuda")
 
 
@@ -40,6 +42,13 @@ def fake(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     monkeypatch.setattr(backend, "_kernels", lambda index, dtype: kernels)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     return kernels
+
+
+def another_code(prepared: Tensor) -> Tensor:
+    """The same with the code of another dtype in its header."""
+    other = prepared.clone()
+    other[4] = (other[4] + 1) % 4 + 1
+    return other
 
 
 def product(kernels: Kernels, x: Tensor, weight: PackedWeight, bias: Tensor | None, splits: int = 0) -> Tensor:
@@ -110,6 +119,108 @@ def test_a_weight_that_is_another_gives_nan(module: types.ModuleType) -> None:
         assert dense.isnan().all()
 
 
+@of_8_bits
+class TestScaled:
+    """Values of 8 bits with a scale for each row."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("rows", [1, 16, 33, 64, 130])
+    def test_products(self, module: types.ModuleType, values: torch.dtype, dtype: torch.dtype, rows: int) -> None:
+        for k, bias in ((328, normal(200, dtype=dtype)), (256, None)):
+            x, weight = normal(rows, k, dtype=dtype), scaled_weight(200, k, values)
+            y = product(Kernels(module, 1), x, weight, bias)
+            assert not expected_scaled(x, weight, bias).wrong(y).any()
+
+    @pytest.mark.parametrize("splits", [2, 16])
+    @pytest.mark.parametrize("k", [8, 512, 1032])
+    def test_splits_of_the_sum(self, module: types.ModuleType, values: torch.dtype, splits: int, k: int) -> None:
+        """The scale counts once, and the bias is not scaled."""
+        x, weight = normal(5, k, dtype=torch.bfloat16), scaled_weight(70, k, values)
+        for bias in (None, 100 * normal(70, dtype=torch.bfloat16)):
+            y = product(Kernels(module, 1), x, weight, bias, splits)
+            assert not expected_scaled(x, weight, bias).wrong(y).any()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_every_value(self, module: types.ModuleType, values: torch.dtype, dtype: torch.dtype) -> None:
+        """Exactly, subnormal ones too: each is alone in its sum, and its scale is 1."""
+        bits = torch.arange(256, dtype=torch.uint8)
+        every = bits[bits != 0x80] if values == torch.int8 else bits[(bits & 0x7F != 0x7F) & (bits != 0x80)]
+        every = torch.cat([every, every[:2]])[: len(every) // 4 * 4].view(-1, 4).view(values)
+        weight = PackedWeight(every, torch.full((len(every), 1), 0x33, dtype=torch.uint8), torch.ones(len(every), 1))
+        x = torch.zeros(4, 8, dtype=dtype)
+        x[[0, 1, 2, 3], [0, 1, 4, 5]] = 1
+        y = product(Kernels(module, 1), x, weight, None)
+        assert torch.equal(y.T.double(), every.double())
+        assert len(every.unique() if values == torch.int8 else every.float().unique()) >= 248
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("n", "k"), [(1, 8), (33, 264), (70, 384)])
+    def test_expansion(self, module: types.ModuleType, values: torch.dtype, dtype: torch.dtype, n: int, k: int) -> None:
+        """To the bit, with scales that make subnormal numbers of it."""
+        weight, dense = scaled_weight(n, k, values), torch.full((n, k), torch.nan, dtype=dtype)
+        assert weight.scale is not None
+        weight.scale[::4] *= 2.0**-20 if dtype is torch.float16 else 2.0**-130
+        Kernels(module, 1).expand(layout.prepare(weight), dense)
+        exact = unpack(PackedWeight(weight.values.double() * weight.scale.double(), weight.mask))
+        assert torch.equal(dense, unpack(weight, dtype))
+        assert torch.equal(dense, exact.float().to(dtype))
+        assert n == 1 or bool(((dense != 0) & (dense.abs() < torch.finfo(dtype).tiny)).any())
+
+    def test_the_operator(self, fake: Kernels, values: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Few rows and many, by the kind that the length tells."""
+        n, k = 50, 72
+        weight, bias = scaled_weight(n, k, values), normal(n, dtype=torch.float16)
+        prepared = backend.prepare(weight)
+        asked: list[torch.dtype] = []
+        monkeypatch.setattr(backend, "_kernels", lambda index, dtype: (asked.append(dtype), fake)[1])
+        for shape in ((), (2, 3), (backend.MOST_ROWS + 1,)):
+            x = normal(*shape, k, dtype=torch.float16)
+            y = ops._sparse24_linear_cuda(x, prepared, bias, n)
+            assert y.shape == (*shape, n)
+            if len(y) > backend.MOST_ROWS:
+                assert torch.equal(y, functional.linear(x, unpack(weight, torch.float16), bias))
+            else:
+                assert not expected_scaled(x.view(-1, k), weight, bias).wrong(y.view(-1, n)).any()
+        assert set(asked) == {values}
+        with pytest.raises(ValueError, match=r"x is torch\.float32"):
+            backend.linear(normal(2, k, dtype=torch.float32), prepared, None, n)
+
+    def test_another_kind_gives_nan(self, module: types.ModuleType, values: torch.dtype) -> None:
+        prepared = layout.prepare(scaled_weight(16, 32, values))
+        for damaged, is_nan in ((prepared, False), (another_code(prepared), True)):
+            y, dense = torch.zeros(2, 16, dtype=torch.half), torch.zeros(16, 32, dtype=torch.half)
+            Kernels(module, 4).multiply(normal(2, 32, dtype=torch.half), damaged, None, y)
+            Kernels(module, 4).expand(damaged, dense)
+            assert bool(y.isnan().all()) is bool(dense.isnan().all()) is is_nan
+
+    @pytest.mark.parametrize("splits", [1, 2])
+    @pytest.mark.parametrize("damage", ["a scale", "two scales", "two values", "a sign"])
+    def test_mistakes_are_seen(self, module: types.ModuleType, values: torch.dtype, damage: str, splits: int) -> None:
+        n, k = 70, 512
+        x, weight = normal(5, k, dtype=torch.bfloat16), scaled_weight(n, k, values)
+        prepared = layout.prepare(weight)
+        own = layout.parts(prepared, n, k, torch.bfloat16)
+        assert own.scale is not None
+        if damage == "a scale":
+            own.scale[17] *= 1.05
+        elif damage == "two scales":
+            own.scale[5:7] = own.scale[5:7].clone().flip(0)
+        elif damage == "two values":
+            largest = own.values.float().abs()[9].argmax()
+            other = (largest + 1) % (k // 2)
+            bits = own.values.view(torch.uint8)
+            bits[9, largest], bits[9, other] = bits[9, other].clone(), bits[9, largest].clone()
+        else:
+            largest = own.values.float().abs()[9].argmax()
+            own.values[9, largest] = (-own.values[9, largest].float()).to(values)
+        y = torch.empty(5, n, dtype=torch.bfloat16)
+        Kernels(module, 1).multiply(x, prepared, None, y, number_of_splits=splits)
+        wrong = expected_scaled(x, weight, None).wrong(y)
+        rows = {"a scale": [17], "two scales": [5, 6]}.get(damage, [9])
+        assert wrong[:, rows].any(dim=0).all()
+        assert int(wrong.any(dim=0).sum()) == len(rows)
+
+
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128, 4096])
 @pytest.mark.parametrize(("n", "k"), [(8, 8), (576, 1536), (4096, 4096), (57344, 8192), (8192, 28672)])
 def test_the_number_of_splits(rows: int, n: int, k: int) -> None:
@@ -168,10 +279,20 @@ class TestOperator:
             y: Any = ops._sparse24_linear_cuda(x, prepared, None, 24)
             assert isinstance(y, Tensor) == ours
 
-    @pytest.mark.parametrize("n", [1, 7, 64, 65, 4096])
+    @pytest.mark.parametrize("n", [0, 1, 7, 64, 65, 1000, 4096])
     @pytest.mark.parametrize("k", [8, 24, 64, 1032, 4096])
     def test_the_lengths_tell_them_apart(self, n: int, k: int) -> None:
-        assert layout.prepared_bytes(n, k) < cuda_layout.prepared_bytes(n, k)
+        """Of both backends, and of values of 16 bits, int8 and float8; one with a second form behind it is longer than all."""
+        kinds = (torch.bfloat16, *SCALED)
+        lengths = [where.prepared_bytes(n, k, dtype) for where in (layout, cuda_layout) for dtype in kinds]
+        assert len(set(lengths)) == 6
+        if n:
+            assert max(lengths) == cuda_layout.prepared_bytes(n, k, torch.bfloat16)
+        for dtype, length in zip(kinds, lengths, strict=False):
+            assert layout.values_dtype(length, n, k, torch.bfloat16) is dtype
+        for length in (*lengths[3:], lengths[0] - 1, lengths[2] + 16):
+            assert layout.values_dtype(length, n, k, torch.bfloat16) is None
+        assert layout.values_dtype(lengths[0], n, k, torch.float32) is None
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -194,26 +315,29 @@ class TestOperator:
 
 
 class TestLayout:
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", [*DTYPES, *SCALED], ids=str)
     @pytest.mark.parametrize(("n", "k"), [(1, 8), (5, 24), (64, 136), (0, 8)])
     def test_there_and_back(self, dtype: torch.dtype, n: int, k: int) -> None:
-        weight = random_weight(n, k, dtype)
+        weight = scaled_weight(n, k, dtype) if dtype in SCALED else random_weight(n, k, dtype)
         prepared = layout.prepare(weight)
-        assert len(prepared) == layout.prepared_bytes(n, k)
-        assert 0 <= len(prepared) - layout.HEADER_BYTES - weight.nbytes < 16
-        assert all(part.data_ptr() % 16 == 0 for part in (layout.parts(prepared, n, k, dtype).mask,) if n)
+        assert len(prepared) == layout.prepared_bytes(n, k, dtype)
+        assert 0 < len(prepared) - layout.HEADER_BYTES - weight.nbytes < 64
+        parts = layout.parts(prepared, n, k, torch.bfloat16 if dtype in SCALED else dtype)
+        assert all(part.data_ptr() % 16 == 0 for part in vars(parts).values() if n and part is not None)
         restored = layout.restore(prepared)
-        assert torch.equal(restored.values, weight.values)
-        assert torch.equal(restored.mask, weight.mask)
-        assert restored.values.dtype == dtype
+        assert same(restored, weight)
+        assert n == 0 or restored.values.data_ptr() != parts.values.data_ptr()
 
-    def test_damaged(self) -> None:
-        prepared = layout.prepare(random_weight(5, 24, torch.bfloat16))
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, *SCALED], ids=str)
+    def test_damaged(self, dtype: torch.dtype) -> None:
+        weight = scaled_weight(5, 24, dtype) if dtype in SCALED else random_weight(5, 24, dtype)
+        prepared = layout.prepare(weight)
         for damaged in (
             prepared[:-1],
             prepared[:10],
             prepared.view(1, -1),
             prepared.clone().fill_(0),
+            another_code(prepared),
             prepared.view(torch.int8),
         ):
             with pytest.raises(ValueError, match="damaged"):
@@ -263,7 +387,28 @@ class TestChoice:
         assert torch.equal(state["weight_packed"], weight.values)
         assert torch.equal(state["weight_mask"], weight.mask)
 
+    @of_8_bits
+    def test_a_layer_of_8_bits_runs_on_it(
+        self, fake: Kernels, values: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here = dataclasses.replace(dispatch.TRITON, why_not=lambda device, dtype: None)
+        monkeypatch.setattr(ops, "sparse24_linear", backend.linear)
+        monkeypatch.delenv("HALVE_BACKEND", raising=False)
+        monkeypatch.setattr(dispatch, "BACKENDS", (here, *dispatch.BACKENDS))
+        weight, x = scaled_weight(24, 40, values), normal(3, 40, dtype=torch.bfloat16)
+        layer = Sparse24Linear(40, 24, bias=False, dtype=torch.bfloat16, value_dtype=values, device="cpu")
+        assert weight.scale is not None
+        layer.load_state_dict(
+            {"weight_packed": weight.values, "weight_mask": weight.mask, "weight_scale": weight.scale}
+        )
+        layer.prepare()
+        assert layer.prepared_for == "triton"
+        assert not expected_scaled(x, weight, None).wrong(layer(x)).any()
+        assert same(layer.packed, weight)
+
     @pytest.mark.parametrize(("device", "dtype", "said"), [
+        ("cpu", torch.int8, "the weight is on cpu"),
+        ("cuda", torch.float8_e4m3fn, "torch finds no GPU"),
         ("cpu", torch.bfloat16, "the weight is on cpu"),
         ("cuda", torch.float32, "values are float32"),
         ("cuda", torch.bfloat16, "torch finds no GPU"),
@@ -331,11 +476,12 @@ class TestProof:
     """The kernels prove themselves before they are used."""
 
     def test_right_ones_pass(self, module: types.ModuleType) -> None:
-        for dtype in DTYPES:
+        for dtype in (*DTYPES, *SCALED):
             assert backend.wrong(Kernels(module, 4), torch.device("cpu"), dtype) is None
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, *SCALED], ids=str)
     @pytest.mark.parametrize("rows", [16, 128])
-    def test_a_wrong_one_is_found(self, module: types.ModuleType, rows: int) -> None:
+    def test_a_wrong_one_is_found(self, module: types.ModuleType, rows: int, dtype: torch.dtype) -> None:
         @dataclasses.dataclass(frozen=True)
         class Wrong(Kernels):
             def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, **more: Any) -> None:
@@ -344,5 +490,38 @@ class TestProof:
                     y[rows // 2, 3] += 0.05 * y[rows // 2].abs().max()
 
         assert f"for {rows} rows of x computes wrongly" in str(
-            backend.wrong(Wrong(module, 4), torch.device("cpu"), torch.bfloat16)
+            backend.wrong(Wrong(module, 4), torch.device("cpu"), dtype)
         )
+
+    @pytest.mark.parametrize(
+        ("values", "damage", "said"),
+        [
+            *((values, damage, "for 16 rows of x") for values in SCALED for damage in ("scales", "sums")),
+            (torch.float8_e4m3fn, "subnormal", "for 16 rows of x"),
+            *((values, "dense", "expands weights") for values in SCALED),
+        ],
+    )
+    def test_what_only_8_bits_have(self, module: types.ModuleType, values: torch.dtype, damage: str, said: str) -> None:
+        """The scale of another row, one that counts for each split, small values of float8 that are lost, and a dense value off by one."""
+
+        @dataclasses.dataclass(frozen=True)
+        class Wrong(Kernels):
+            def multiply(self, x: Tensor, prepared: Tensor, bias: Tensor | None, y: Tensor, **more: Any) -> None:
+                prepared = prepared.clone()
+                own = layout.parts(prepared, y.shape[1], x.shape[1], x.dtype)
+                assert own.scale is not None
+                if damage == "scales":
+                    own.scale.copy_(own.scale.roll(1, 0))
+                elif damage == "sums" and more["number_of_splits"] == 2:
+                    own.scale.mul_(own.scale)
+                elif damage == "subnormal":
+                    own.values.view(torch.uint8)[own.values.float().abs() < 2**-6] = 0
+                super().multiply(x, prepared, bias, y, **more)
+
+            def expand(self, prepared: Tensor, dense: Tensor) -> None:
+                super().expand(prepared, dense)
+                if damage == "dense":
+                    last = dense.view(torch.int16)[-1]
+                    last[last.nonzero()[0]] ^= 1
+
+        assert said in str(backend.wrong(Wrong(module, 4), torch.device("cpu"), values))

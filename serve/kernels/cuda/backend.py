@@ -1,8 +1,10 @@
 """Multiplies packed weights on NVIDIA GPUs with the kernels of `src/sparse24.cu`.
 
-Up to `plan.MOST_ROWS` rows of x, the weight is read once, 9/16 of the dense bytes, straight into the sparse tensor cores. For up
+Up to `plan.MOST_ROWS` rows of x, the weight is read once, 9/16 of the dense bytes (5/16 where its values are of 8 bits, which become x's
+dtype in registers), straight into the sparse tensor cores. For up
 to `plan.MOST_PASSES` times as many, it is read again for each such part of x. Above, a kernel expands it, and the product is dense or,
-where it is asked for, cuSPARSELt's (`prefill.py`). Where a second form is kept (`beside.py`), that takes all above `plan.MOST_ROWS`.
+where it is asked for, cuSPARSELt's (`prefill.py`). Where a second form is kept (`beside.py`), that takes all above `plan.MOST_ROWS`. None is
+kept of values of 8 bits: it would have 16, more than the bytes that they save, and of which dtype only x says, long after.
 
 Everything that takes time or may fail is done when a weight is prepared: kernels are found in the cache or compiled, and
 loaded. A product then is some launches on torch's current stream, one for up to `plan.MOST_ROWS` rows, without synchronization
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import one_line
-from compress.packed import PackedWeight, pack
+from compress.packed import LARGEST, PackedWeight, pack, quantize
 from serve import support
 from serve.kernels.aligned import aligned
 from serve.kernels.cuda import beside, compiler, driver, layout, plan, prefill
@@ -39,7 +41,9 @@ logger = logging.getLogger(__name__)
 LINKS = 24
 """Products in a chain that proves that launches may overlap."""
 
-_TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+_TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.int8: "Int8", torch.float8_e4m3fn: "Float8"}
+ACTIVATIONS = (torch.bfloat16, torch.float16)
+"""What x may be."""
 
 
 class Arguments(Structure):
@@ -60,9 +64,11 @@ class Arguments(Structure):
 
 @dataclass
 class Kernels:
-    """The kernels of a dtype, loaded on a device.
+    """The kernels for a dtype of x and one of values, loaded on a device.
 
     Attributes:
+        dtype: of x, and of values if they have no other.
+        values: of 8 bits, or None.
         functions: the driver's, by name.
         active: which forms there are, and in which clusters.
         overlap: whether a kernel may begin before the one in front of it has ended (`driver.config`).
@@ -74,7 +80,13 @@ class Kernels:
     functions: dict[str, int]
     active: Active
     overlap: bool = False
+    values: torch.dtype | None = None
     _configs: dict[tuple[int, int, int, Form | None, int, bool], tuple[int, Config, int]] = field(default_factory=dict)
+
+    @property
+    def code(self) -> int:
+        """Of the weights that they take."""
+        return layout.CODES[self.values or self.dtype]
 
     def multiply(
         self,
@@ -107,16 +119,16 @@ class Kernels:
         function, how, cut = found
         arguments = Arguments(
             *(prepared.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
-            *(rows, n, k, cut, layout.CODES[self.dtype]),
+            *(rows, n, k, cut, self.code),
         )
         self.driver.launch(function, how, stream, arguments)
 
     def expand(self, prepared: Tensor, dense: Tensor, stream: int) -> None:
-        """Writes the dense weight [n, k]. Raises DriverError."""
+        """Writes the dense weight [n, k], to the bit as `compress.packed.unpack` does. Raises DriverError."""
         n, k = dense.shape
         units = layout.ceil_div(n, layout.UNIT) * layout.ceil_div(k, layout.UNIT)
         how = driver.config(layout.ceil_div(units, plan.EXPAND_WARPS), 32 * plan.EXPAND_WARPS, 0)
-        arguments = Arguments(prepared.data_ptr(), None, None, dense.data_ptr(), 0, n, k, 1, layout.CODES[self.dtype])
+        arguments = Arguments(prepared.data_ptr(), None, None, dense.data_ptr(), 0, n, k, 1, self.code)
         self.driver.launch(self.functions["expand_weight"], how, stream, arguments)
 
     def _configured(
@@ -129,18 +141,25 @@ class Kernels:
         return self.functions[form.name], how, splits
 
 
-def load(device: Device, dtype: torch.dtype, with_driver: Driver, forms: Sequence[Form] | None = None) -> Kernels:
-    """Finds or compiles the kernels of a dtype, and loads them into the calling thread's context.
+def load(
+    device: Device,
+    dtype: torch.dtype,
+    with_driver: Driver,
+    forms: Sequence[Form] | None = None,
+    values: torch.dtype | None = None,
+) -> Kernels:
+    """Finds or compiles the kernels for a dtype of x, and loads them into the calling thread's context.
 
     Args:
         forms: other ones than `plan.forms` says.
+        values: of the weight, where they are of 8 bits.
 
     Raises:
         CompilerError: there is no compiler, or it refused.
         DriverError: the driver refused.
     """
-    forms = plan.forms(device.capability) if forms is None else forms
-    text = compiler.source(forms, _TYPES[dtype])
+    forms = plan.forms(device.capability, layout.unit_bytes(values or dtype)) if forms is None else forms
+    text = compiler.source(forms, _TYPES[dtype], *([] if values is None else [_TYPES[values]]))
     arch = compiler.architecture(device.capability)
     cubin = disk.cubin(text, arch, compiler.version(), lambda: compiler.compile_cubin(text, arch)[0])
     functions = with_driver.load(cubin, [*(form.name for form in forms), "expand_weight"])
@@ -153,18 +172,19 @@ def load(device: Device, dtype: torch.dtype, with_driver: Driver, forms: Sequenc
             how = driver.config(splits, form.threads, form.shared_bytes, cluster=splits)
             if clusters := with_driver.clusters_at_once(function, how):
                 active[form][splits] = clusters
-    return Kernels(with_driver, device, dtype, functions, active)
+    return Kernels(with_driver, device, dtype, functions, active, values=values)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why weights of that kind cannot be multiplied here, or None. Compiles and loads the kernels if need be."""
+    """Why weights with values of that dtype cannot be multiplied here, or None. Compiles and loads the kernels if need be: for values of 8
+    bits those for every dtype of x, because which one it is the weight does not say, and the first product may be one that is captured."""
     if refusal := support.kernel_refusal("cuda", device.type, str(dtype).removeprefix("torch.")) or _why_no_device():
         return refusal
     index = torch.cuda.current_device() if device.index is None else device.index
     if refusal := support.capability_refusal("cuda", torch.cuda.get_device_capability(index)):
         return refusal
-    found = _kernels(index, dtype)
-    return found if isinstance(found, str) else None
+    kinds = [(of_x, dtype) for of_x in ACTIVATIONS] if dtype in LARGEST else [(dtype,)]
+    return next((found for kind in kinds if isinstance(found := _kernels(index, *kind), str)), None)
 
 
 def _why_no_device() -> str | None:
@@ -178,14 +198,14 @@ def _why_no_device() -> str | None:
 
 
 @cache
-def _kernels(index: int, dtype: torch.dtype) -> Kernels | str:
-    """The kernels on a device, or why there are none."""
+def _kernels(index: int, dtype: torch.dtype, values: torch.dtype | None = None) -> Kernels | str:
+    """The kernels on a device, for a dtype of x and values of 8 bits or of the same dtype, or why there are none."""
     properties = torch.cuda.get_device_properties(index)
     try:
         with torch.cuda.device(index):
             torch.cuda.current_stream().synchronize()  # makes torch's context the thread's
             device = Device((properties.major, properties.minor), properties.multi_processor_count)
-            kernels = load(device, dtype, driver.default())
+            kernels = load(device, dtype, driver.default(), values=values)
             where, stream = torch.device("cuda", index), torch._C._cuda_getCurrentRawStream(index)
             if problem := wrong(kernels, where, stream):
                 return problem
@@ -210,8 +230,8 @@ def wrong(kernels: Kernels, device: torch.device, stream: int) -> str | None:
     """
     for groups, forms in _by_groups(kernels.active).items():
         n, k = 72, layout.UNIT * groups * (max(form.stages for form in forms) + 1) + 8
-        known = problem(MOST_ROWS, n, k, kernels.dtype)
-        prepared = layout.prepare(pack(known.weight)).to(device)
+        known = problem(MOST_ROWS, n, k, kernels.dtype, kernels.values)
+        prepared = layout.prepare(known.packed).to(device)
         x, bias = known.x.to(device), known.bias.to(device)
         for form in forms:
             for splits in kernels.active[form]:
@@ -224,8 +244,8 @@ def wrong(kernels: Kernels, device: torch.device, stream: int) -> str | None:
                         "please report it, with `halve doctor`"
                     )
     n, k = 72, 328
-    known = problem(1, n, k, kernels.dtype)
-    prepared = layout.prepare(pack(known.weight)).to(device)
+    known = problem(1, n, k, kernels.dtype, kernels.values)
+    prepared = layout.prepare(known.packed).to(device)
     dense = torch.full((n, k), torch.nan, dtype=kernels.dtype, device=device)
     kernels.expand(prepared, dense, stream)
     if not torch.equal(dense.cpu(), known.weight):
@@ -250,7 +270,8 @@ def overlaps_rightly(kernels: Kernels, device: torch.device, stream: int) -> boo
     """
     n, rows = 520, 8
     known = problem(rows, n, n, kernels.dtype)
-    prepared = layout.prepare(pack((known.weight / n**0.5).to(kernels.dtype))).to(device)
+    weight = pack((known.weight / n**0.5).to(kernels.dtype))
+    prepared = layout.prepare(weight if kernels.values is None else quantize(weight, kernels.values)).to(device)
     for form in plan.for_rows(kernels.active, rows):
         for splits in (1, max(kernels.active[form])):
             ends = []
@@ -267,11 +288,11 @@ def overlaps_rightly(kernels: Kernels, device: torch.device, stream: int) -> boo
 
 
 def reason(dtype: torch.dtype, rows: int) -> str:
-    """What is done with so many rows of x."""
+    """What is done with so many rows of x, by a weight with values of that dtype."""
     if rows <= MOST_ROWS:
         return f"sparse tensor cores, the weight is read once past {rows} rows of x"
     by_library = prefill.wanted() == "cusparselt"
-    if beside.wanted():
+    if beside.wanted() and dtype not in LARGEST:
         how = "cuSPARSELt where it can, else dense" if by_library else "dense"
         return f"{how}, by a second form of the weight; {beside.VARIABLE} asks for it"
     if rows <= MOST_PASSES * MOST_ROWS:
@@ -283,11 +304,16 @@ def reason(dtype: torch.dtype, rows: int) -> str:
 
 def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     """The bytes of a packed weight [N, K] in the order of the kernels, [bytes] uint8; see `layout.prepare`. What many rows are multiplied
-    by follows, where it is asked for (`beside.py`)."""
+    by follows, where it is asked for (`beside.py`), unless values are of 8 bits."""
     prepared = layout.prepare(weight, name)
     index, dtype = prepared.device.index or 0, weight.values.dtype
-    prefill.prove(prepared.device, dtype)
-    if prepared.device.type == "cuda" and (beside.wanted() or prefill.wanted() == "cusparselt"):
+    for of_x in ACTIVATIONS if dtype in LARGEST else (dtype,):
+        prefill.prove(prepared.device, of_x)
+    if (
+        dtype not in LARGEST
+        and prepared.device.type == "cuda"
+        and (beside.wanted() or prefill.wanted() == "cusparselt")
+    ):
         kernels = _kernels(index, dtype)
         if isinstance(kernels, Kernels) and all(weight.shape):
             prepared = _for_many_rows(kernels, prepared, weight.shape, torch._C._cuda_getCurrentRawStream(index))
@@ -318,7 +344,7 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
     Raises:
         ValueError: x, the prepared weight and the bias do not belong together; says what is wrong. A weight of another
-            dtype or another shape of the same size is found by the kernel, and gives NaN (where many rows go by a second form, no kernel
+            16-bit dtype or another shape of the same size is found by the kernel, and gives NaN (where many rows go by a second form, no kernel
             looks: then it is not found).
         RuntimeError: there are no kernels for this device, or the driver refused.
     """
@@ -326,16 +352,18 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
     shape = x.shape
     k = shape[-1] if shape else 0
     device = x.device
-    if x.dtype not in _TYPES or not k or k % 8 or prepared.device != device:
+    if x.dtype not in ACTIVATIONS or not k or k % 8 or prepared.device != device:
         raise ValueError(f"x is {_described(x)}, the prepared weight {_described(prepared)}")
-    behind = prepared.numel() - layout.prepared_bytes(n, k)
+    length = prepared.numel()
+    values = layout.scaled_dtype(length, n, k)
+    behind = 0 if values is not None else length - layout.prepared_bytes(n, k)
     if prepared.dtype is not torch.uint8 or behind < 0 or prepared.data_ptr() % 16:
         raise ValueError(f"{_described(prepared)} is no prepared weight [{n}, {k}]")
     if behind:
         beside.find(prepared, n, k, x.dtype)
     if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.device != device):
         raise ValueError(f"a bias of {n} numbers in {x.dtype} on {device} is needed, this is {_described(bias)}")
-    kernels = _kernels(device.index, x.dtype)
+    kernels = _kernels(device.index, x.dtype) if values is None else _kernels(device.index, x.dtype, values)
     if isinstance(kernels, str):
         raise RuntimeError(kernels)
     if torch.cuda.current_device() != device.index:
@@ -349,7 +377,7 @@ def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, 
     rows, k = x.numel() // shape[-1], shape[-1]
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
     bias = bias if bias is None else bias.contiguous()
-    if rows > MOST_ROWS and prepared.numel() > layout.prepared_bytes(n, k):
+    if rows > MOST_ROWS and kernels.values is None and prepared.numel() > layout.prepared_bytes(n, k):
         return beside.linear(aligned(x).view(rows, k), prepared, bias, n, stream).view(*shape[:-1], n)
     try:
         if rows > MOST_PASSES * MOST_ROWS:

@@ -6,6 +6,8 @@ each call (`prefill.py`). ``HALVE_KEEP_BOTH=1`` keeps that, so that a product of
 - the dense weight, 25/16 of the dense bytes together; or
 - with ``HALVE_PREFILL=cusparselt``, the library's own form, 18/16 of them. A weight that the library does not take is kept dense.
 
+Weights with values of 8 bits have one form alone (`backend.py` says why).
+
 Both are in one tensor, because engines hold, move and reload a layer's weight as one. Its length says that there is a second form, and
 its header which; that is read once for a length, because it waits for the GPU.
 """

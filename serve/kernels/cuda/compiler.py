@@ -35,14 +35,14 @@ class Usage:
     spill_load_bytes: int
 
 
-def source(forms: Sequence[Form], dtype: str) -> str:
-    """The whole text that is compiled. ``dtype``: BFloat16 or Float16."""
+def source(forms: Sequence[Form], dtype: str, values: str = "Same") -> str:
+    """The whole text that is compiled. ``dtype``, of x: BFloat16 or Float16; ``values``: Same, Int8 or Float8."""
     kernels = (SOURCES / "sparse24.cu").read_text()
     include = '#include "primitives.cuh"'
     assert kernels.count(include) == 1
     kernels = kernels.replace(include, (SOURCES / "primitives.cuh").read_text())
     options = f"// {' '.join(_OPTIONS)}"  # compiled code is kept under a digest of this text
-    return f"{kernels}\n{plan.instantiations(forms, dtype)}{options}\n"
+    return f"{kernels}\n{plan.instantiations(forms, dtype, values)}{options}\n"
 
 
 def version() -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """How a multiplication is cut for a GPU: which kernels there are, which one a product gets, how many blocks share a sum.
 
-A processor always has the same warps and reads ahead as far as its shared memory goes. What differs between the kernels for one
+A processor always has the same warps and reads ahead as far as its shared memory goes: in units of `layout.unit_bytes`, which are smaller
+where values are of 8 bits. What differs between the kernels for one
 number of rows of x is how these warps are divided among blocks: few large blocks finish a small weight without adding up their
 sums across blocks, many small ones fill the processors evenly with a large one.
 """
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from serve.kernels.cuda.layout import UNIT, UNIT_BYTES, ceil_div
+from serve.kernels.cuda import layout
+from serve.kernels.cuda.layout import UNIT, ceil_div
 
 MOST_ROWS = 64
 """Of x, for the kernels that read the weight once."""
@@ -20,7 +22,8 @@ MOST_PASSES = 4
 """How often the weight is read for more rows, before it is rather expanded.
 
 By bytes: a pass reads 1.125 for each weight, expanding reads and writes 3.125 and the dense product reads 2 again, so four passes
-are less; and up to some hundred rows neither way is bound by its products. Not measured: `benchmarks.gpu` (prefill) does.
+are less (of 8-bit values 0.625 against 4.625, so seven would be); and up to some hundred rows neither way is bound by its products. Not
+measured: `benchmarks.gpu` (prefill) does.
 """
 
 _SHARED_KIB = {
@@ -42,7 +45,8 @@ _PANELS = {1: 1, 2: 1, 4: 2, 8: 4}
 """By tiles, panels that share x in a block: more rows of x are more bytes from the second cache for each weight."""
 _WARPS = 8
 """Of a processor, in all of its blocks."""
-_MOST_STAGES = 5
+_MOST_STAGES = {layout.UNIT_BYTES: 5, layout.SCALED_UNIT_BYTES: 8}
+"""By bytes of a unit: x of all of them goes through registers once."""
 _SPLITS = (1, 2, 4, 8)
 """Blocks in a cluster; 8 are the most that every device with clusters runs."""
 
@@ -72,6 +76,7 @@ class Form:
         groups: of warps, which take turns along K.
         stages: of the pipeline.
         resident: blocks that a processor holds at the same time.
+        unit_bytes: of a unit of the weight.
     """
 
     tiles: int
@@ -79,6 +84,7 @@ class Form:
     groups: int
     stages: int
     resident: int
+    unit_bytes: int = layout.UNIT_BYTES
 
     @property
     def name(self) -> str:
@@ -90,12 +96,12 @@ class Form:
 
     @property
     def shared_bytes(self) -> int:
-        return self.groups * self.stages * stage_bytes(self.tiles, self.panels)
+        return self.groups * self.stages * stage_bytes(self.tiles, self.panels, self.unit_bytes)
 
     @property
     def bytes_ahead(self) -> int:
         """Of weights that a block has under way."""
-        return (self.stages - 1) * self.groups * self.panels * UNIT_BYTES
+        return (self.stages - 1) * self.groups * self.panels * self.unit_bytes
 
     def row_blocks(self, n: int) -> int:
         """Into how many blocks n rows of the weight are cut."""
@@ -114,9 +120,15 @@ Active = Mapping[Form, Mapping[int, int]]
 """By form and splits: how many clusters of so many blocks a device runs at the same time. Ones that it does not run are left out."""
 
 
-def stage_bytes(tiles: int, panels: int) -> int:
+def stage_bytes(tiles: int, panels: int, unit_bytes: int = layout.UNIT_BYTES) -> int:
     """Of one group of warps: a unit of each panel, and 64 columns of 8 ``tiles`` rows of x."""
-    return panels * UNIT_BYTES + tiles * 8 * UNIT * 2
+    return panels * unit_bytes + tiles * 8 * UNIT * 2
+
+
+def _sum_bytes(tiles: int, panels: int) -> int:
+    """What one group leaves in the place of its stages in the end: a float32 for each of 8 ``tiles`` rows of x and each row of its panels,
+    of which there are 4 more so that they lie in different banks."""
+    return tiles * 8 * (panels * UNIT + 4) * 4
 
 
 def shared_kib(capability: tuple[int, int]) -> int:
@@ -130,16 +142,16 @@ def has_clusters(capability: tuple[int, int]) -> bool:
 
 
 @lru_cache
-def forms(capability: tuple[int, int]) -> tuple[Form, ...]:
+def forms(capability: tuple[int, int], unit_bytes: int = layout.UNIT_BYTES) -> tuple[Form, ...]:
     """The kernels for a device, those for the least rows of x first.
 
     Without clusters, x is shared by one panel alone: a small weight has few panels, and each wants a block.
     """
     kib = shared_kib(capability)
-    return tuple(form for tiles in _PANELS for form in _divisions(tiles, kib, has_clusters(capability)))
+    return tuple(form for tiles in _PANELS for form in _divisions(tiles, unit_bytes, kib, has_clusters(capability)))
 
 
-def _divisions(tiles: int, kib: int, clusters: bool) -> list[Form]:
+def _divisions(tiles: int, unit_bytes: int, kib: int, clusters: bool) -> list[Form]:
     """The ways to divide a processor's warps among blocks, as many warps as its shared memory feeds at two stages and more."""
     panels = _PANELS[tiles] if clusters else 1
     for warps in (_WARPS, _WARPS // 2, _WARPS // 4):
@@ -147,10 +159,10 @@ def _divisions(tiles: int, kib: int, clusters: bool) -> list[Form]:
         for resident in (1, 2, 4, 8):
             groups = warps // panels // resident
             if groups:
-                stage = groups * stage_bytes(tiles, panels)
-                stages = min(_MOST_STAGES, (kib // resident - _RESERVED_KIB) * 1024 // stage)
-                if stages >= 2:
-                    found.append(Form(tiles, panels, groups, stages, resident))
+                stage = stage_bytes(tiles, panels, unit_bytes)
+                stages = min(_MOST_STAGES[unit_bytes], (kib // resident - _RESERVED_KIB) * 1024 // (groups * stage))
+                if stages >= 2 and stages * stage >= _sum_bytes(tiles, panels):
+                    found.append(Form(tiles, panels, groups, stages, resident, unit_bytes))
         if found:
             return found
     raise AssertionError(f"{kib} KiB of shared memory are too little for {tiles} tiles")
@@ -184,7 +196,7 @@ def microseconds(form: Form, splits: int, clusters: int, n: int, k: int, device:
         clusters: of so many blocks that run at the same time.
     """
     blocks, room = form.row_blocks(n) * splits, clusters * splits
-    of_block = form.panels * ceil_div(ceil_div(k, UNIT), splits) * UNIT_BYTES
+    of_block = form.panels * ceil_div(ceil_div(k, UNIT), splits) * form.unit_bytes
     share = _BYTES_A_MICROSECOND.get(device.capability, 10e3)
 
     def rate(at_once: int) -> float:
@@ -195,7 +207,7 @@ def microseconds(form: Form, splits: int, clusters: int, n: int, k: int, device:
 
     full, rest = divmod(blocks, room)
     moving = full * room * of_block / rate(room) + (rest * of_block / rate(rest) if rest else 0.0)
-    of_x = form.tiles * 8 * UNIT * 2 / (form.panels * UNIT_BYTES)  # bytes, for each byte of the weight
+    of_x = form.tiles * 8 * UNIT * 2 / (form.panels * form.unit_bytes)  # bytes, for each byte of the weight
     cached = max(_CACHE_BYTES_A_MICROSECOND, 1.35 * share)
     return max(1.0, (1 + of_x) * share / cached) * moving + _WAVE * (full + (rest > 0)) + _SHARING * (splits > 1)
 
@@ -205,10 +217,11 @@ def possible_splits(capability: tuple[int, int]) -> tuple[int, ...]:
     return _SPLITS if has_clusters(capability) else _SPLITS[:1]
 
 
-def instantiations(candidates: Sequence[Form], dtype: str) -> str:
-    """The lines that follow the source: which kernels are compiled. ``dtype`` is a type of `primitives.cuh`."""
+def instantiations(candidates: Sequence[Form], dtype: str, values: str = "Same") -> str:
+    """The lines that follow the source: which kernels are compiled. ``dtype``, of x, and ``values`` are types of `primitives.cuh`."""
+    types = f"{dtype}, {values}"
     lines = [
-        f"HALVE_MULTIPLY({form.name}, {dtype}, {form.tiles}, {form.panels}, {form.groups}, {form.stages}, {form.resident})"
+        f"HALVE_MULTIPLY({form.name}, {types}, {form.tiles}, {form.panels}, {form.groups}, {form.stages}, {form.resident})"
         for form in candidates
     ]
-    return "\n".join([*lines, f"HALVE_EXPAND({EXPAND_WARPS})", ""])
+    return "\n".join([*lines, f"HALVE_EXPAND({types}, {EXPAND_WARPS})", ""])

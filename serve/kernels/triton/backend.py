@@ -1,11 +1,11 @@
 """Multiplies packed weights on GPUs by kernels in Triton, where those of `serve.kernels.cuda` do not run or were measured to be slower.
 
 They do not run on AMD's GPUs, and on NVIDIA's where NVRTC is missing, refuses, or its kernels prove wrong. The weight is read as it is stored, expanded
-in registers and multiplied densely, so few rows of x gain by the bytes that need not be read. For more than `MOST_ROWS` the weight
+in registers and multiplied densely, in x's dtype whatever that of its values is, so few rows of x gain by the bytes that need not be read. For more than `MOST_ROWS` the weight
 is expanded once for all, and torch multiplies.
 
-Triton compiles when a kernel is first launched and keeps the result on disk. All that it compiles for a dtype is launched, and
-compared with float64, before a weight is prepared.
+Triton compiles when a kernel is first launched and keeps the result on disk. All that it compiles for a dtype of values, with any dtype
+of x, is launched, and compared with float64, before a weight is prepared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.packed import pack
+from compress.packed import LARGEST, PackedWeight
 from serve import support
 from serve.kernels.aligned import aligned
 from serve.kernels.proof import problem
@@ -48,15 +48,18 @@ class Tiles:
     stages: int
 
 
-def tiles(rows: int, *, amd: bool = False) -> Tiles:
+def tiles(rows: int, *, amd: bool = False, scaled: bool = False) -> Tiles:
     """For so many rows of x. What they need of shared memory every such GPU has (tested: 99 KB, and AMD's 64).
 
     By reasoning, not by measurement: the least tile that takes all rows at once, up to 128.
+
+    Args:
+        scaled: values are of 8 bits, and to make them numbers takes registers.
     """
     taken = next((size for size in (16, 32, 64) if rows <= size), 128)
     if taken == 128:
         return Tiles(128, 64, 64, 8, 2 if amd else 3)
-    return Tiles(taken, 64, 128, 4, 2 if amd else 4 if taken == 16 else 3)
+    return Tiles(taken, 64, 128, 8 if scaled and taken == 64 else 4, 2 if amd else 4 if taken == 16 else 3)
 
 
 def splits(cut: Tiles, rows: int, n: int, k: int, processors: int) -> int:
@@ -87,38 +90,40 @@ class Kernels:
         """
         (rows, k), n = x.shape, y.shape[1]
         weight, unit = layout.parts(prepared, n, k, x.dtype), _unit(k)
-        cut = tiles(rows, amd=self.amd)
+        code, values, scales = _operands(weight)
+        cut = tiles(rows, amd=self.amd, scaled=weight.scale is not None)
         split = number_of_splits or splits(cut, rows, n, k, self.processors)
         sums = y if split == 1 else x.new_empty(split, rows, n, dtype=torch.float32)
         added = x if bias is None else bias  # (a pointer is needed, and not looked at)
         self.module.multiply[-(-n // cut.outputs), -(-rows // cut.rows), split](
-            *(x, _header(prepared), weight.values, weight.mask, added, sums, rows, n, k // unit, split),
-            int(bias is not None and split == 1),
+            *(x, _header(prepared), values, weight.mask, scales, added, sums, rows, n, k // unit, split),
+            *(int(split == 1), int(bias is not None and split == 1)),
             UNIT=unit,
             ROWS=cut.rows,
             OUTPUTS=cut.outputs,
             DEPTH=cut.depth,
             MAGIC=layout.MAGIC,
-            CODE=layout.CODES[x.dtype],
+            CODE=code,
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
         if split > 1:
             self.module.add_splits[(-(-rows * n // _SIZE),)](
-                sums, added, y, rows * n, n, split, int(bias is not None), SIZE=_SIZE
+                *(sums, scales, added, y, rows * n, n, split, int(bias is not None)), SIZE=_SIZE, CODE=code
             )
 
     def expand(self, prepared: Tensor, dense: Tensor) -> None:
-        """Writes the dense weight [n, k]."""
+        """Writes the dense weight [n, k], to the bit as `compress.packed.unpack` does."""
         n, k = dense.shape
         weight, unit, (outputs, depth) = layout.parts(prepared, n, k, dense.dtype), _unit(k), _EXPANDED
+        code, values, scales = _operands(weight)
         self.module.expand[-(-n // outputs), -(-k // depth)](
-            *(_header(prepared), weight.values, weight.mask, dense, n, k // unit),
+            *(_header(prepared), values, weight.mask, scales, dense, n, k // unit),
             UNIT=unit,
             OUTPUTS=outputs,
             DEPTH=depth,
             MAGIC=layout.MAGIC,
-            CODE=layout.CODES[dense.dtype],
+            CODE=code,
         )
 
 
@@ -127,12 +132,20 @@ def _unit(k: int) -> int:
     return 8 if k % 128 else 128
 
 
+def _operands(weight: PackedWeight) -> tuple[int, Tensor, Tensor]:
+    """Code, values and scales as the kernels take them: bytes of 8-bit values, and of others a pointer that is not looked at."""
+    code = layout.CODES[weight.values.dtype]
+    if weight.scale is None:
+        return code, weight.values, weight.values
+    return code, weight.values.view(torch.uint8), weight.scale
+
+
 def _header(prepared: Tensor) -> Tensor:
     return prepared[:16].view(torch.int32)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why weights of that kind cannot be multiplied here, or None. Compiles and tries the kernels if need be."""
+    """Why weights with values of that dtype cannot be multiplied here, or None. Compiles and tries the kernels if need be."""
     if refusal := support.kernel_refusal("triton", device.type, str(dtype).removeprefix("torch.")):
         return refusal
     with warnings.catch_warnings():  # torch warns of a driver that does not do; `halve doctor` shows what it says
@@ -146,7 +159,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _kernels(index: int, dtype: torch.dtype) -> Kernels | str:
-    """The kernels for a device, or why there are none."""
+    """The kernels for values of a dtype on a device, or why there are none."""
     properties = torch.cuda.get_device_properties(index)
     amd = torch.version.hip is not None
     if refusal := _without_matrix_units(properties, amd):
@@ -171,24 +184,27 @@ def _without_matrix_units(properties: Any, amd: bool) -> str | None:
 
 
 def wrong(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What the kernels compute wrongly on a device, or None: small products by each of them, against float64."""
-    for n, k in ((200, 328), (192, 1024)):  # both units of columns
-        known = problem(128, n, k, dtype)
-        prepared = layout.prepare(pack(known.weight)).to(device)
-        x, bias = known.x.to(device), known.bias.to(device)
-        for rows in (16, 32, 64, 128):
-            for number_of_splits in (1, 2):
-                y = torch.full((rows, n), torch.nan, dtype=dtype, device=device)
-                kernels.multiply(x[:rows], prepared, bias, y, number_of_splits=number_of_splits)
-                if not known.is_solved_by(y):
-                    return (
-                        f"Triton's kernel for {rows} rows of x computes wrongly on this device; please report it, with "
-                        "`halve doctor`"
-                    )
-        dense = torch.full((n, k), torch.nan, dtype=dtype, device=device)
-        kernels.expand(prepared, dense)
-        if not torch.equal(dense.cpu(), known.weight):
-            return "Triton's kernel that expands weights is wrong on this device; please report it, with `halve doctor`"
+    """What the kernels compute wrongly on a device of values of a dtype, or None: small products by each of them, with each dtype that x may
+    have, against float64."""
+    scaled = dtype if dtype in LARGEST else None
+    for of_x in (dtype,) if scaled is None else layout.ACTIVATIONS:
+        for n, k in ((200, 328), (192, 1024)):  # both units of columns
+            known = problem(128, n, k, of_x, scaled)
+            prepared = layout.prepare(known.packed).to(device)
+            x, bias = known.x.to(device), known.bias.to(device)
+            for rows in (16, 32, 64, 128):
+                for number_of_splits in (1, 2):
+                    y = torch.full((rows, n), torch.nan, dtype=of_x, device=device)
+                    kernels.multiply(x[:rows], prepared, bias, y, number_of_splits=number_of_splits)
+                    if not known.is_solved_by(y):
+                        return (
+                            f"Triton's kernel for {rows} rows of x computes wrongly on this device; please report it, with "
+                            "`halve doctor`"
+                        )
+            dense = torch.full((n, k), torch.nan, dtype=of_x, device=device)
+            kernels.expand(prepared, dense)
+            if not torch.equal(dense.cpu(), known.weight):
+                return "Triton's kernel that expands weights is wrong on this device; please report it, with `halve doctor`"
     return None
 
 
@@ -206,12 +222,12 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
     """x [..., K] times the transposed prepared weight [N, K] plus bias [N] -> [..., N], in x's dtype.
 
     Raises:
-        ValueError: x, the prepared weight and the bias do not belong together; says what is wrong. A weight of another
-            dtype or another shape of the same size is found by the kernel, and gives NaN.
+        ValueError: x, the prepared weight and the bias do not belong together; says what is wrong. A weight of the other
+            16-bit dtype or of another shape of the same size is found by the kernel, and gives NaN.
         RuntimeError: there are no kernels for this device.
     """
     k = x.shape[-1] if x.ndim else 0
-    if x.dtype not in layout.CODES or not k or k % 8 or prepared.device != x.device:
+    if x.dtype not in layout.ACTIVATIONS or not k or k % 8 or prepared.device != x.device:
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)} on {x.device}, the prepared weight is on {prepared.device}: they do not go together"
         )
@@ -219,8 +235,9 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
         raise ValueError(
             f"a bias of {n} numbers in {x.dtype} on {x.device} is needed, this is {bias.dtype} {list(bias.shape)}"
         )
-    layout.parts(prepared, n, k, x.dtype)  # raises where it is another weight
-    kernels = _kernels(x.device.index, x.dtype)
+    kernels = _kernels(
+        x.device.index, layout.parts(prepared, n, k, x.dtype).values.dtype
+    )  # raises where it is another weight
     if isinstance(kernels, str):
         raise RuntimeError(kernels)
     if torch.cuda.current_device() == x.device.index:

@@ -1,6 +1,9 @@
 """The kernels, in Triton: expand a tile of the packed weight in registers, and multiply it densely.
 
-Only what `compress.packed` stores is read, 9/16 of the dense bytes of 16-bit values. Nothing here belongs to one vendor.
+Only what `compress.packed` stores is read, of 16-bit values 9/16 of the dense bytes, of 8-bit ones 5/16. Nothing here belongs to one vendor.
+
+Values of 8 bits are made numbers by integer arithmetic on their bits, because GPUs before Hopper, and AMD's, convert other kinds of float8 or none.
+They are exact in x's dtype, and so are products of them in float32; what is rounded is their sum times the scale of its row.
 
 A kernel is compiled for each combination of what Triton specialises on, so there is little of that: sizes and switches are plain
 arguments, and K is given in units of 8 columns, or of 128 where it can be, so that the compiler sees that rows begin at multiples of 16
@@ -11,8 +14,29 @@ Axes: ``R`` rows of x, ``N`` output features, ``K`` input features; a tile is [R
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+from serve.kernels.triton import layout
+
+INT8 = tl.constexpr(layout.CODES[torch.int8])
+FLOAT8 = tl.constexpr(layout.CODES[torch.float8_e4m3fn])
+
+
+@triton.jit
+def numbers(values, CODE: tl.constexpr):
+    """float32 of values of the dtype with that code, exactly; those of 8 bits come as uint8."""
+    if CODE == INT8:
+        # 2^23 and more: the integer is the last bits of the number.
+        result = ((values ^ 0x80).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
+    elif CODE == FLOAT8:
+        # Sign, exponent and fraction at their places in a float32, whose exponent counts from 120 more; subnormal ones are subnormal there, too.
+        bits = (values.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000  # 0x87F00000
+        result = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    else:
+        result = values.to(tl.float32)
+    return result
 
 
 @triton.jit
@@ -33,23 +57,25 @@ def expanded(pairs, bytes_, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
 
 @triton.jit
 def is_weight(header, n, k, MAGIC: tl.constexpr, CODE: tl.constexpr):
-    """Whether the four words of a prepared weight's header say that it is one [n, k] of the dtype with that code."""
+    """Whether the four words of a prepared weight's header say that it is one [n, k] with values of that code's dtype."""
     magic, code = tl.load(header), tl.load(header + 1)
     return (magic == MAGIC) & (code == CODE) & (tl.load(header + 2) == n) & (tl.load(header + 3) == k)
 
 
-@triton.jit(do_not_specialize=["rows", "n", "units", "splits", "has_bias"])
+@triton.jit(do_not_specialize=["rows", "n", "units", "splits", "has_scales", "has_bias"])
 def multiply(
     x,
     header,
     values,
     mask,
+    scales,
     bias,
     y,
     rows,
     n,
     units,
     splits,
+    has_scales,
     has_bias,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -58,8 +84,9 @@ def multiply(
     MAGIC: tl.constexpr,
     CODE: tl.constexpr,
 ):
-    """y [R, N] = x [R, K = units UNIT] times the weight (``values`` [N, K/2], ``mask`` [N, K/8] bytes) plus bias [N]; or, with more than
-    one split, y [splits, R, N] float32: the sums over each share of K, without the bias. NaN if the header says otherwise."""
+    """y [R, N] = x [R, K = units UNIT] times the weight (``values`` [N, K/2], ``mask`` [N, K/8] bytes, of 8-bit values ``scales`` [N]) plus
+    bias [N]; or, with more than one split, y [splits, R, N] float32: the sums over each share of K, without scales and bias. NaN if the
+    header says otherwise."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)
@@ -79,7 +106,7 @@ def multiply(
         pairs = tl.load(
             values + weight_row[:, None] * half + kept[None, :],
             mask=is_output[:, None] & (kept < half)[None, :],
-            other=0.0,
+            other=0,
         )
         bytes_ = tl.load(
             mask + weight_row[:, None] * eighth + byte[None, :],
@@ -89,8 +116,12 @@ def multiply(
         inputs = tl.load(
             x + x_row[None, :] * k + column[:, None], mask=(column < k)[:, None] & is_row[None, :], other=0.0
         )
+        if CODE >= INT8:
+            pairs = numbers(pairs, CODE).to(x.dtype.element_ty)
         sums = tl.dot(expanded(pairs, bytes_, OUTPUTS, DEPTH), inputs, sums)
 
+    if CODE >= INT8:
+        sums *= tl.load(scales + output, mask=output < n * has_scales, other=1.0)[:, None]
     sums += tl.load(bias + output, mask=output < n * has_bias, other=0.0).to(tl.float32)[:, None]
     sums = tl.where(is_weight(header, n, k, MAGIC, CODE), sums, float("nan"))
     place = (split.to(tl.int64) * rows + x_row)[None, :] * n + output[:, None]
@@ -98,13 +129,16 @@ def multiply(
 
 
 @triton.jit(do_not_specialize=["total", "n", "splits", "has_bias"])
-def add_splits(sums, bias, y, total, n, splits, has_bias, SIZE: tl.constexpr):
-    """y [total = R N] = ``sums`` [splits, R N] added up, in the order of the splits, plus bias [N]."""
+def add_splits(sums, scales, bias, y, total, n, splits, has_bias, SIZE: tl.constexpr, CODE: tl.constexpr):
+    """y [total = R N] = ``sums`` [splits, R N] added up, in the order of the splits, of 8-bit values times ``scales`` [N], plus bias [N]."""
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < total
-    result = tl.load(bias + place % n, mask=place < total * has_bias, other=0.0).to(tl.float32)
+    result = tl.zeros((SIZE,), dtype=tl.float32)
     for split in range(splits):
         result += tl.load(sums + split * total.to(tl.int64) + place, mask=inside, other=0.0)
+    if CODE >= INT8:
+        result *= tl.load(scales + place % n, mask=inside, other=0.0)
+    result += tl.load(bias + place % n, mask=place < total * has_bias, other=0.0).to(tl.float32)
     tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
 
 
@@ -113,6 +147,7 @@ def expand(
     header,
     values,
     mask,
+    scales,
     dense,
     n,
     units,
@@ -122,16 +157,19 @@ def expand(
     MAGIC: tl.constexpr,
     CODE: tl.constexpr,
 ):
-    """dense [N, K = units UNIT], the weight with its zeros; NaN if the header says otherwise."""
+    """dense [N, K = units UNIT], the weight with its zeros, 8-bit values times their scale and rounded once; NaN if the header says otherwise."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     k, half, eighth = units * UNIT, units * (UNIT // 2), units * (UNIT // 8)
     kept = tl.program_id(1) * (DEPTH // 2) + tl.arange(0, DEPTH // 2)
     byte = tl.program_id(1) * (DEPTH // 8) + tl.arange(0, DEPTH // 8)
     column = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
     weight_row, is_output = output.to(tl.int64)[:, None], (output < n)[:, None]
-    pairs = tl.load(values + weight_row * half + kept[None, :], mask=is_output & (kept < half)[None, :], other=0.0)
+    pairs = tl.load(values + weight_row * half + kept[None, :], mask=is_output & (kept < half)[None, :], other=0)
     bytes_ = tl.load(mask + weight_row * eighth + byte[None, :], mask=is_output & (byte < eighth)[None, :], other=0)
-    tile = expanded(pairs, bytes_, OUTPUTS, DEPTH).to(tl.float32)  # (exact there and back)
+    pairs = numbers(pairs, CODE)  # (16-bit values: exact there and back)
+    if CODE >= INT8:
+        pairs *= tl.load(scales + output, mask=output < n, other=0.0)[:, None]
+    tile = expanded(pairs, bytes_, OUTPUTS, DEPTH)
     tile = tl.where(is_weight(header, n, k, MAGIC, CODE), tile, float("nan"))
     tl.store(
         dense + weight_row * k + column[None, :],

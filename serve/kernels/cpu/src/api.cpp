@@ -43,19 +43,23 @@ bool has_vnni() {
 }
 #endif
 
+constexpr int64_t kMost = int64_t{1} << 30;  // rows, and columns: their bytes then fit 64 bits, whatever a header says
+
 // What a path takes for values of a dtype and x of another. Where the one for bfloat16 has no kernel, that of the one below is taken.
 Path kernels_of(int path, [[maybe_unused]] DType dtype, [[maybe_unused]] DType io) {
 #if defined(__x86_64__)
+  constexpr int64_t kAll = kMost;  // products of integers are faster than those of float32, whatever is widened for these
   const bool by_integers = dtype == kInt8 && io != kFloat32;
   const bool by_pairs = path == kAvx512Bf16 && io == kBFloat16;
   if (by_pairs && dtype == kBFloat16) return {&kAvx512Bf16Stream, &kAvx512Bf16Panel, 30};
   if (by_pairs && dtype == kFloat8 && has_vbmi()) return {&kAvx512Bf16Float8Stream, &kAvx512Bf16Float8Panel, 26};
   if (path == kAvx512Bf16 || path == kAvx512) {
     const Kernel* many = by_pairs && dtype == kInt8 ? &kAvx512Bf16Int8Panel : &kAvx512Panel;
-    if (by_integers) return {has_vnni() ? &kAvx512VnniInt8 : &kAvx512Int8, many, by_pairs ? 26 : 48};
-    return {&kAvx512Stream, many, 20};
+    if (by_integers) return {has_vnni() ? &kAvx512VnniInt8 : &kAvx512Int8, many, by_pairs ? 26 : kAll};
+    return {&kAvx512Stream, many, dtype == kFloat8 ? 10 : 20};
   }
-  if (path == kAvx2) return {by_integers ? &kAvx2Int8 : &kAvx2Stream, &kAvx2Panel, 20};
+  if (path == kAvx2 && by_integers) return {&kAvx2Int8, &kAvx2Panel, kAll};
+  if (path == kAvx2) return {&kAvx2Stream, &kAvx2Panel, dtype == kFloat8 ? 5 : 20};
 #endif
   return {&kPortableOne, &kPortablePanel, 1};
 }
@@ -80,8 +84,6 @@ void run_pass(void* context, int64_t first, int64_t last) {
 // Sizes come from the stream itself, and are compared with what the caller takes them for: nothing is read or written
 // out of bounds, whatever bytes are handed over.
 enum Refusal : int { kNoPath = -1, kNoStream = -2, kOtherShape = -3, kMisaligned = -4, kNoDense = -5, kNoAttention = -6 };
-
-constexpr int64_t kMost = int64_t{1} << 30;  // rows, and columns: their bytes then fit 64 bits, whatever a header says
 
 int read_header(const uint8_t* stream, int64_t bytes, Weight& weight) {
   if (reinterpret_cast<uintptr_t>(stream) % 64 != 0) return kMisaligned;

@@ -18,6 +18,11 @@ using u64 = unsigned long long;
 struct BFloat16;
 struct Float16;
 
+// What kept values are stored as: as they are multiplied, or in 8 bits.
+struct Same;
+struct Int8;
+struct Float8;  // e4m3 without infinities
+
 // Four registers of a lane, and what one 128-bit access moves.
 struct alignas(16) Quad {
   u32 word[4];
@@ -216,6 +221,29 @@ HALVE_DEVICE float to_float<Float16>(u16 bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
+}
+
+// prmt: byte i of the result is that one of the eight bytes of low and high which the i-th hexadecimal digit of `which` says.
+HALVE_DEVICE u32 pick_bytes(u32 low, u32 high, u32 which) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(which));
+  return bytes;
+}
+
+// a b + c of two numbers at a time, rounded once; subnormal ones are numbers like others.
+template <class T>
+HALVE_DEVICE u32 multiply_add(u32 a, u32 b, u32 c);
+template <>
+HALVE_DEVICE u32 multiply_add<BFloat16>(u32 a, u32 b, u32 c) {
+  u32 pair;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
+}
+template <>
+HALVE_DEVICE u32 multiply_add<Float16>(u32 a, u32 b, u32 c) {
+  u32 pair;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
 }
 
 // Two values, rounded to nearest even, the first in the low half.

@@ -9,6 +9,10 @@
 // so every byte goes from memory to the registers that multiply it in 128-bit accesses of neighbouring lanes, without
 // arithmetic on indices.
 //
+// Values of 8 bits take half of that, 5 blocks: those of [column half][32 rows], the fragments of the upper and of the lower 16
+// rows, then the metadata. They are made x's dtype in registers, exactly, by some instructions for two of them, and what is left to do for
+// the sums of products is one multiplication by the scale of their row. All scales, float32, follow the last unit.
+//
 // How the work is cut. A block of threads has some neighbouring panels and a part of k; `splits` blocks, a cluster, share
 // panels and add up what they have through each other's shared memory. In a block, `Groups` groups of warps take units in
 // turn along k, and the `Panels` warps of a group take the same columns of their own panel each, so that they share x.
@@ -30,7 +34,6 @@
 constexpr int kUnitRows = 64;
 constexpr int kUnitColumns = 64;
 constexpr int kBlockBytes = 512;
-constexpr int kUnitBytes = 9 * kBlockBytes;
 constexpr int kHeaderBytes = 512;
 constexpr u32 kMagic = 0x47326868;  // "hh2G"
 
@@ -46,8 +49,78 @@ struct Arguments {
   u16* y;           // [rows, n]
   int rows, n, k;
   int splits;  // blocks in a cluster
-  u32 dtype;   // of x; the weight has the same, or every output is NaN
+  u32 dtype;   // of the weight's values; if it has others, every output is NaN
 };
+
+template <class V>
+struct Stored {
+  static constexpr bool kScaled = true;
+  static constexpr int kValueBlocks = 4;
+  static constexpr int kUnitBytes = 5 * kBlockBytes;
+};
+template <>
+struct Stored<Same> {
+  static constexpr bool kScaled = false;
+  static constexpr int kValueBlocks = 8;
+  static constexpr int kUnitBytes = 9 * kBlockBytes;
+};
+
+// The numbers of two registers: bytes 0 and 2 of a word are the values of one, bytes 1 and 3 those of the other, 8 rows below.
+template <class T, class V>
+struct Numbers;
+
+template <>
+struct Numbers<Float16, Int8> {
+  // 1024 and more: the last bits of a float16 are the integer, plus 128.
+  static HALVE_DEVICE void of(u32 bytes, u32& upper, u32& lower) {
+    const u32 positive = bytes ^ 0x80808080;
+    upper = multiply_add<Float16>(pick_bytes(positive, 0x64646464, 0x4240), 0x3c003c00, 0xe480e480);  // less 1152
+    lower = multiply_add<Float16>(pick_bytes(positive, 0x64646464, 0x4341), 0x3c003c00, 0xe480e480);
+  }
+};
+template <>
+struct Numbers<BFloat16, Int8> {
+  // 128 and more: the last 7 bits of a bfloat16 are those of the integer, of which the sign is 128 to be taken away, and with it
+  // the 128 that are too many: 256 or 128, which have one bit in two places.
+  static HALVE_DEVICE u32 one(u32 pair) {
+    return multiply_add<BFloat16>(pair & 0xff80ff80, 0xbf80bf80, pair & 0xff7fff7f);
+  }
+  static HALVE_DEVICE void of(u32 bytes, u32& upper, u32& lower) {
+    upper = one(pick_bytes(bytes, 0x43434343, 0x4240));
+    lower = one(pick_bytes(bytes, 0x43434343, 0x4341));
+  }
+};
+// Sign, exponent and fraction of a float8 go to their places, where the exponent counts from 8 more, or from 120 more; what was
+// subnormal is so there, too. (The product plus −0 is the product, whatever its sign.)
+template <>
+struct Numbers<Float16, Float8> {
+  static HALVE_DEVICE u32 one(u32 high) {
+    return multiply_add<Float16>((high >> 1 & 0x3f803f80) | (high & 0x80008000), 0x5c005c00, 0x80008000);
+  }
+  static HALVE_DEVICE void of(u32 bytes, u32& upper, u32& lower) { upper = one(bytes << 8), lower = one(bytes); }
+};
+template <>
+struct Numbers<BFloat16, Float8> {
+  static HALVE_DEVICE u32 one(u32 high) {
+    return multiply_add<BFloat16>((high >> 4 & 0x07f007f0) | (high & 0x80008000), 0x7b807b80, 0x80008000);
+  }
+  static HALVE_DEVICE void of(u32 bytes, u32& upper, u32& lower) { upper = one(bytes << 8), lower = one(bytes); }
+};
+
+// The A fragments of 32 rows and 32 columns: of the upper and of the lower 16 rows.
+struct Fragments {
+  Quad upper, lower;
+};
+template <class T, class V>
+HALVE_DEVICE Fragments fragments(const Quad& bytes) {
+  Fragments both;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {  // registers 0 and 1, then 2 and 3, 16 columns on
+    Numbers<T, V>::of(bytes.word[half], both.upper.word[half * 2], both.upper.word[half * 2 + 1]);
+    Numbers<T, V>::of(bytes.word[2 + half], both.lower.word[half * 2], both.lower.word[half * 2 + 1]);
+  }
+  return both;
+}
 
 HALVE_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -57,10 +130,18 @@ HALVE_DEVICE bool belongs(const Quad& header, const Arguments& call) {
          header.word[3] == static_cast<u32>(call.k);
 }
 
-// Tiles: of 8 rows of x.
-template <class T, int Tiles, int Panels, int Groups, int Stages>
+// Where the scale of the first row is.
+template <class V>
+HALVE_DEVICE const u8* scales_of(const Arguments& call) {
+  const u64 units = static_cast<u64>(ceil_div(call.n, kUnitRows)) * ceil_div(call.k, kUnitColumns);
+  return call.weight + kHeaderBytes + units * Stored<V>::kUnitBytes;
+}
+
+// T: of x and y. V: of the weight's values. Tiles: of 8 rows of x.
+template <class T, class V, int Tiles, int Panels, int Groups, int Stages>
 HALVE_DEVICE void multiply(const Arguments& call) {
   constexpr int kThreads = 32 * Panels * Groups;
+  constexpr int kUnitBytes = Stored<V>::kUnitBytes, kValueBlocks = Stored<V>::kValueBlocks;
   constexpr int kInputBytes = Tiles * 8 * kUnitColumns * 2;
   constexpr int kStageBytes = Panels * kUnitBytes + kInputBytes;  // of one group
   constexpr int kChunks = Tiles * 64 / (32 * Panels);             // of 8 columns of a row of x, for each lane
@@ -85,7 +166,7 @@ HALVE_DEVICE void multiply(const Arguments& call) {
     const u32 to = stages + step % Stages * kStageBytes + member * kUnitBytes + lane * 16;
     const u8* const from = weights + static_cast<u64>(step) * Groups * kUnitBytes;
 #pragma unroll
-    for (int block = 0; block < 9; ++block) copy_weights(to + block * kBlockBytes, from + block * kBlockBytes, policy);
+    for (int block = 0; block <= kValueBlocks; ++block) copy_weights(to + block * kBlockBytes, from + block * kBlockBytes, policy);
   };
 
   // Where a lane's part of x of a step comes from and goes to, chunk by chunk. A row of a stage of x has 128 bytes, and its
@@ -110,7 +191,7 @@ HALVE_DEVICE void multiply(const Arguments& call) {
   auto compute = [&](int step) {
     const u32 stage = stages + step % Stages * kStageBytes;
     const u32 values = stage + member * kUnitBytes + lane * 16, inputs = stage + Panels * kUnitBytes;
-    const Quad metadata = load_shared(values + 8 * kBlockBytes);
+    const Quad metadata = load_shared(values + kValueBlocks * kBlockBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Quad b[Tiles];
@@ -122,12 +203,16 @@ HALVE_DEVICE void multiply(const Arguments& call) {
 #pragma unroll
       for (int rows = 0; rows < 4; rows += 2) {
         const u32 of_both = metadata.word[half * 2 + rows / 2];
-        const Quad upper = load_shared(values + (half * 4 + rows) * kBlockBytes);
-        const Quad lower = load_shared(values + (half * 4 + rows + 1) * kBlockBytes);
+        Fragments a;
+        if constexpr (Stored<V>::kScaled) {
+          a = fragments<T, V>(load_shared(values + (half * 2 + rows / 2) * kBlockBytes));
+        } else {
+          a = {load_shared(values + (half * 4 + rows) * kBlockBytes), load_shared(values + (half * 4 + rows + 1) * kBlockBytes)};
+        }
 #pragma unroll
-        for (int tile = 0; tile < Tiles; ++tile) multiply_sparse<T, 0>(sums[rows][tile], upper, b[tile], of_both);
+        for (int tile = 0; tile < Tiles; ++tile) multiply_sparse<T, 0>(sums[rows][tile], a.upper, b[tile], of_both);
 #pragma unroll
-        for (int tile = 0; tile < Tiles; ++tile) multiply_sparse<T, 1>(sums[rows + 1][tile], lower, b[tile], of_both);
+        for (int tile = 0; tile < Tiles; ++tile) multiply_sparse<T, 1>(sums[rows + 1][tile], a.lower, b[tile], of_both);
       }
     }
   };
@@ -135,7 +220,15 @@ HALVE_DEVICE void multiply(const Arguments& call) {
   // No kernel writes a weight, so the whole pipeline of them is fetched while the kernel before this one still makes x. Groups
   // of copies end in order: as copies, x of the first step would wait for all of these weights, so the first steps of x go
   // through registers. The header is only looked at in the end: who compares it here waits for the memory before any copy.
+  // So are the scales, of the four rows whose sums this thread will finish.
+  constexpr int kFours = Panels * kUnitRows / 4;
+  static_assert(kThreads % kFours == 0, "a thread finishes sums of the same rows in each turn");
   const Quad header = load_global(call.weight);
+  const int own_row = first_panel * kUnitRows + thread % kFours * 4;
+  Quad scales = {};
+  if constexpr (Stored<V>::kScaled) {
+    if (own_row < call.n) scales = load_global(scales_of<V>(call) + own_row * 4);
+  }
 #pragma unroll
   for (int step = 0; step < Stages - 1; ++step) {
     load_weights(step);
@@ -186,7 +279,6 @@ HALVE_DEVICE void multiply(const Arguments& call) {
   const bool right = belongs(header, call);
 
   // Four neighbouring outputs at a time, first over the groups, then over the blocks of the cluster.
-  constexpr int kFours = Panels * kUnitRows / 4;
   const int fours = call.rows * kFours;
   auto place = [&](int four) { return memory + (four / kFours * kDistance + four % kFours * 4) * 4; };
   auto add = [](float (&total)[4], const Quad& more) {
@@ -212,47 +304,61 @@ HALVE_DEVICE void multiply(const Arguments& call) {
     } else {
       of_groups(four, total);
     }
-    const int row = first_panel * kUnitRows + four % kFours * 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (call.bias && row + i < call.n) total[i] += to_float<T>(call.bias[row + i]);
+      if constexpr (Stored<V>::kScaled) total[i] *= as_float(scales.word[i]);
+      if (call.bias && own_row + i < call.n) total[i] += to_float<T>(call.bias[own_row + i]);
       if (!right) total[i] = as_float(0x7fffffff);
     }
     const u32 pairs[2] = {rounded<T>(total[0], total[1]), rounded<T>(total[2], total[3])};
-    u16* const to = call.y + static_cast<u64>(four / kFours) * call.n + row;
+    u16* const to = call.y + static_cast<u64>(four / kFours) * call.n + own_row;
     if (call.n % 4 == 0) {  // then four outputs are there or none, and in eight bytes that are aligned
-      if (row < call.n) *reinterpret_cast<u64*>(to) = pairs[0] | static_cast<u64>(pairs[1]) << 32;
+      if (own_row < call.n) *reinterpret_cast<u64*>(to) = pairs[0] | static_cast<u64>(pairs[1]) << 32;
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (row + i < call.n) to[i] = static_cast<u16>(pairs[i / 2] >> i % 2 * 16);
+        if (own_row + i < call.n) to[i] = static_cast<u16>(pairs[i / 2] >> i % 2 * 16);
       }
     }
   }
   if (call.splits > 1) leave_cluster();  // nobody leaves while others read its sums
 }
 
-// The dense weight [n, k] in y; a warp a unit.
+// The dense weight [n, k] in y, of values of 8 bits their float32 product with the scale, rounded once; a warp a unit.
+template <class T, class V>
 HALVE_DEVICE void expand(const Arguments& call, int warps) {
+  constexpr int kUnitBytes = Stored<V>::kUnitBytes, kValueBlocks = Stored<V>::kValueBlocks;
   const int thread = thread_index(), lane = thread & 31;
   const int units = ceil_div(call.k, kUnitColumns);
   const int unit = block_index() * warps + (thread >> 5), panel = unit / units;
   if (panel * kUnitRows >= call.n) return;
   const bool right = belongs(load_global(call.weight), call);
   const u8* const from = call.weight + kHeaderBytes + static_cast<u64>(unit) * kUnitBytes + lane * 16;
-  const Quad metadata = load_global(from + 8 * kBlockBytes);
+  const Quad metadata = load_global(from + kValueBlocks * kBlockBytes);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    Fragments both;
 #pragma unroll
     for (int rows = 0; rows < 4; ++rows) {
-      const Quad values = load_global(from + (half * 4 + rows) * kBlockBytes);
+      Quad values;
+      if constexpr (Stored<V>::kScaled) {
+        if (rows % 2 == 0) both = fragments<T, V>(load_global(from + (half * 2 + rows / 2) * kBlockBytes));
+        values = rows % 2 ? both.lower : both.upper;
+      } else {
+        values = load_global(from + (half * 4 + rows) * kBlockBytes);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // the A fragment: registers 1 and 3 are 8 rows below, 2 and 3 are 16 columns on
         const u32 word = from_lane(metadata.word[half * 2 + rows / 2], (lane & ~3) | (rows % 2 * 2 + i / 2));
         const u32 indices = word >> (i % 2 * 16 + (lane & 3) * 4);
-        const u64 first = values.word[i] & 0xffff, second = values.word[i] >> 16;
-        const u64 four = first << ((indices & 3) * 16) | second << ((indices >> 2 & 3) * 16);
         const int row = panel * kUnitRows + rows * 16 + (lane >> 2) + i % 2 * 8;
+        u32 pair = values.word[i];
+        if constexpr (Stored<V>::kScaled) {
+          const float scale = reinterpret_cast<const float*>(scales_of<V>(call))[row];  // (there are some for all rows of a unit)
+          pair = rounded<T>(to_float<T>(static_cast<u16>(pair)) * scale, to_float<T>(static_cast<u16>(pair >> 16)) * scale);
+        }
+        const u64 first = pair & 0xffff, second = pair >> 16;
+        const u64 four = first << ((indices & 3) * 16) | second << ((indices >> 2 & 3) * 16);
         const int column = unit % units * kUnitColumns + half * 32 + i / 2 * 16 + (lane & 3) * 4;
         if (row < call.n && column < call.k) {
           *reinterpret_cast<u64*>(call.y + static_cast<u64>(row) * call.k + column) = right ? four : ~0ull;
@@ -263,9 +369,9 @@ HALVE_DEVICE void expand(const Arguments& call, int warps) {
 }
 
 // What is compiled is chosen by `plan.py`, which writes such lines under this file.
-#define HALVE_MULTIPLY(Name, T, Tiles, Panels, Groups, Stages, Resident)                      \
+#define HALVE_MULTIPLY(Name, T, V, Tiles, Panels, Groups, Stages, Resident)                   \
   HALVE_KERNEL(32 * Panels * Groups, Resident) Name(HALVE_BY_VALUE Arguments call) {          \
-    multiply<T, Tiles, Panels, Groups, Stages>(call);                                         \
+    multiply<T, V, Tiles, Panels, Groups, Stages>(call);                                      \
   }
-#define HALVE_EXPAND(Warps) \
-  HALVE_KERNEL(32 * Warps, 1) expand_weight(HALVE_BY_VALUE Arguments call) { expand(call, Warps); }
+#define HALVE_EXPAND(T, V, Warps) \
+  HALVE_KERNEL(32 * Warps, 1) expand_weight(HALVE_BY_VALUE Arguments call) { expand<T, V>(call, Warps); }
