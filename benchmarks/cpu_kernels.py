@@ -79,17 +79,26 @@ class Weights:
         self.n, self.k, self.dtype, self.value_dtype = n, k, dtype, value_dtype
         self.copies = max(3, -(-COPIES_BYTES // weight.nbytes))
         packed = pack(weight)
+        self.all: list[Tensor] = []
         self.values = self._prepared(packed)
         self.prepared = self.values if value_dtype == dtype else self._prepared(quantize(packed, value_dtype))
         dense = [weight.clone() for _ in range(self.copies)]
         for copy in dense:
             backend.gather_into_huge_pages(copy)  # as prepared weights are, and as a served model's dense layers
         self.dense = itertools.cycle(dense)
+        self.all = [*self.all, *dense]
 
     def _prepared(self, packed: PackedWeight) -> Iterator[Tensor]:
         # (smaller ones are more of them)
         count = max(self.copies, -(-COPIES_BYTES // packed.nbytes)) if packed.scale is not None else self.copies
-        return itertools.cycle([backend.prepare(packed) for _ in range(count)])
+        prepared = [backend.prepare(packed) for _ in range(count)]
+        self.all += prepared
+        return itertools.cycle(prepared)
+
+    def wake(self) -> None:
+        """Touches every page of every copy: what nobody read for seconds, while others were made, the system may have put away."""
+        for copy in self.all:
+            copy.view(-1).view(torch.uint8)[::4096].sum()
 
     def sides(self, rows: int) -> dict[str, Side]:
         """The products to compare, x [rows, k] -> [rows, n]."""
@@ -173,6 +182,7 @@ def run(
         for shape in shapes:
             n, k = map(int, shape.split("x"))
             weights = Weights(n, k, dtype, value_dtype)
+            weights.wake()
             for m in rows:
                 results.append(measure(weights, m, rounds if m <= 64 else max(5, rounds * 64 // m)))
                 print(_line(threads, results[-1]), file=sys.stderr, flush=True)
