@@ -130,7 +130,7 @@ def test_the_kernels_pass_under_sanitizers(tmp_path: Path) -> None:
     preloaded = sanitizers()
     library_ = tmp_path / "lib.so"
     build.compile_library(library_, sanitize=("address", "undefined"))
-    tests = [str(Path(__file__).parent / f"test_cpu_{name}.py") for name in ("kernels", "refusals")]
+    tests = [str(Path(__file__).parent / f"test_cpu_{name}.py") for name in ("kernels", "refusals", "scaled")]
     # Reports are written by the process that ends, so nothing may capture them.
     done = run(
         *("-m", "pytest", *tests, "-q", "-x", "-s", "-p", "no:cacheprovider"),
@@ -152,6 +152,6 @@ def test_no_thread_writes_what_another_one_uses(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[:6000]
     calls, paths = done.stdout.split(" calls on ")
     assert paths.strip() == ",".join(library.paths())
-    assert int(calls) == 30 * (5 * len(library.paths()) - 1)  # all paths but the portable one have a dense kernel
+    assert int(calls) == 30 * (13 * len(library.paths()) - 1)  # all paths but the portable one have a dense kernel
     done = subprocess.run([program, "fault"], capture_output=True, text=True, check=False)
     assert "ThreadSanitizer: data race" in done.stderr
