@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,34 +22,14 @@ from tests.serve.cpu_reference import (
     normal,
     random_scaled,
 )
+from tests.serve.test_cpu_kernels import KERNELS, MANY, path, poisoned
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason=library.status())
+__all__ = ["path", "poisoned"]  # fixtures
 
-MANY = 1 << 40
 SCALED = (torch.int8, torch.float8_e4m3fn)
-KERNELS = pytest.mark.parametrize("few_rows", [MANY, 0], ids=["few", "many"])
 OF_X = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 OF_VALUES = pytest.mark.parametrize("values", SCALED, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-@pytest.fixture(params=backend.PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in library.paths():
-        pytest.skip(f"this processor cannot run the code path {request.param}")
-    with backend.using(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """New memory holds NaN, and bytes 255."""
-    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)
-    assert torch.empty(1000, dtype=torch.uint8).eq(255).all()
-    yield
-    torch.use_deterministic_algorithms(before)
-    torch.set_num_threads(threads)
 
 
 def wanted(

@@ -54,21 +54,6 @@ INLINE void entries(const float* four, F& first, F& second) {
   second = _mm256_permutevar_ps(x, _mm256_setr_epi32(0, 3, 3, 1, 3, 2, 2, 0));
 }
 
-// Of float8: the first and the second bytes of either group's rows, each at the top of its row's 32 bits.
-struct alignas(32) TopBytes {
-  int8_t at[2][2][32];
-  constexpr TopBytes() : at() {
-    for (int group = 0; group < 2; ++group) {
-      for (int value = 0; value < 2; ++value) {
-        for (int b = 0; b < 32; ++b) {
-          at[group][value][b] = static_cast<int8_t>(b % 4 == 3 ? place_of(kFloat8, group, b % 16 / 4, value) : -128);
-        }
-      }
-    }
-  }
-};
-constexpr TopBytes kTopBytes;
-
 INLINE F from_top(I bytes) {
   const I bits = _mm256_and_si256(_mm256_srai_epi32(bytes, 4), _mm256_set1_epi32(static_cast<int>(0x87f00000)));
   return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p120f));  // see `from_float8`
@@ -83,9 +68,9 @@ INLINE void load_kept(const uint8_t* values, int part, int group, F& first, F& s
     second = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 8));
   } else if constexpr (D == kFloat8) {
     const I bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(values + 32 * part));
-    const I* top = reinterpret_cast<const I*>(kTopBytes.at[group % 2]);
-    first = from_top(_mm256_shuffle_epi8(bytes, _mm256_load_si256(top)));
-    second = from_top(_mm256_shuffle_epi8(bytes, _mm256_load_si256(top + 1)));
+    const int8_t(*top)[64] = kTopBytes.at[group % 2];
+    first = from_top(_mm256_shuffle_epi8(bytes, _mm256_load_si256(reinterpret_cast<const I*>(top[0]))));
+    second = from_top(_mm256_shuffle_epi8(bytes, _mm256_load_si256(reinterpret_cast<const I*>(top[1]))));
   } else if (D == kBFloat16) {
     const I pairs = _mm256_load_si256(reinterpret_cast<const __m256i*>(values + 32 * part));
     first = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
@@ -117,18 +102,6 @@ namespace int8 {
 
 using I = __m256i;
 constexpr int kLanes = 8, kSide = 2, kMostTokens = 2;
-
-// The eight entries of `kFirst` and `kSecond`, as bytes of four 16-bit inputs.
-struct alignas(32) PairBytes {
-  uint8_t at[32];
-  constexpr PairBytes() : at() {
-    for (int entry = 0; entry < 8; ++entry) {
-      const int pair[2] = {kFirst[entry], kSecond[entry]};
-      for (int b = 0; b < 4; ++b) at[4 * entry + b] = static_cast<uint8_t>(2 * pair[b / 2] + b % 2);
-    }
-  }
-};
-constexpr PairBytes kPairBytes;
 
 INLINE I none() { return _mm256_setzero_si256(); }
 INLINE I add_products(I sums, I a, I b) { return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b)); }

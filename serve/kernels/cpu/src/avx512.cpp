@@ -33,21 +33,6 @@ INLINE void entries(const float* four, F& first, F& second) {
   second = _mm512_permutevar_ps(x, _mm512_setr_epi32(0, 3, 3, 1, 3, 2, 2, 0, 0, 3, 3, 1, 3, 2, 2, 0));
 }
 
-// Of float8: the first and the second bytes of either group's rows, each at the top of its row's 32 bits.
-struct alignas(64) TopBytes {
-  int8_t at[2][2][64];
-  constexpr TopBytes() : at() {
-    for (int group = 0; group < 2; ++group) {
-      for (int value = 0; value < 2; ++value) {
-        for (int b = 0; b < 64; ++b) {
-          at[group][value][b] = static_cast<int8_t>(b % 4 == 3 ? place_of(kFloat8, group, b % 16 / 4, value) : -128);
-        }
-      }
-    }
-  }
-};
-constexpr TopBytes kTopBytes;
-
 INLINE F from_top(I bytes) {
   const I bits = _mm512_and_si512(_mm512_srai_epi32(bytes, 4), _mm512_set1_epi32(static_cast<int>(0x87f00000)));
   return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));  // see `from_float8`

@@ -47,6 +47,20 @@ constexpr bool is_scaled(DType dtype) { return dtype >= kInt8; }
 constexpr uint8_t kFirst[8] = {0, 0, 1, 0, 2, 0, 1, 0};
 constexpr uint8_t kSecond[8] = {0, 3, 3, 1, 3, 2, 2, 0};
 
+// Orders of bytes for vectors of up to 64, in each 16 of them; shorter vectors take the first ones.
+//
+// The eight pairs of four 16-bit inputs, each at the place that its mask names.
+struct alignas(64) PairBytes {
+  uint8_t at[64];
+  constexpr PairBytes() : at() {
+    for (int entry = 0; entry < 16; ++entry) {
+      const int pair[2] = {kFirst[entry & 7], kSecond[entry & 7]};
+      for (int b = 0; b < 4; ++b) at[4 * entry + b] = static_cast<uint8_t>(2 * pair[b / 2] + b % 2);
+    }
+  }
+};
+constexpr PairBytes kPairBytes;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t value_bytes(DType dtype) { return is_scaled(dtype) ? 1 : dtype == kFloat32 ? 4 : 2; }
 // Of the values of a block in a group.
@@ -61,6 +75,21 @@ constexpr int64_t place_of(DType dtype, int64_t group, int64_t row, int64_t valu
   if (dtype == kInt8) return group % 2 * 2 * kRows + row * 2 + value;
   return dtype == kBFloat16 ? 2 * row + value : value * kRows + row;
 }
+
+// Of float8: the first and the second bytes of either group's rows, each at the top of its row's 32 bits, and zeros below.
+struct alignas(64) TopBytes {
+  int8_t at[2][2][64];
+  constexpr TopBytes() : at() {
+    for (int group = 0; group < 2; ++group) {
+      for (int value = 0; value < 2; ++value) {
+        for (int b = 0; b < 64; ++b) {
+          at[group][value][b] = static_cast<int8_t>(b % 4 == 3 ? place_of(kFloat8, group, b % 16 / 4, value) : -128);
+        }
+      }
+    }
+  }
+};
+constexpr TopBytes kTopBytes;
 
 // First bytes of a stream. Kernels read sizes from here and nowhere else, so a stream cannot be read out of bounds.
 struct Header {
