@@ -32,11 +32,9 @@ OF_X = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).rem
 OF_VALUES = pytest.mark.parametrize("values", SCALED, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def wanted(
-    path: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, few_rows: int, rows: int | None = None
-) -> Expected:
+def wanted(path: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, few_rows: int) -> Expected:
     """Rows of x may be rounded to 16 bits where few of them, themselves of 16 bits, meet int8."""
-    few = (len(x) if rows is None else rows) <= (backend.few_rows(packed.values.dtype) if few_rows < 0 else few_rows)
+    few = len(x) <= (backend.few_rows(packed.values.dtype) if few_rows < 0 else few_rows)
     integers = few and packed.values.dtype == torch.int8 and x.dtype != torch.float32 and path != "portable"
     return expected_scaled(x, packed, bias, flushes=dot_flushes(path, x.dtype), integers=integers)
 
