@@ -39,9 +39,9 @@ from compress.repair import Repair, held_out_batches
 
 Weight = tuple[int, int, bool]
 """N, K, and whether it is that of a Conv1D, which is another product."""
-Savings = Callable[[int, torch.dtype, torch.device, torch.dtype], Mapping[Weight, float]]
-"""``savings(rows, dtype, device, value_dtype)``: microseconds that 2:4 with kept values of that dtype saves in one product there; negative where
-it is slower."""
+Savings = Callable[[int, torch.dtype, torch.device, torch.dtype, bool], Mapping[Weight, float]]
+"""``savings(rows, dtype, device, value_dtype, quantizes_x)``: microseconds that 2:4 with kept values of that dtype saves in one product there;
+negative where it is slower."""
 Telling = Callable[[int, int, str], None]
 
 
@@ -233,10 +233,13 @@ def what_pruning_saves(
     """
     options, saves = recipe.chosen_allocation, dict[str, float]()
     asked = "" if recipe.value_dtype == "auto" else f" --value-dtype {recipe.value_dtype}"
+    asked += "" if recipe.activation_dtype == "none" else f" --activation-dtype {recipe.activation_dtype}"
     assert options is not None, "the recipe asks for it"
     by_latency = options.by == "latency"
     values = SCALED_DTYPES.get(recipe.value_dtype, model.dtype)
-    known = savings(options.rows, model.dtype, model.device, values) if by_latency and savings is not None else {}
+    known: Mapping[tuple[int, int, bool], float] = {}
+    if by_latency and savings is not None:
+        known = savings(options.rows, model.dtype, model.device, values, recipe.activation_dtype != "none")
     for index in range(len(model.blocks)):
         for name, module in model.linears(index).items():
             if decisions[name] is not None:

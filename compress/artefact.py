@@ -39,16 +39,23 @@ _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "
 _OURS = {"config.json", INDEX_NAME, REPORT_NAME, RECIPE_NAME, CARD_NAME}
 
 
-def quantization_config(value_dtype: torch.dtype, ignore: Iterable[str]) -> dict[str, Any]:
+def quantization_config(
+    value_dtype: torch.dtype, ignore: Iterable[str], activation_dtype: str | None = None
+) -> dict[str, Any]:
     """What ``config.json`` says about a packed checkpoint: data only.
 
     Every linear module of the model is packed but those in ``ignore`` (full module names).
+
+    Args:
+        activation_dtype: that of the values, where activations are rounded to it, too; says nothing where they are not.
     """
+    activations = {} if activation_dtype is None else {"activation_dtype": activation_dtype}
     return {
         "quant_method": "halve",
         "format_version": FORMAT_VERSION,
         "sparsity": "2:4",
         "value_dtype": str(value_dtype).removeprefix("torch."),
+        **activations,
         "ignore": sorted(ignore),
     }
 

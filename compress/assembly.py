@@ -95,7 +95,9 @@ def _config(model: BlockModel, recipe: Recipe, pruned: set[str]) -> dict[str, An
     if recipe.format == "packed":
         ignore = [name for name in linears_of(model.model, "") if name not in pruned]
         config["quantization_config"] = artefact.quantization_config(
-            packed.SCALED_DTYPES.get(recipe.value_dtype, model.dtype), ignore
+            packed.SCALED_DTYPES.get(recipe.value_dtype, model.dtype),
+            ignore,
+            None if recipe.activation_dtype == "none" else recipe.activation_dtype,
         )
     return {**config, **dict.fromkeys(model.bias_switches, True)}
 

@@ -77,10 +77,12 @@ def _error_of(settings: dict[str, Any], report: dict[str, Any]) -> str:
     return said
 
 
-def _stored(format: str, value_dtype: str, before: int, after: int) -> str:
+def _stored(format: str, value_dtype: str, activation_dtype: str, before: int, after: int) -> str:
     if format != "packed":
         return "as a dense checkpoint with zeros"
     how = "packed" if value_dtype == "auto" else f"packed, the kept values as {value_dtype}"
+    if activation_dtype != "none":
+        how += f", by which activations are multiplied in {activation_dtype}"
     return f"{how}, the pruned layers in {after / before:.4g} of their bytes" if before else how
 
 
@@ -106,6 +108,7 @@ def model_card(recipe: dict[str, Any], report: dict[str, Any]) -> str:
         stored=_stored(
             settings["format"],
             settings.get("value_dtype", "auto"),
+            settings.get("activation_dtype", "none"),
             summary["pruned_bytes_before"],
             summary["pruned_bytes_after"],
         ),

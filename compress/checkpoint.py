@@ -24,7 +24,13 @@ class PackedConfig(BaseModel):
     format_version: int
     sparsity: Literal["2:4"]
     value_dtype: Literal["bfloat16", "float16", "float32", "int8", "float8_e4m3fn"]
+    activation_dtype: Literal["int8", "float8_e4m3fn"] | None = None
     ignore: list[str]
+
+    @property
+    def quantizes_x(self) -> bool:
+        """See `compress.packed.PackedWeight`."""
+        return self.activation_dtype is not None
 
 
 def parse_config(config: Mapping[str, Any]) -> PackedConfig:
@@ -46,11 +52,17 @@ def parse_config(config: Mapping[str, Any]) -> PackedConfig:
                 f"config.json: quantization_config has an unknown key {key!r}{did_you_mean(str(key), known)}"
             )
     try:
-        return PackedConfig.model_validate(dict(config))
+        parsed = PackedConfig.model_validate(dict(config))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CorruptCheckpointError(f"config.json: quantization_config.{where}: {first['msg']}") from None
+    if parsed.activation_dtype not in (None, parsed.value_dtype):
+        raise CorruptCheckpointError(
+            f"config.json: quantization_config.activation_dtype is {parsed.activation_dtype!r} and value_dtype {parsed.value_dtype!r}; "
+            "activations of 8 bits go with kept values of the same dtype"
+        )
+    return parsed
 
 
 def check_files(files: list[Path]) -> None:

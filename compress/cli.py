@@ -198,6 +198,8 @@ def verify(directory: Directory, as_json: Json = False) -> None:
     document = {
         "directory": str(directory),
         "kind": verdict.kind,
+        "value_dtype": verdict.value_dtype,
+        "activation_dtype": verdict.activation_dtype,
         "ok": verdict.ok,
         "pattern": verdict.pattern,
         "layers_2_4": len(verdict.sparse) if verdict.pattern == "2:4" else 0,
@@ -213,6 +215,8 @@ def verify(directory: Directory, as_json: Json = False) -> None:
     def human() -> None:
         rows = [
             ["kind", verdict.kind],
+            *([["kept values", verdict.value_dtype]] if verdict.value_dtype else []),
+            *([["activations", verdict.activation_dtype]] if verdict.activation_dtype else []),
             [f"layers that are {verdict.pattern}", len(verdict.sparse)],
             ["their bytes", f"{verdict.bytes['sparse_layers']:,}"],
             ["layers that are dense", len(dense)],
@@ -244,12 +248,19 @@ def pack(
             "each row, 5/16 of the bytes of dense 16-bit weights; the checkpoint may be packed already"
         ),
     ] = "auto",
+    activation_dtype: Annotated[
+        Literal["auto", "none", "int8", "float8_e4m3fn"],
+        typer.Option(
+            help="what the inputs of packed layers are rounded to when the model is served, each token with a scale of its own: auto: "
+            "what they are; none; or that of the values, so that products are of 8 bits"
+        ),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Store a dense checkpoint that is 2:4 already in 9/16 of the bytes, to the bit; or in 5/16, rounded."""
     from compress.convert import pack_checkpoint
 
-    counts = pack_checkpoint(directory, out_directory, value_dtype)
+    counts = pack_checkpoint(directory, out_directory, value_dtype, activation_dtype)
     emit(
         {"out": str(out_directory), **counts},
         as_json,

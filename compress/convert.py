@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress import artefact, packed
 from compress.checkpoint import PackedConfig, check_files, parse_config
-from compress.errors import CheckError, CorruptCheckpointError, OutputError, SourceError
+from compress.errors import CheckError, CorruptCheckpointError, OutputError, SourceError, UsageError
 from compress.files import Entry, TensorFiles, explain_os_error, sibling
 from compress.layout import Layout, LinearInfo
 from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, PACKED_SUFFIXES, SCALE_SUFFIX, VALUES_SUFFIX, PackedWeight
@@ -26,29 +26,34 @@ from compress.records import Records
 from compress.sources import read_config, said_dtype
 
 
-def pack_checkpoint(source: Path, out: Path, value_dtype: str = "auto") -> dict[str, int]:
+def pack_checkpoint(
+    source: Path, out: Path, value_dtype: str = "auto", activation_dtype: str = "auto"
+) -> dict[str, int]:
     """Packs every linear of the decoder blocks that is 2:4 already; the others stay as they are.
 
     Args:
         value_dtype: what kept values become, ``auto``: they stay as they are; ``int8`` or ``float8_e4m3fn``: see `packed.quantize`, and then
             ``source`` may also be packed, with values that have no scales yet.
+        activation_dtype: what the inputs of packed layers are rounded to when they are multiplied: ``auto``: what they are in ``source``;
+            ``none``; or that of the values, which may be packed already then.
 
     Returns:
         ``{"packed": layers, "dense": layers}``.
 
     Raises:
         CheckError: no layer is 2:4, a parameter is not finite, or a file is damaged; SourceError: it is packed already,
-            or no model.
+            or no model; UsageError: activations of another dtype than the values.
     """
     config = read_config(source)
-    scaled = packed.SCALED_DTYPES.get(value_dtype)
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
-        if scaled is not None and quantization.get("quant_method") == "halve":
-            return _repack_checkpoint(source, out, config, parse_config(quantization), value_dtype)
+        asks = (value_dtype, activation_dtype) != ("auto", "auto")
+        if asks and quantization.get("quant_method") == "halve":
+            return _repack_checkpoint(source, out, config, parse_config(quantization), value_dtype, activation_dtype)
         raise SourceError(
             f"{source} is packed or quantized already (quant_method {quantization.get('quant_method')!r})"
         )
+    scaled, activations = packed.SCALED_DTYPES.get(value_dtype), _activations(activation_dtype, None, value_dtype)
     files, layout = TensorFiles(source), Layout.of(source)
     layout.require_tensors(files.info, (), "")
     _require_whole(source, files)
@@ -79,21 +84,43 @@ def pack_checkpoint(source: Path, out: Path, value_dtype: str = "auto") -> dict[
     dtype = dtypes.pop()
     if scaled is not None and said_dtype(config) is None:  # the values do not tell any more what the model computes in
         config["dtype"] = str(dtype).removeprefix("torch.")
-    config["quantization_config"] = artefact.quantization_config(scaled or dtype, layout.linears.keys() - done)
-    _write(source, out, entries, config, Records.of(source, "packed", done, value_dtype))
+    config["quantization_config"] = artefact.quantization_config(
+        scaled or dtype, layout.linears.keys() - done, activations
+    )
+    _write(source, out, entries, config, Records.of(source, "packed", done, value_dtype, activations))
     return {"packed": len(done), "dense": len(by_key) - len(done)}
 
 
+def _activations(activation_dtype: str, before: str | None, value_dtype: str) -> str | None:
+    """What activations become, of what they were ``before``. Raises UsageError: another dtype than that of the values."""
+    found = before if activation_dtype == "auto" else None if activation_dtype == "none" else activation_dtype
+    if found not in (None, value_dtype):
+        raise UsageError(
+            f"--activation-dtype {found} needs kept values of the same dtype, and they are {value_dtype!r}; add --value-dtype {found}"
+        )
+    return found
+
+
 def _repack_checkpoint(
-    source: Path, out: Path, config: dict[str, Any], parsed: PackedConfig, value_dtype: str
+    source: Path,
+    out: Path,
+    config: dict[str, Any],
+    parsed: PackedConfig,
+    value_dtype: str,
+    activation_dtype: str,
 ) -> dict[str, int]:
-    """A packed checkpoint with values of 8 bits in place of those that have no scales."""
-    if parsed.value_dtype in packed.SCALED_DTYPES:
+    """A packed checkpoint with values of 8 bits in place of those that have no scales, or with activations of another dtype."""
+    stored = value_dtype if value_dtype != "auto" else parsed.value_dtype
+    activations = _activations(activation_dtype, parsed.activation_dtype, stored)
+    rounds = stored != parsed.value_dtype
+    if rounds and parsed.value_dtype in packed.SCALED_DTYPES:
         raise SourceError(
             f"the values of {source} are {parsed.value_dtype} already, and to round them once more loses more; pack the checkpoint "
             "that it was made of"
         )
-    scaled = packed.SCALED_DTYPES[value_dtype]
+    if not rounds and activations == parsed.activation_dtype:
+        raise SourceError(f"{source} is packed already, with values in {stored} and activations as they were asked for")
+    dtype = packed.VALUE_DTYPES[stored]
     files, layout, by_key = _packed_source(source, parsed)
     parameters, masks = layout.parameter_keys(files), _masks(by_key)
     entries: list[Entry] = []
@@ -102,16 +129,17 @@ def _repack_checkpoint(
         linear = by_key.get(key)
         if linear is not None:
             stem = key.removesuffix(VALUES_SUFFIX)
-            weight = _Packed(files, stem, linear.transposed, None, scaled)
-            stored = artefact.entries_of(stem, (linear.n, linear.k), scaled, weight.quantized)
-            done[linear.name] = sum(entry.nbytes for entry in stored)
-            entries += stored
+            weight = _Packed(files, stem, linear.transposed, None, dtype if rounds else None)
+            parts = artefact.entries_of(stem, (linear.n, linear.k), dtype, weight.packed)
+            done[linear.name] = sum(entry.nbytes for entry in parts)
+            entries += parts
         elif key not in masks:
             entries.append(_as_it_is(files, key, key in parameters))
     if said_dtype(config) is None:
         config["dtype"] = parsed.value_dtype
-    config["quantization_config"] = artefact.quantization_config(scaled, parsed.ignore)
-    _write(source, out, entries, config, Records.of(source, "packed", done, value_dtype))
+    config["quantization_config"] = artefact.quantization_config(dtype, parsed.ignore, activations)
+    said = stored if stored in packed.SCALED_DTYPES else "auto"
+    _write(source, out, entries, config, Records.of(source, "packed", done, said, activations))
     return {"packed": len(done), "dense": len(layout.block_linears) - len(done)}
 
 
@@ -218,7 +246,7 @@ class _Packed:
 
     Args:
         dtype: of the dense weight, where values have scales.
-        scaled: what values are rounded to.
+        scaled: what values are rounded to, if they are.
     """
 
     def __init__(
@@ -233,13 +261,9 @@ class _Packed:
 
     def packed(self) -> PackedWeight:
         parts = [self.files.read(self.stem + s) for s in PACKED_SUFFIXES if self.stem + s in self.files]
-        weight = PackedWeight(*parts)
+        weight = PackedWeight(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
         packed.validate(weight, self.stem)
-        return weight
-
-    def quantized(self) -> PackedWeight:
-        assert self.scaled is not None
-        return packed.quantize(self.packed(), self.scaled)
+        return weight if self.scaled is None else packed.quantize(weight, self.scaled)
 
     def read(self) -> Tensor:
         """As the dense checkpoint stores it: [N, K], or [K, N] for a Conv1D."""

@@ -54,11 +54,16 @@ _TWO_OF_FOUR = [bin(byte & 15).count("1") == 2 and bin(byte >> 4).count("1") == 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One packed weight: ``values`` [N, K/2], ``mask`` [N, K/8] uint8, and of 8-bit values the ``scale`` [N, 1] float32 of each row."""
+    """One packed weight: ``values`` [N, K/2], ``mask`` [N, K/8] uint8, and of 8-bit values the ``scale`` [N, 1] float32 of each row.
+
+    Attributes:
+        quantizes_x: whether what it multiplies is rounded to the dtype of such values, too, when it is multiplied; see `quantize_rows`.
+    """
 
     values: Tensor
     mask: Tensor
     scale: Tensor | None = None
+    quantizes_x: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,7 +76,8 @@ class PackedWeight:
 
     def rows(self, part: slice) -> PackedWeight:
         """Some rows of it."""
-        return PackedWeight(self.values[part], self.mask[part], None if self.scale is None else self.scale[part])
+        scale = None if self.scale is None else self.scale[part]
+        return PackedWeight(self.values[part], self.mask[part], scale, self.quantizes_x)
 
     def floating(self, dtype: torch.dtype | None = None) -> PackedWeight:
         """The same without scales: the products of values and scales, rounded to ``dtype`` (float32 if left out); itself where
@@ -164,6 +170,31 @@ def quantize(weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
         return PackedWeight(scaled.round_().to(dtype), weight.mask, scale)
     bits = scaled.to(dtype).view(torch.uint8)
     return PackedWeight(bits.masked_fill_(bits == 0x80, 0).view(dtype), weight.mask, scale)  # −0.0 as +0.0
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Activations as they are multiplied where a packed weight `quantizes_x`: the nearest values of 8 bits, with a scale for each row
+    of x that puts its largest number at the end of the range ("dynamic, per token").
+
+    The steps are in float32 and every kernel takes the same ones, so that all of them have the same values: the scale is the largest size
+    (2^-100, where all are smaller) over `LARGEST`, and x is multiplied by its inverse, `LARGEST` over the size. A row with a number that is not
+    finite has a scale of NaN.
+
+    Args:
+        x: [..., K] of floats; ``dtype``: int8 or float8_e4m3fn.
+
+    Returns:
+        Values [..., K] of that dtype, and scales [..., 1] float32.
+    """
+    largest, x = LARGEST[dtype], x.float()
+    size = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    finite = torch.isfinite(size)
+    size = torch.where(finite, size.clamp(min=2.0**-100), 1)
+    # (of a tensor and a number torch may make a product with an inverse, which is rounded twice)
+    end = torch.full_like(size, largest)
+    scaled = torch.where(finite, x * (end / size), 0).clamp_(-largest, largest)
+    values = scaled.round_() if dtype == torch.int8 else scaled
+    return values.to(dtype), torch.where(finite, size / end, torch.nan)
 
 
 def pack_bits(kept: Tensor) -> Tensor:

@@ -142,6 +142,11 @@ class Recipe(BaseModel):
         description="what the kept values of packed weights are stored as, at the very end: auto: the dtype of the run; int8 or "
         "float8_e4m3fn: 8 bits and a scale for each row, 5/16 of the bytes of dense 16-bit weights",
     )
+    activation_dtype: Literal["none", "int8", "float8_e4m3fn"] = Field(
+        "none",
+        description="what the inputs of packed layers are rounded to when the model is served, each token with a scale of its own: none: "
+        "they stay as they are; else that of the values, so that products are of 8 bits",
+    )
 
     @field_validator("metric")
     @classmethod
@@ -176,6 +181,11 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"value_dtype={self.value_dtype!r} is of packed weights, and the format is 'dense'; leave --value-dtype or "
                 "--format out"
+            )
+        if self.activation_dtype not in ("none", self.value_dtype):
+            raise RecipeError(
+                f"activation_dtype={self.activation_dtype!r} needs kept values of the same dtype, and value_dtype is "
+                f"{self.value_dtype!r}; add value_dtype={self.activation_dtype!r} (flag --value-dtype {self.activation_dtype})"
             )
         metric = self.chosen_metric
         if metric is None and self.metric_options:

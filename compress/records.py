@@ -26,19 +26,26 @@ class Records:
     card: str | None
 
     @classmethod
-    def of(cls, source: Path, format: str, sizes: dict[str, int], value_dtype: str = "auto") -> Records:
+    def of(
+        cls,
+        source: Path,
+        format: str,
+        sizes: dict[str, int],
+        value_dtype: str = "auto",
+        activation_dtype: str | None = None,
+    ) -> Records:
         """The records of ``source`` as they are after it was converted.
 
         Args:
             format: "packed" or "dense", what it is converted to.
             sizes: bytes of each converted linear afterwards, by its name.
-            value_dtype: what packed values are stored as.
+            value_dtype: what packed values are stored as; ``activation_dtype``: what their layers' inputs are rounded to.
 
         Raises:
             CorruptCheckpointError: the report or the recipe lacks what halve writes into it.
         """
         before, report = artefact.read_recipe(source), artefact.read_report(source)
-        stored = {"format": format, "value_dtype": value_dtype}
+        stored = {"format": format, "value_dtype": value_dtype, "activation_dtype": activation_dtype or "none"}
         recipe = None if before is None else {**before, "recipe": {**before["recipe"], **stored}}
         card = _read(source / artefact.CARD_NAME)
         if report is None:

@@ -37,6 +37,8 @@ class Verdict:
     directory: Path
     kind: str
     pattern: str = "2:4"
+    value_dtype: str | None = None  # of packed values
+    activation_dtype: str | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     bytes: dict[str, int] = field(default_factory=dict)
     sealed_files: int = 0
@@ -72,6 +74,8 @@ def verify(directory: Path, progress: Callable[[int, int, str], None] = lambda d
         )
     parsed = parse_config(quantization) if quantization is not None else None
     verdict = Verdict(directory, "packed" if is_packed else "dense", files=len(files.files))
+    if parsed is not None:
+        verdict.value_dtype, verdict.activation_dtype = parsed.value_dtype, parsed.activation_dtype
     for file in files.files:
         verdict.sealed_files += check_digest(file)
     if verdict.sealed_files < verdict.files:

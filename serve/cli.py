@@ -50,11 +50,13 @@ def _attention() -> str:
     return attention.name()
 
 
-def _savings(rows: int, dtype: Any, device: Any, value_dtype: Any) -> Mapping[tuple[int, int, bool], float]:
+def _savings(
+    rows: int, dtype: Any, device: Any, value_dtype: Any, quantizes_x: bool
+) -> Mapping[tuple[int, int, bool], float]:
     """What 2:4 saves on this machine, for `halve compress --allocate`."""
     from serve.measure import tuned
 
-    return tuned.savings(rows, dtype, device, value_dtype)
+    return tuned.savings(rows, dtype, device, value_dtype, quantizes_x)
 
 
 compress.cli.register(app, _attention, _savings)

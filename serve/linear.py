@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Sparse24Linear(nn.Module):
     Attributes:
         dtype: that it computes in.
         value_dtype: of the kept values, see `compress.packed`; the same, or of 8 bits.
+        quantizes_x: whether x is rounded to these, too.
         preferred: the backend to prepare for, where it can run; None: the best by what is known without a measurement.
     """
 
@@ -51,12 +53,13 @@ class Sparse24Linear(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         value_dtype: torch.dtype | None = None,
+        quantizes_x: bool = False,
         device: torch.device | str,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.dtype, self.value_dtype = dtype, value_dtype or dtype
+        self.dtype, self.value_dtype, self.quantizes_x = dtype, value_dtype or dtype, quantizes_x
         values = torch.empty(out_features, in_features // 2, dtype=self.value_dtype, device=device)
         mask = torch.zeros(out_features, in_features // 8, dtype=torch.uint8, device=device)
         scale = torch.ones(out_features, 1, dtype=torch.float32, device=device) if self.value_dtype in LARGEST else None
@@ -83,8 +86,8 @@ class Sparse24Linear(nn.Module):
         if self._backend is not None:
             assert self._backend.restore is not None
             assert self.weight_prepared is not None
-            return self._backend.restore(self.weight_prepared)
-        return PackedWeight(self.weight_packed, self.weight_mask, self.weight_scale)
+            return replace(self._backend.restore(self.weight_prepared), quantizes_x=self.quantizes_x)
+        return PackedWeight(self.weight_packed, self.weight_mask, self.weight_scale, self.quantizes_x)
 
     @property
     def weight(self) -> Tensor:
@@ -140,7 +143,7 @@ class Sparse24Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         if self.weight_prepared is not None:
-            return ops.sparse24_linear(x, self.weight_prepared, self.bias, self.out_features)
+            return ops.sparse24_linear(x, self.weight_prepared, self.bias, self.out_features, self.quantizes_x)
         return plain.linear(x, self.packed, self.bias)
 
     def validate(self, name: str) -> None:
@@ -149,6 +152,7 @@ class Sparse24Linear(nn.Module):
 
     def extra_repr(self) -> str:
         values = "" if self.value_dtype == self.dtype else f" in {self.value_dtype}"
+        values += ", as x" if self.quantizes_x else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4{values}"
 
     # What torch does with a module's tensors, it does with the packed ones.
@@ -204,7 +208,7 @@ class Sparse24Conv1D(Sparse24Linear):
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None, "Conv1D always has a bias"
         if self.weight_prepared is not None:
-            return ops.sparse24_linear(x, self.weight_prepared, self.bias, self.out_features)
+            return ops.sparse24_linear(x, self.weight_prepared, self.bias, self.out_features, self.quantizes_x)
         return plain.linear_conv1d(x, self.packed, self.bias)
 
 
@@ -272,13 +276,16 @@ def streams(weight: Tensor) -> bool:
     return is_half and cpu.why_not(weight.device, weight.dtype) is None and cpu.path() != "portable"
 
 
-def replacement(module: LinearModule, dtype: torch.dtype, value_dtype: torch.dtype | None = None) -> Sparse24Linear:
+def replacement(
+    module: LinearModule, dtype: torch.dtype, value_dtype: torch.dtype | None = None, quantizes_x: bool = False
+) -> Sparse24Linear:
     """An empty packed module in the place of an nn.Linear or a Conv1D, on its device.
 
     Args:
-        dtype: that it computes in; ``value_dtype``: of the kept values, left out: the same.
+        dtype: that it computes in; ``value_dtype``: of the kept values, left out: the same; ``quantizes_x``: see `Sparse24Linear`.
     """
     made = Sparse24Conv1D if isinstance(module, Conv1D) else Sparse24Linear
     n, k = shape_of(module)
     bias = made is Sparse24Conv1D or module.bias is not None
-    return made(k, n, bias=bias, dtype=dtype, value_dtype=value_dtype, device=module.weight.device)
+    kind = {"dtype": dtype, "value_dtype": value_dtype, "quantizes_x": quantizes_x}
+    return made(k, n, bias=bias, **kind, device=module.weight.device)

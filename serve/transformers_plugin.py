@@ -83,7 +83,7 @@ class HalveQuantizer(HfQuantizer):
             parent, _, attribute = name.rpartition(".")
             linear, values = cast(LinearModule, model.get_submodule(name)), VALUE_DTYPES[config.value_dtype]
             computes_in = model.dtype if config.value_dtype in SCALED_DTYPES else values
-            module = replacement(linear, computes_in, values)
+            module = replacement(linear, computes_in, values, config.quantizes_x)
             setattr(model.get_submodule(parent), attribute, module)
         return model
 

@@ -14,7 +14,8 @@ from serve.commands.shared import ALWAYS, refuse_misplaced
 _NEW, _KEPT, _MEASURED, _AWAY = "a model", "an advice's file", "a measurement", "a GPU that is not here"
 _BELONGS = {
     "model": ALWAYS, "as_json": ALWAYS, "check": (_KEPT,),
-    **dict.fromkeys(("device", "batch", "prompt", "output", "measure", "file", "value_dtype"), (_NEW,)),
+    **dict.fromkeys(("device", "batch", "prompt", "output", "measure", "file", "value_dtype", "activation_dtype"),
+                    (_NEW,)),
     "budget": (_MEASURED,), "recipe": (_MEASURED, _AWAY),
 }  # fmt: skip
 """What each option is for; an option that a call would ignore is refused."""
@@ -55,6 +56,10 @@ def advise(
     value_dtype: Annotated[
         Literal["auto", "int8", "float8_e4m3fn"],
         typer.Option(help="what kept values are stored as; auto: as the checkpoint has them"),
+    ] = "auto",
+    activation_dtype: Annotated[
+        Literal["auto", "none", "int8", "float8_e4m3fn"],
+        typer.Option(help="what the inputs of packed layers are rounded to; auto: as the checkpoint has them"),
     ] = "auto",
     check: Annotated[
         Path | None,
@@ -97,6 +102,7 @@ def advise(
             measure=measure,
             budget=budget,
             value_dtype=value_dtype,
+            activation_dtype=activation_dtype,
             recipes=None if recipe is None else {recipe.name: Recipe.load(recipe)},
             progress=progress,
         )

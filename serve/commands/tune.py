@@ -18,6 +18,10 @@ def tune(
         Literal["auto", "int8", "float8_e4m3fn"],
         typer.Option(help="of the kept values; auto: as the checkpoint has them"),
     ] = "auto",
+    activation_dtype: Annotated[
+        Literal["auto", "none", "int8", "float8_e4m3fn"],
+        typer.Option(help="of what packed layers multiply; auto: as the checkpoint has them"),
+    ] = "auto",
     budget: Annotated[float, typer.Option(min=1, help="seconds to measure, for all shapes together")] = 120.0,
     again: Annotated[bool, typer.Option("--again", help="measure what the table knows already, too")] = False,
     as_json: Json = False,
@@ -33,7 +37,14 @@ def tune(
 
     with progress_bar("measuring") as progress:
         document = model_kernels.document(
-            model, device=device, value_dtype=value_dtype, budget=budget, fresh=again, fused=True, progress=progress
+            model,
+            device=device,
+            value_dtype=value_dtype,
+            activation_dtype=activation_dtype,
+            budget=budget,
+            fresh=again,
+            fused=True,
+            progress=progress,
         )
 
     def human() -> None:

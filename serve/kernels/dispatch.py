@@ -136,4 +136,4 @@ def sparse24_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None)
     backend = choose(x.device, weight.values.dtype, x.numel() // k, n, k, x_dtype=x.dtype).backend
     if backend.prepare is None:
         return plain.linear(x, weight, bias)
-    return ops.sparse24_linear(x, backend.prepare(weight, "weight"), bias, n)
+    return ops.sparse24_linear(x, backend.prepare(weight, "weight"), bias, n, weight.quantizes_x)

@@ -15,16 +15,19 @@ from serve.kernels.triton import backend as triton
 from serve.kernels.triton import layout as triton_layout
 
 _library = torch.library.Library("halve", "DEF")
-_library.define("sparse24_linear(Tensor x, Tensor prepared, Tensor? bias, int n) -> Tensor")
+_library.define("sparse24_linear(Tensor x, Tensor prepared, Tensor? bias, int n, bool quantizes_x=False) -> Tensor")
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor")
 
 
-def _sparse24_linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def _sparse24_linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, quantizes_x: bool = False) -> Tensor:
+    # (a weight that is prepared for a processor says itself whether x is quantized)
     return cpu.linear(x, prepared, bias, n)
 
 
-def _sparse24_linear_cuda(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def _sparse24_linear_cuda(
+    x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, quantizes_x: bool = False
+) -> Tensor:
     # One operator for both, told apart by the weight, whose lengths are never the same. (A compiled graph holds the length, so
     # one that is kept does not outlive a change of backend: `serve.vllm.compile_cache`.)
     if x.ndim and triton_layout.values_dtype(prepared.numel(), n, x.shape[-1], x.dtype) is not None:
@@ -36,7 +39,7 @@ def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return cpu.dense_linear(x, weight, bias)
 
 
-def _sparse24_shape(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def _sparse24_shape(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, quantizes_x: bool = False) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -57,7 +60,7 @@ torch.library.register_fake("halve::dense_linear", _dense_shape)
 torch.library.register_fake("halve::attention", _attention_shape)
 
 sparse24_linear = torch.ops.halve.sparse24_linear.default
-"""(x [..., K], prepared weight [bytes] uint8, bias [N] or None, N) -> [..., N]"""
+"""(x [..., K], prepared weight [bytes] uint8, bias [N] or None, N, quantizes_x: see `compress.packed.PackedWeight`) -> [..., N]"""
 
 dense_linear = torch.ops.halve.dense_linear.default
 """(x [..., K], weight [N, K], bias [N] or None) -> [..., N]; for few rows"""

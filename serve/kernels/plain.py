@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress import wide
-from compress.packed import PackedWeight, unpack_bits
+from compress.packed import PackedWeight, quantize_rows, unpack_bits
 from compress.wide import is_emulated
 
 _GROUPS_AT_ONCE = 1 << 18
@@ -73,16 +73,29 @@ def _expand_any(values: Tensor, mask: Tensor, dense: Tensor) -> None:
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x [..., K] -> [..., N]."""
+    if weight.quantizes_x:
+        return _quantized(x, weight, bias)
     product = functional.linear if _as_torch() else wide.linear
     return product(x, expand(weight, x.dtype), bias)
 
 
 def linear_conv1d(x: Tensor, weight: PackedWeight, bias: Tensor) -> Tensor:
     """The same with the operands in the order of transformers' Conv1D (GPT-2), so that the bits are its own."""
+    if weight.quantizes_x:
+        return _quantized(x, weight, bias)
     if is_emulated(x.dtype, x.device) and not _as_torch():
         return wide.linear(x, expand(weight, x.dtype), bias)
     dense = expand(weight, x.dtype).T.contiguous()  # [K, N], as Conv1D stores it
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), dense).view(*x.shape[:-1], dense.shape[1])
+
+
+def _quantized(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x rounded to values like those of the weight; sums in float32, which are exact up to 2^24."""
+    assert weight.scale is not None
+    rounded, scale = quantize_rows(x, weight.values.dtype)
+    values = PackedWeight(weight.values.float(), weight.mask)
+    y = functional.linear(rounded.float(), expand(values)) * scale * weight.scale.T.squeeze(0)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def _as_torch() -> bool:

@@ -76,6 +76,7 @@ def advise(
     budget: float = 90.0,
     recipes: Mapping[str, Recipe] | None = None,
     value_dtype: str = "auto",
+    activation_dtype: str = "auto",
     progress: Progress = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """What 2:4 would change for a model on a device.
@@ -86,7 +87,8 @@ def advise(
         measure: False: an estimate that measures nothing; None: measured where the device is here.
         budget: seconds for measuring; three rounds are made however long they take.
         recipes: by name, those whose time and memory are estimated; left out: the presets.
-        value_dtype: what kept values are stored as: ``auto``: as they are, ``int8`` or ``float8_e4m3fn``.
+        value_dtype: what kept values are stored as: ``auto``: as they are, ``int8`` or ``float8_e4m3fn``; ``activation_dtype``: what x is
+            rounded to: ``auto``: what it is, ``none``, or the same as the values.
 
     Returns:
         A document with times, speed-ups and memory, dense and sparse, the layers, and a verdict with its reasons.
@@ -98,7 +100,7 @@ def advise(
     if measure and place.here is None:
         raise UsageError(f"--measure: {place.name} is not here; leave it out for an estimate")
     measured = place.here is not None and measure is not False
-    shape = shapes.read(model, value_dtype)
+    shape = shapes.read(model, value_dtype, activation_dtype)
     load = Load(prompt, output, batch)
     _require_room(shape, load)
     notes = list(shape.notes)
@@ -140,7 +142,7 @@ def advise(
         "basis": "measured" if measured else "estimate",
         "model": {
             "name": model,
-            "dtype": kernel_entries.kind_name(shape.dtype, shape.value_dtype),
+            "dtype": shape.kind,
             "blocks": len(shape.kinds),
             "parameters": shape.weights // shape.dtype.itemsize,
             "pruned_share": shape.dense_bytes / shape.weights,

@@ -104,17 +104,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def kind_name(dtype: torch.dtype, value_dtype: torch.dtype | None = None) -> str:
-    """What a layer is looked up by besides its shape: the dtype that it computes in, and before it that of its packed values where it is
-    another one, ``int8/bfloat16``."""
-    name = dtype_name(dtype)
-    return name if value_dtype in (None, dtype) else f"{dtype_name(value_dtype)}/{name}"
+def kind_name(dtype: torch.dtype, value_dtype: torch.dtype | None = None, quantizes_x: bool = False) -> str:
+    """What a layer is looked up by besides its shape: the dtype of x, and before it that of its packed values where it is another one,
+    ``int8/bfloat16``; and between them what x is rounded to where it is, ``int8/int8/bfloat16``."""
+    if value_dtype in (None, dtype):
+        return dtype_name(dtype)
+    return "/".join([dtype_name(value_dtype)] * (1 + quantizes_x) + [dtype_name(dtype)])
 
 
 def dtypes_of(kind: str) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the packed values of a kind, and the one that is computed in."""
-    values, _, dtype = kind.partition("/")
-    return getattr(torch, values), getattr(torch, dtype or values)
+    """The dtype of the packed values of a kind, and that of x."""
+    names = kind.split("/")
+    return getattr(torch, names[0]), getattr(torch, names[-1])
 
 
 def wins_at(entries: Sequence[Entry]) -> str:

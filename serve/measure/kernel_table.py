@@ -52,6 +52,7 @@ def measure(
     device: torch.device,
     budget: float,
     value_dtype: torch.dtype | None = None,
+    quantizes_x: bool = False,
     leave_out: Collection[tuple[Shape, str]] = (),
     progress: Progress = lambda done, total, text: None,
 ) -> Measured:
@@ -59,7 +60,8 @@ def measure(
 
     Args:
         wanted: shapes with numbers of rows, the most important rows of each shape first.
-        dtype: of x and of the dense weight; ``value_dtype``: of the packed values, left out: the same.
+        dtype: of x and of the dense weight; ``value_dtype``: of the packed values, left out: the same; ``quantizes_x``: see
+            `PackedWeight`.
         budget: seconds; each shape gets its share of what is left, and what does not fit is not begun.
         leave_out: backends that are not tried for a shape.
     """
@@ -76,7 +78,8 @@ def measure(
             found.skipped.extend((shape, rows) for rows in rows_of_x)
             continue
         share = now + (deadline - now) / (len(by_shape) - index)
-        sides = _Sides(shape, dtype, value_dtype or dtype, device, {name for at, name in leave_out if at == shape})
+        left_out = {name for at, name in leave_out if at == shape}
+        sides = _Sides(shape, dtype, value_dtype or dtype, device, left_out, quantizes_x)
         entries: list[Entry] = []
         for rows in rows_of_x:
             done += 1
@@ -117,14 +120,16 @@ class _Sides:
         values: torch.dtype,
         device: torch.device,
         leave_out: Collection[str] = (),
+        quantizes_x: bool = False,
     ) -> None:
         self.shape, self.dtype, self.values, self.device = shape, dtype, values, device
+        self.kind = kind_name(dtype, values, quantizes_x)
         self.copies = copies(shape, dtype, values, device)
         self.backends = [backend.name for backend in able(device, values, dtype) if backend.name not in leave_out]
         self.failures: list[Failure] = []
         self.sides: dict[str, list[nn.Module]] = {_DENSE: [_dense(shape, dtype, device) for _ in range(self.copies)]}
         for name in self.backends:
-            self.sides[name] = [_sparse(shape, dtype, values, device, name) for _ in range(self.copies)]
+            self.sides[name] = [_sparse(shape, dtype, values, quantizes_x, device, name) for _ in range(self.copies)]
         for side, modules in self.sides.items():
             prepared = nn.ModuleList(modules)
             prepare_for_serving(prepared)
@@ -150,7 +155,7 @@ class _Sides:
                 self.failures.append(
                     Failure(
                         **asdict(self.shape),
-                        dtype=kind_name(self.dtype, self.values),
+                        dtype=self.kind,
                         backend=name,
                         reason=f"at {rows} rows: {one_line(error)}",
                         date=_today(),
@@ -173,7 +178,7 @@ class _Sides:
             n=self.shape.n,
             k=self.shape.k,
             conv1d=self.shape.conv1d,
-            dtype=kind_name(self.dtype, self.values),
+            dtype=self.kind,
             rows=rows,
             ratio=Spread(**ratio(sparse, dense)),
             sparse_seconds=statistics.median(sparse),
@@ -248,9 +253,9 @@ def _dense(shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearModu
 
 
 def _sparse(
-    shape: Shape, dtype: torch.dtype, values: torch.dtype, device: torch.device, backend: str
+    shape: Shape, dtype: torch.dtype, values: torch.dtype, quantizes_x: bool, device: torch.device, backend: str
 ) -> Sparse24Linear:
-    layer = random_packed(empty_layer(shape, dtype, torch.device("meta")), dtype, device, values)
+    layer = random_packed(empty_layer(shape, dtype, torch.device("meta")), dtype, device, values, quantizes_x)
     layer.preferred = backend
     return layer
 
@@ -263,10 +268,14 @@ def empty_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> Linea
 
 
 def random_packed(
-    layer: LinearModule, dtype: torch.dtype, device: torch.device, value_dtype: torch.dtype | None = None
+    layer: LinearModule,
+    dtype: torch.dtype,
+    device: torch.device,
+    value_dtype: torch.dtype | None = None,
+    quantizes_x: bool = False,
 ) -> Sparse24Linear:
     """A packed layer with random values in the place of a linear (whose own weight may be on the meta device)."""
-    packed = replacement(layer, dtype, value_dtype)
+    packed = replacement(layer, dtype, value_dtype, quantizes_x)
     packed.to_empty(device=device)
     n, k = packed.out_features, packed.in_features
     weight = random_packed_weight(n, k, dtype)

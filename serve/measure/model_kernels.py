@@ -42,7 +42,7 @@ def kernels(
         The entries, one for each backend that can run a layer, and what there is to say about them.
     """
     identity = table_cache.Identity.of(device)
-    dtype = kernel_entries.kind_name(model.dtype, model.value_dtype)
+    dtype = model.kind
     known, why = table_cache.load(identity)
     said = [why] if why else []
     wanted = [(shape, rows) for shape in shapes_of(model, fused) for rows in (rows_of(load) if load else ROWS)]
@@ -63,6 +63,7 @@ def kernels(
             missing,
             dtype=model.dtype,
             value_dtype=model.value_dtype,
+            quantizes_x=model.quantizes_x,
             device=device,
             budget=budget,
             leave_out=failed,
@@ -113,13 +114,14 @@ def document(
     budget: float,
     progress: Progress,
     value_dtype: str = "auto",
+    activation_dtype: str = "auto",
     fresh: bool = True,
     fused: bool = False,
 ) -> dict[str, Any]:
     """`halve bench --kernels` and `halve tune`: every shape of a model at each of `ROWS`, measured and kept for `halve
-    advise` and for serving; ``fresh``: measured now, even what the table knows; ``fused``: see `kernels`; ``value_dtype``: see `shapes.read`."""
+    advise` and for serving; ``fresh``: measured now, even what the table knows; ``fused``: see `kernels`; ``value_dtype`` and ``activation_dtype``: see `shapes.read`."""
     place, _ = choose_device(device)
-    model = shapes.read(str(directory), value_dtype)
+    model = shapes.read(str(directory), value_dtype, activation_dtype)
     found, notes = kernels(model, device=place, budget=budget, fresh=fresh, fused=fused, progress=progress)
     if tuned.overruled():
         notes.append("HALVE_BACKEND decides how layers are served, so these times do not")
@@ -128,7 +130,7 @@ def document(
     return {
         "kind": "kernels",
         "model": str(directory),
-        "dtype": kernel_entries.kind_name(model.dtype, model.value_dtype),
+        "dtype": model.kind,
         "environment": environment(place),
         "table": str(table_cache.path_of(table_cache.Identity.of(place))),
         "layers": [

@@ -24,7 +24,7 @@ from compress.errors import SourceError
 from compress.layout import Layout
 from serve.linear import Sparse24Conv1D, prepare_for_serving
 from serve.measure import tuned
-from serve.measure.kernel_entries import Shape, kind_name
+from serve.measure.kernel_entries import Shape
 from serve.measure.kernel_table import noise, random_packed
 from serve.measure.shapes import ModelShape, build
 from serve.measure.speed import CACHES, synchronize
@@ -167,7 +167,7 @@ def _models(model: ModelShape, depths: Depths, device: torch.device) -> dict[tup
     sparse = build(model, depths.deep, torch.device("cpu") if device.type == "cpu" else device)
     pruned = {linear.name for linear in Layout(deep).linears.values() if model.is_pruned(linear)}
     packed = {
-        name: random_packed(layer, model.dtype, device, model.value_dtype)
+        name: random_packed(layer, model.dtype, device, model.value_dtype, model.quantizes_x)
         for name, layer in linears_of(deep, "").items()
         if name in pruned
     }
@@ -176,7 +176,7 @@ def _models(model: ModelShape, depths: Depths, device: torch.device) -> dict[tup
         found = measured.get(
             (
                 Shape(layer.out_features, layer.in_features, isinstance(layer, Sparse24Conv1D)),
-                kind_name(model.dtype, model.value_dtype),
+                model.kind,
             )
         )
         layer.preferred = None if found is None else found.backend

@@ -20,12 +20,12 @@ from transformers import DynamicCache, PreTrainedModel
 from compress import packed
 from compress.architecture import auto_class, find_blocks, load_config, reads_images, skeleton
 from compress.checkpoint import parse_config
-from compress.errors import SourceError, one_line
+from compress.errors import SourceError, UsageError, one_line
 from compress.layout import Layout, LinearInfo
 from compress.own_code import NEVER
 from compress.packed import FLOAT_DTYPES, VALUE_DTYPES
 from compress.quiet import quiet_transformers
-from serve.measure.kernel_entries import Shape
+from serve.measure.kernel_entries import Shape, kind_name
 from serve.vllm.shards import FUSED
 
 
@@ -58,7 +58,7 @@ class ModelShape:
         layers: the linears of the blocks.
         fused: what vLLM multiplies as one layer, out of several of ``layers`` (without tensor parallelism).
         head: the output layer, which stays dense.
-        value_dtype: of the kept values when packed.
+        value_dtype: of the kept values when packed; ``quantizes_x``: whether x is rounded to these, too.
         weights: bytes of all parameters, tied ones once, when dense.
         kv_bytes_per_token: of keys and values of one token, in all layers; None where it keeps none (a state instead).
         attention_width: heads times the width of a head, summed over the layers; for the operations of attention.
@@ -78,6 +78,12 @@ class ModelShape:
     ignored: frozenset[str] = frozenset()
     notes: tuple[str, ...] = field(default=())
     fused: tuple[Layers, ...] = ()
+    quantizes_x: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What its layers are looked up by in tables of kernels."""
+        return kind_name(self.dtype, self.value_dtype, self.quantizes_x)
 
     @property
     def prunable(self) -> tuple[Layers, ...]:
@@ -108,15 +114,17 @@ class ModelShape:
         return _why_dense(linear, self.ignored) is None and linear.in_block
 
 
-def read(model: str, value_dtype: str = "auto") -> ModelShape:
+def read(model: str, value_dtype: str = "auto", activation_dtype: str = "auto") -> ModelShape:
     """The shape of a model directory, a ``config.json``, or a model on the hub, of which only ``config.json`` is fetched.
 
     Args:
         value_dtype: of the kept values; ``auto``: what a packed checkpoint says, of a dense one its own.
+        activation_dtype: what x is rounded to; ``auto``: what a packed checkpoint says; ``none``.
 
     Raises:
         SourceError: there is none, transformers does not know it, or it is no unquantized or packed causal language model.
         CorruptCheckpointError: ``config.json`` contradicts the model.
+        UsageError: x would be rounded to another dtype than the values.
     """
     path = _local(model)
     with quiet_transformers():
@@ -125,9 +133,15 @@ def read(model: str, value_dtype: str = "auto") -> ModelShape:
             raise SourceError(f"{model} is an image classifier, and `halve advise` is for causal language models")
         if getattr(config, "is_encoder_decoder", False):
             raise SourceError(f"{model} is an encoder-decoder model; halve prunes decoder-only causal language models")
-        ignored, stored = _packed_as(config, model)
-        values = VALUE_DTYPES.get(stored if value_dtype == "auto" else value_dtype)
-        return _shape_of(model, config, ignored, values)
+        ignored, stored, activations = _packed_as(config, model)
+        values = stored if value_dtype == "auto" else value_dtype
+        activations = activations if activation_dtype == "auto" else activation_dtype
+        if activations not in ("none", values):
+            raise UsageError(
+                f"x in {activations} goes with kept values of the same dtype, and they are {values or 'not of 8 bits'}; add "
+                f"--value-dtype {activations}, or --activation-dtype none"
+            )
+        return _shape_of(model, config, ignored, VALUE_DTYPES.get(values), activations != "none")
 
 
 def _local(model: str) -> Path:
@@ -157,11 +171,11 @@ def _local(model: str) -> Path:
         ) from None
 
 
-def _packed_as(config: Any, model: str) -> tuple[frozenset[str], str]:
-    """The linears that a packed checkpoint keeps dense, and the dtype of its values; none of a dense model, and ""."""
+def _packed_as(config: Any, model: str) -> tuple[frozenset[str], str, str]:
+    """The linears that a packed checkpoint keeps dense, the dtype of its values, and of activations; none of a dense model, "" and "none"."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
-        return frozenset(), ""
+        return frozenset(), "", "none"
     found = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if found.get("quant_method") != "halve":
         raise SourceError(
@@ -169,10 +183,12 @@ def _packed_as(config: Any, model: str) -> tuple[frozenset[str], str]:
         )
     del config.quantization_config  # what is built here are the layers, and they are filled afterwards
     parsed = parse_config(found)
-    return frozenset(parsed.ignore), parsed.value_dtype
+    return frozenset(parsed.ignore), parsed.value_dtype, parsed.activation_dtype or "none"
 
 
-def _shape_of(name: str, config: Any, ignored: frozenset[str], value_dtype: torch.dtype | None) -> ModelShape:
+def _shape_of(
+    name: str, config: Any, ignored: frozenset[str], value_dtype: torch.dtype | None, quantizes_x: bool
+) -> ModelShape:
     dtype = config.get_text_config().dtype
     dtype = dtype if isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES.values() else torch.float32
     model = skeleton(config, dtype)
@@ -198,6 +214,7 @@ def _shape_of(name: str, config: Any, ignored: frozenset[str], value_dtype: torc
         kv_bytes_per_token=kv,
         attention_width=_attention_width(config.get_text_config(), len(blocks)),
         ignored=ignored,
+        quantizes_x=quantizes_x,
         notes=tuple(notes),
         fused=_fused(layout, blocks_name, ignored),
     )

@@ -121,12 +121,16 @@ def backends_for(device: torch.device, dtype: str) -> list[str]:
 
 
 def savings(
-    rows: int, dtype: torch.dtype, device: torch.device, value_dtype: torch.dtype | None = None
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    value_dtype: torch.dtype | None = None,
+    quantizes_x: bool = False,
 ) -> dict[tuple[int, int, bool], float]:
     """Microseconds that 2:4 saves in one product with ``rows`` rows of x, by the weight's N and K and whether it is a Conv1D's, as the
     table of a device has them; for `compress.compress_model`. Negative where 2:4 is slower."""
     entries, _ = table_cache.load(table_cache.Identity.of(device))
-    kind = kind_name(dtype, value_dtype)
+    kind = kind_name(dtype, value_dtype, quantizes_x)
     names = backends_for(device, kind)
     return {
         (entry.n, entry.k, entry.conv1d): 1e6 * (entry.dense_seconds - entry.sparse_seconds)
@@ -147,14 +151,19 @@ _decisions_once = functools.cache(decisions)
 
 
 def decision(
-    device: torch.device, dtype: torch.dtype, n: int, k: int, value_dtype: torch.dtype | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    value_dtype: torch.dtype | None = None,
+    quantizes_x: bool = False,
 ) -> Decision | None:
     """For a packed weight [n, k] on that device; None where nothing was measured. The table is read once a process.
 
     Args:
-        dtype: that the layer computes in; ``value_dtype``: of the weight's values, left out: the same.
+        dtype: that the layer computes in; ``value_dtype``: of the weight's values, left out: the same; ``quantizes_x``: see `PackedWeight`.
     """
-    return _decisions_once(device).get((Shape(n, k), kind_name(dtype, value_dtype)))
+    return _decisions_once(device).get((Shape(n, k), kind_name(dtype, value_dtype, quantizes_x)))
 
 
 def serve_as_measured(model: nn.Module) -> dict[str, str]:
@@ -172,7 +181,7 @@ def serve_as_measured(model: nn.Module) -> dict[str, str]:
         if device not in known:
             known[device] = decisions(device)
         shape = Shape(module.out_features, module.in_features, isinstance(module, Sparse24Conv1D))
-        found = known[device].get((shape, kind_name(module.dtype, module.value_dtype)))
+        found = known[device].get((shape, kind_name(module.dtype, module.value_dtype, module.quantizes_x)))
         if found is None:
             continue
         if found.why_dense is None:

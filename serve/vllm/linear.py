@@ -67,6 +67,7 @@ class Outcome:
         bytes: held by the weight; ``dense_bytes``: by its dense form.
         warning: what the user should know, once for all layers.
         value_dtype: of the kept values that are multiplied; None where it is dense.
+        quantizes_x: whether x is rounded to these, too.
     """
 
     sparse: bool
@@ -75,6 +76,7 @@ class Outcome:
     dense_bytes: int
     warning: str | None = None
     value_dtype: torch.dtype | None = None
+    quantizes_x: bool = False
 
 
 class SparseLinearMethod(LinearMethodBase):
@@ -182,14 +184,15 @@ class SparseLinearMethod(LinearMethodBase):
         assert form.backend.prepare is not None
         stream = form.backend.prepare(weight, self.prefix)
         layer.weight_packed = nn.Parameter(stream, requires_grad=False)
-        outcome = Outcome(True, form.how, stream.nbytes, dense_bytes, value_dtype=weight.values.dtype)
+        kind = {"value_dtype": weight.values.dtype, "quantizes_x": weight.quantizes_x}
+        outcome = Outcome(True, form.how, stream.nbytes, dense_bytes, **kind)
         self._processed(self.prefix, outcome)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]."""
         if self._dense is not None:
             return self._dense.apply(layer, x, bias)
-        return ops.sparse24_linear(x, layer.weight_packed, bias, self.n)
+        return ops.sparse24_linear(x, layer.weight_packed, bias, self.n, self.stored.quantizes_x)
 
     def _weight(self, layer: nn.Module) -> PackedWeight | Form:
         """The packed weight, taken off the layer; or why there is none, with the dense one on the layer."""
@@ -233,14 +236,15 @@ class SparseLinearMethod(LinearMethodBase):
         for shard, is_packed in zip(self.shards, self.is_packed, strict=True):
             if is_packed:
                 _validate([tensor[shard.rows] for tensor in tensors], shard, names)
-        weight = PackedWeight(*tensors)
+        values, mask, *scale = tensors
+        weight = PackedWeight(values, mask, scale[0] if scale else None, self.stored.quantizes_x)
         return weight if weight.scale is not None else PackedWeight(packed.canonical(weight.values), weight.mask)
 
 
 def _form_of(weight: PackedWeight, computes_in: torch.dtype) -> Form:
     """What multiplies a 2:4 weight best here."""
     device, dtype = weight.values.device, weight.values.dtype
-    measured = tuned.decision(device, computes_in, *weight.shape, dtype)
+    measured = tuned.decision(device, computes_in, *weight.shape, dtype, weight.quantizes_x)
     if measured is not None and measured.why_dense is not None:
         return Form(None, measured.why_dense, "halve: some 2:4 layers are served dense, as `halve tune` measured")
     choice = choose(device, dtype, 1, *weight.shape, None if measured is None else measured.backend, computes_in)
@@ -276,7 +280,8 @@ def _validate(tensors: Sequence[Tensor], shard: Shard, names: Sequence[str]) -> 
             raise CorruptCheckpointError(
                 f"the checkpoint has no tensor {shard.module}.{name}; it is damaged, get it again"
             )
-    packed.validate(PackedWeight(*tensors), shard.module)
+    values, mask, *scale = tensors
+    packed.validate(PackedWeight(values, mask, scale[0] if scale else None), shard.module)
 
 
 def _check(name: str, read: Tensor, columns: int, dtypes: Sequence[torch.dtype]) -> None:

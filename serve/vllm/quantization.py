@@ -143,12 +143,12 @@ class HalveQuantization(QuantizationConfig):
             _logger.warning(warning)
 
     def graph_digest(self) -> str:
-        """Of what compiled graphs depend on: which layers are 2:4, of which values, and how long their weights are; "" before any was
+        """Of what compiled graphs depend on: which layers are 2:4, of which values, how long their weights are, and whether x is quantized; "" before any was
         read."""
         if not self._outcomes:
             return ""
         forms = sorted(
-            (prefix, outcome.sparse, str(outcome.value_dtype), outcome.bytes)
+            (prefix, outcome.sparse, str(outcome.value_dtype), outcome.bytes, outcome.quantizes_x)
             for prefix, outcome in self._outcomes.items()
         )
         return hashlib.sha256(repr(forms).encode()).hexdigest()

@@ -31,6 +31,7 @@ class Stored:
         targets: compressed-tensors' names of modules, ``re:`` patterns or classes that are stored packed.
         ignore: the names, patterns or classes that are not.
         value_dtype: of the packed values; None where the checkpoint does not say.
+        quantizes_x: whether x is rounded to these, too.
         whole: names of modules whose weights are there unpacked, whatever the checkpoint says; empty where nobody looked.
     """
 
@@ -38,6 +39,7 @@ class Stored:
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
     value_dtype: torch.dtype | None = None
+    quantizes_x: bool = False
     whole: tuple[str, ...] = ()
 
     @property
@@ -86,7 +88,12 @@ def of_halve(config: Mapping[str, Any]) -> Stored:
         CorruptCheckpointError: it is not one that this version reads.
     """
     parsed = parse_config(config)
-    return Stored("packed", ignore=tuple(parsed.ignore), value_dtype=VALUE_DTYPES[parsed.value_dtype])
+    return Stored(
+        "packed",
+        ignore=tuple(parsed.ignore),
+        value_dtype=VALUE_DTYPES[parsed.value_dtype],
+        quantizes_x=parsed.quantizes_x,
+    )
 
 
 def of_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

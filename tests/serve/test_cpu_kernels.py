@@ -278,7 +278,7 @@ def test_prepare_restore_expand(path: str, dtype: torch.dtype, n: int) -> None:
         packed = random_weight(n, k, dtype, seed=n)
         packed.values[0, :3] = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).tiny / 4, -1])
         stream = backend.prepare(packed)
-        assert backend.describe(stream) == (dtype, n, k)
+        assert backend.describe(stream) == (dtype, n, k, False)
         back = backend.restore(stream)
         assert torch.equal(back.values.view(torch.uint8), packed.values.view(torch.uint8))
         assert torch.equal(back.mask, packed.mask)

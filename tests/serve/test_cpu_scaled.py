@@ -178,7 +178,7 @@ def test_prepare_restore_expand(path: str, values: torch.dtype, n: int) -> None:
         packed = random_scaled(n, k, values, seed=n)
         assert packed.scale is not None
         stream = backend.prepare(packed)
-        assert backend.describe(stream) == (values, n, k)
+        assert backend.describe(stream) == (values, n, k, False)
         back = backend.restore(stream)
         assert torch.equal(back.values.view(torch.uint8), packed.values.view(torch.uint8))
         assert torch.equal(back.mask, packed.mask)

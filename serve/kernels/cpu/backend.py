@@ -146,7 +146,7 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     lib = functions()
     stream = torch.empty(lib.halve_sparse24_stream_bytes(code, n, k), dtype=torch.uint8)
     bad = lib.halve_sparse24_prepare(
-        *(code, values.data_ptr(), mask.data_ptr(), None if scale is None else scale.data_ptr()),
+        *(code, weight.quantizes_x, values.data_ptr(), mask.data_ptr(), None if scale is None else scale.data_ptr()),
         *(n, k, stream.data_ptr(), torch.get_num_threads()),
     )
     if bad >= 0:
@@ -172,7 +172,7 @@ def restore(stream: Tensor) -> PackedWeight:
     Raises:
         ValueError: this is no prepared weight, or a damaged one.
     """
-    dtype, n, k = describe(stream)
+    dtype, n, k, quantizes_x = describe(stream)
     values = torch.empty(n, k // 2, dtype=dtype)
     mask = torch.empty(n, k // 8, dtype=torch.uint8)
     scale = torch.empty(n, 1, dtype=torch.float32) if dtype in LARGEST else None
@@ -182,20 +182,20 @@ def restore(stream: Tensor) -> PackedWeight:
             *(None if scale is None else scale.data_ptr(), torch.get_num_threads()),
         )
     )
-    return PackedWeight(values, mask, scale)
+    return PackedWeight(values, mask, scale, quantizes_x)
 
 
-def describe(stream: Tensor) -> tuple[torch.dtype, int, int]:
-    """dtype, N and K of a prepared weight.
+def describe(stream: Tensor) -> tuple[torch.dtype, int, int, bool]:
+    """dtype, N and K of a prepared weight, and whether x is rounded to that dtype, too.
 
     Raises:
         ValueError: this is no prepared weight, or a damaged one.
     """
     if not _is_bytes(stream):
         raise ValueError(f"a prepared weight is bytes in a row on the CPU, this is {_described(stream)}")
-    shape = (ctypes.c_int64 * 3)()
+    shape = (ctypes.c_int64 * 4)()
     _check(functions().halve_sparse24_describe(stream.data_ptr(), stream.numel(), shape))
-    return _DTYPES[shape[0]], shape[1], shape[2]
+    return _DTYPES[shape[0]], shape[1], shape[2], bool(shape[3])
 
 
 def expand(stream: Tensor, first_row: int, rows: int, out: Tensor) -> None:
@@ -204,7 +204,7 @@ def expand(stream: Tensor, first_row: int, rows: int, out: Tensor) -> None:
     Raises:
         ValueError: this is no prepared weight, it has no such rows, or ``out`` is none for them.
     """
-    dtype, n, k = describe(stream)
+    dtype, n, k, _ = describe(stream)
     if not 0 <= first_row <= first_row + rows <= n:
         raise ValueError(f"rows {first_row} to {first_row + rows} of a prepared weight with {n}")
     fits = out.dtype in _FLOATS if dtype in LARGEST else out.dtype is dtype
@@ -321,7 +321,7 @@ def _fitting(bias: Tensor, x: Tensor, n: int) -> Tensor:
 def _why_no_product(x: Tensor, stream: Tensor, n: int) -> str:
     """What is wrong with a multiplication that was refused."""
     try:
-        dtype, rows, k = describe(stream)
+        dtype, rows, k, _ = describe(stream)
     except ValueError as error:
         return str(error)
     if rows != n:
@@ -366,7 +366,7 @@ def functions() -> ctypes.CDLL:
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     signatures = {
         "halve_sparse24_stream_bytes": (size, (number, size, size)),
-        "halve_sparse24_prepare": (size, (number, pointer, pointer, pointer, size, size, pointer, number)),
+        "halve_sparse24_prepare": (size, (number, number, pointer, pointer, pointer, size, size, pointer, number)),
         "halve_sparse24_few_rows": (size, (number, number, number)),
         "halve_sparse24_describe": (number, (pointer, size, pointer)),
         "halve_sparse24_restore": (number, (pointer, size, pointer, pointer, pointer, number)),

@@ -1,5 +1,7 @@
 // What Python calls, by ctypes. Sizes are checked by the caller against the header of the stream; functions return 0,
 // or a negative number for a call that makes no sense.
+#include <initializer_list>
+
 #include "attention.h"
 #include "halve_cpu.h"
 #include "kernels.h"
@@ -44,11 +46,12 @@ bool has_vnni() {
 #endif
 
 constexpr int64_t kMost = int64_t{1} << 30;  // rows, and columns: their bytes then fit 64 bits, whatever a header says
+constexpr int64_t kAll = kMost;  // rows: products of integers are faster than those of float32, whatever is widened for these
+constexpr int64_t kMostSummed = int64_t{1} << 17;  // columns whose products of a byte and a signed one fit 32 bits
 
 // What a path takes for values of a dtype and x of another. Where the one for bfloat16 has no kernel, that of the one below is taken.
 Path kernels_of(int path, [[maybe_unused]] DType dtype, [[maybe_unused]] DType io) {
 #if defined(__x86_64__)
-  constexpr int64_t kAll = kMost;  // products of integers are faster than those of float32, whatever is widened for these
   const bool by_integers = dtype == kInt8 && io != kFloat32;
   const bool by_pairs = path == kAvx512Bf16 && io == kBFloat16;
   if (by_pairs && dtype == kBFloat16) return {&kAvx512Bf16Stream, &kAvx512Bf16Panel, 30};
@@ -64,9 +67,53 @@ Path kernels_of(int path, [[maybe_unused]] DType dtype, [[maybe_unused]] DType i
   return {&kPortableOne, &kPortablePanel, 1};
 }
 
+// The same of a weight.
+Path kernels_of(int path, const Weight& w, DType io) {
+  const Path kernels = kernels_of(path, w.dtype, io);
+#if defined(__x86_64__)
+  if (w.quantizes_x && w.dtype == kInt8 && path >= kAvx512 && has_vnni() && w.k <= kMostSummed) {
+    return {&kAvx512VnniBoth, &kAvx512VnniBothPanel, 12};
+  }
+#endif
+  return kernels;
+}
+
+// Whether x has to be rounded for a kernel.
+bool rounds_before(const Weight& w, [[maybe_unused]] const Kernel& kernel) {
+#if defined(__x86_64__)
+  if (&kernel == &kAvx512VnniBoth || &kernel == &kAvx512VnniBothPanel) return false;
+#endif
+  return w.quantizes_x;
+}
+
+// What comes before the scratch of a kernel that x is rounded for: x, and its scales.
+int64_t rounded_bytes(const Call& call) { return ceil_div(call.m * call.weight.k * value_bytes(call.io), 64) * 64; }
+int64_t rounding_bytes(const Call& call) { return rounded_bytes(call) + ceil_div(call.m * 4, 64) * 64; }
+
+struct Rounding {
+  const Call* call;
+  uint8_t* rounded;
+  float* scales;
+};
+
+void round_part(void* context, int64_t first, int64_t last) {
+  const Rounding& work = *static_cast<const Rounding*>(context);
+  quantize_rows(work.call->weight.dtype, *work.call, first, last, work.rounded, work.scales);
+}
+
+// Rounds x into the scratch, and lets the call go on from there.
+void round_before(Call& call) {
+  uint8_t* const rounded = call.scratch;
+  float* const scales = reinterpret_cast<float*>(call.scratch + rounded_bytes(call));
+  Rounding work{&call, rounded, scales};
+  parallel(call.threads, call.m, round_part, &work);
+  call.scratch += rounding_bytes(call);
+  call.x = rounded, call.x_stride = call.weight.k, call.x_scales = scales;
+}
+
 // `few_rows`: negative for the path's own limit; tests set it to see either kernel at any size.
-const Kernel& kernel(int path, DType dtype, DType io, int64_t rows, int64_t few_rows) {
-  const Path kernels = kernels_of(path, dtype, io);
+const Kernel& kernel(int path, const Weight& w, DType io, int64_t rows, int64_t few_rows) {
+  const Path kernels = kernels_of(path, w, io);
   if (few_rows < 0 || (kernels.few == &kPortableOne && few_rows > 1)) few_rows = kernels.few_rows;
   return rows <= few_rows ? *kernels.few : *kernels.many;
 }
@@ -95,7 +142,8 @@ int read_header(const uint8_t* stream, int64_t bytes, Weight& weight) {
   if (header.interleave != 1 && header.interleave != 2 && header.interleave != 4) return kNoStream;
   const DType dtype = static_cast<DType>(header.dtype);
   if (header.bytes != bytes || stream_bytes(dtype, header.n, header.k) != bytes) return kNoStream;
-  weight = describe(dtype, header.n, header.k, header.interleave, stream + kHeaderBytes);
+  if (header.quantizes_x != 0 && !(header.quantizes_x == 1 && is_scaled(dtype))) return kNoStream;
+  weight = describe(dtype, header.n, header.k, header.interleave, stream + kHeaderBytes, header.quantizes_x == 1);
   return 0;
 }
 
@@ -217,11 +265,12 @@ HALVE_EXPORT int64_t halve_sparse24_stream_bytes(int dtype, int64_t n, int64_t k
   return stream_bytes(static_cast<DType>(dtype), n, k);
 }
 
-// values [n, k/2], mask [n, k/8], scales [n] (of values of 8 bits, else null) -> stream. Returns -1, or the index of the first byte of the mask that is not two of
+// values [n, k/2], mask [n, k/8], scales [n] (of values of 8 bits, else null) -> stream. quantizes_x: 1 where x is rounded to the dtype of such
+// values, too. Returns -1, or the index of the first byte of the mask that is not two of
 // four twice (the stream is of no use then).
-HALVE_EXPORT int64_t halve_sparse24_prepare(int dtype, const uint8_t* values, const uint8_t* mask, const float* scales,
+HALVE_EXPORT int64_t halve_sparse24_prepare(int dtype, int quantizes_x, const uint8_t* values, const uint8_t* mask, const float* scales,
                                             int64_t n, int64_t k, uint8_t* stream, int threads) {
-  return prepare(static_cast<DType>(dtype), values, mask, scales, n, k, stream, threads);
+  return prepare(static_cast<DType>(dtype), quantizes_x != 0, values, mask, scales, n, k, stream, threads);
 }
 
 // Up to how many rows of x, in `io`, the weight is streamed past registers.
@@ -229,13 +278,14 @@ HALVE_EXPORT int64_t halve_sparse24_few_rows(int path, int dtype, int io) {
   return kernels_of(path, static_cast<DType>(dtype), static_cast<DType>(io)).few_rows;
 }
 
-// shape: dtype, n, k of a stream.
+// shape: dtype, n, k of a stream, and whether x is rounded, too.
 HALVE_EXPORT int halve_sparse24_describe(const uint8_t* stream, int64_t bytes, int64_t* shape) {
   Weight weight;
   if (const int refusal = read_header(stream, bytes, weight)) return refusal;
   shape[0] = weight.dtype;
   shape[1] = weight.n;
   shape[2] = weight.k;
+  shape[3] = weight.quantizes_x;
   return 0;
 }
 
@@ -269,13 +319,20 @@ HALVE_EXPORT int64_t halve_sparse24_scratch_bytes(int path, int64_t bytes, int i
                                                   int64_t few_rows) {
   if (!can_run(path)) return kNoPath;
   const DType kind = static_cast<DType>(io);
-  const auto of_values = [&](DType values) {
-    const Call call{describe(values, n, k, 1, nullptr), kind, nullptr, m, 0, nullptr, nullptr, 0, 1, nullptr};
-    return kernel(path, values, kind, m, few_rows).scratch_bytes(call);
+  const auto of_values = [&](DType values, bool quantizes_x) {
+    const Call call{describe(values, n, k, 1, nullptr, quantizes_x), kind, nullptr, m, 0, nullptr, nullptr, 0, 1, nullptr};
+    const Kernel& chosen = kernel(path, call.weight, kind, m, few_rows);
+    return chosen.scratch_bytes(call) + (rounds_before(call.weight, chosen) ? rounding_bytes(call) : 0);
   };
-  if (bytes != stream_bytes(kInt8, n, k)) return of_values(kind);
-  const int64_t integers = of_values(kInt8), floats = of_values(kFloat8);  // of the same length
-  return integers > floats ? integers : floats;
+  if (bytes != stream_bytes(kInt8, n, k)) return of_values(kind, false);
+  int64_t most = 0;  // of all that have the same length
+  for (const DType values : {kInt8, kFloat8}) {
+    for (const bool quantizes_x : {false, true}) {
+      const int64_t need = of_values(values, quantizes_x);
+      most = need > most ? need : most;
+    }
+  }
+  return most;
 }
 
 // y [m, n] = x [m, k] W^T + bias (or null), all but the weight in `io`. `few_rows`: see `kernel`.
@@ -288,8 +345,9 @@ HALVE_EXPORT int halve_sparse24_linear(int path, const uint8_t* stream, int64_t 
   if (!goes_with(weight.dtype, io) || weight.n != n || weight.k != k) return kOtherShape;
   if (m == 0 || n == 0) return 0;
   const DType kind = static_cast<DType>(io);
-  const Call call{weight, kind, x, m, x_stride, bias, y, y_stride, threads, scratch};
-  const Kernel& chosen = kernel(path, weight.dtype, kind, m, few_rows);
+  Call call{weight, kind, x, m, x_stride, bias, y, y_stride, threads, scratch};
+  const Kernel& chosen = kernel(path, weight, kind, m, few_rows);
+  if (rounds_before(weight, chosen)) round_before(call);
   Pass arrange{&call, chosen.arrange}, run{&call, chosen.run};
   const int64_t arrange_units = chosen.arrange_units(call);
   if (arrange_units > 0) parallel(threads, arrange_units, run_pass, &arrange);

@@ -24,6 +24,9 @@ TARGET inline void store_rows(const Call& call, int64_t token, int64_t row, cons
   const int64_t left = call.weight.n - row, count = left < kRows ? left : kRows;
   float values[kRows], bias[kRows];
   std::memcpy(values, sums, sizeof values);
+  if (call.x_scales != nullptr) {
+    for (int64_t r = 0; r < kRows; ++r) values[r] *= call.x_scales[token];
+  }
   if (const float* scales = call.weight.scales) {
     for (int64_t r = 0; r < kRows; ++r) values[r] *= scales[row + r];
   }

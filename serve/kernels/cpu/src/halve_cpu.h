@@ -98,6 +98,7 @@ struct Header {
   int64_t n, k;
   int64_t bytes;       // of the whole stream
   int64_t interleave;  // blocks in a panel
+  int64_t quantizes_x;  // 1: each row of x is rounded to the dtype of the values, too, see `row_scale`
 };
 static_assert(sizeof(Header) <= kHeaderBytes, "the header has its own cache line");
 
@@ -111,6 +112,7 @@ struct Weight {
   int64_t tile;     // bytes of one
   const uint8_t* tiles;
   const float* scales;  // of the rows, and of those that fill the last block; null without scales
+  bool quantizes_x;
 
   int64_t panels() const { return ceil_div(blocks, interleave); }
   // Blocks in a panel: all have `interleave`, but for the last.
@@ -143,12 +145,24 @@ inline int64_t tile_offset(const Weight& w, int64_t block, int64_t k_tile) {
 inline int64_t panels_bytes(DType dtype, int64_t n, int64_t k) {
   return ceil_div(ceil_div(n, kRows) * ceil_div(k, kColumns) * tile_bytes(dtype), 64) * 64;
 }
-inline Weight describe(DType dtype, int64_t n, int64_t k, int64_t interleave, const uint8_t* tiles) {
+inline Weight describe(DType dtype, int64_t n, int64_t k, int64_t interleave, const uint8_t* tiles,
+                       bool quantizes_x) {
   const float* scales = is_scaled(dtype) && tiles != nullptr
                             ? reinterpret_cast<const float*>(tiles + panels_bytes(dtype, n, k))
                             : nullptr;
-  return Weight{dtype, n, k, interleave, ceil_div(n, kRows), ceil_div(k, kColumns), tile_bytes(dtype), tiles, scales};
+  return Weight{dtype, n, k, interleave, ceil_div(n, kRows), ceil_div(k, kColumns), tile_bytes(dtype), tiles, scales, quantizes_x};
 }
+
+struct Call;
+
+// The scale of a row of x whose largest size is given, and what to multiply the row by before it is rounded. Where a number is not finite,
+// the scale is NaN, and so are all outputs of the row.
+struct RowScale {
+  float scale, inverse;
+};
+inline RowScale row_scale(DType dtype, float largest);
+// Rows `first` to `last` of x, rounded to values of `dtype` in units of their scales, in the dtype `io`: [m, k] and [m].
+void quantize_rows(DType dtype, const Call& call, int64_t first, int64_t last, uint8_t* rounded, float* scales);
 
 // One multiplication y [m, n] = x [m, k] W^T + bias. x, y and bias have the dtype `io`, which is that of the values where these
 // have no scales; rows of x and y are `x_stride` and `y_stride` elements apart.
@@ -162,6 +176,7 @@ struct Call {
   int64_t y_stride;
   int threads;
   uint8_t* scratch;  // `Kernel::scratch_bytes`, aligned to a cache line
+  const float* x_scales = nullptr;  // of the rows of x, of which sums are multiples, too; may be null
 };
 
 // What an instruction set brings. Work is split into units that are independent of each other and of the number of
@@ -235,6 +250,13 @@ inline float from_scaled(DType dtype, uint8_t bits) {
 }
 float from_float16(uint16_t bits);
 uint16_t to_float16(float value);
+
+inline RowScale row_scale(DType dtype, float largest) {
+  const float end = dtype == kInt8 ? 127.0f : 448.0f;
+  if ((to_bits(largest) & 0x7fffffffu) >= 0x7f800000u) return {from_bits(0x7fc00000u), 0};
+  if (largest < 0x1p-100f) largest = 0x1p-100f;  // so that there is an inverse
+  return {largest / end, end / largest};
+}
 
 inline float load_value(DType dtype, const void* at, int64_t index) {
   if (dtype == kFloat32) return static_cast<const float*>(at)[index];

@@ -13,6 +13,7 @@ extern const Kernel kAvx512Bf16Stream, kAvx512Bf16Panel;              // bfloat1
 extern const Kernel kAvx512Bf16Float8Stream, kAvx512Bf16Float8Panel;  // x in bfloat16; AVX-512 VBMI
 extern const Kernel kAvx512Bf16Int8Panel;                             // x in bfloat16
 extern const Kernel kAvx2Int8, kAvx512Int8, kAvx512VnniInt8;          // few rows of x of 16 bits
+extern const Kernel kAvx512VnniBoth, kAvx512VnniBothPanel;                                   // x in int8, too: it is rounded on the way
 #endif
 
 // Dense rows, for the layers that are not sparse: y = x W^T + bias for a row-major W [n, k] that is read as it is.
@@ -34,8 +35,8 @@ extern const DenseKernel kAvx512Dense, kAvx2Dense;
 
 // prepare.cpp
 int64_t stream_bytes(DType dtype, int64_t n, int64_t k);
-int64_t prepare(DType dtype, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t n, int64_t k,
-                uint8_t* stream, int threads);
+int64_t prepare(DType dtype, bool quantizes_x, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t n,
+                int64_t k, uint8_t* stream, int threads);
 // Memory that is already in use moves into huge pages, where the system can do that.
 void gather_into_huge_pages(void* start, int64_t bytes);
 void restore(const Weight& weight, uint8_t* values, uint8_t* mask, float* scales, int threads);

@@ -225,17 +225,17 @@ void gather_into_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] int64
 }
 
 // Returns -1, or the index of the first mask byte in [N, K/8] that has not two bits in each half.
-int64_t prepare(DType dtype, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t n, int64_t k,
-                uint8_t* stream, int threads) {
+int64_t prepare(DType dtype, bool quantizes_x, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t n,
+                int64_t k, uint8_t* stream, int threads) {
   const int64_t bytes = stream_bytes(dtype, n, k);
   ask_for_huge_pages(stream, bytes);
   // Panels are the units of work: where there are too few for the threads, they are narrower.
   int64_t interleave = 4;
   while (interleave > 1 && ceil_div(n, kRows) < 2 * interleave * threads) interleave /= 2;
-  const Header header{kMagic, dtype, n, k, bytes, interleave};
+  const Header header{kMagic, dtype, n, k, bytes, interleave, quantizes_x};
   std::memset(stream, 0, kHeaderBytes);
   std::memcpy(stream, &header, sizeof header);
-  Work work{describe(dtype, n, k, interleave, stream + kHeaderBytes), {values, mask}, stream + kHeaderBytes, {-1}};
+  Work work{describe(dtype, n, k, interleave, stream + kHeaderBytes, quantizes_x), {values, mask}, stream + kHeaderBytes, {-1}};
   parallel(threads, work.weight.panels(), fill_panels, &work);
   if (is_scaled(dtype)) {
     uint8_t* behind = stream + kHeaderBytes + panels_bytes(dtype, n, k);
