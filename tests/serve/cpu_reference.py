@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.packed import PackedWeight, unpack_bits
+from compress.packed import PackedWeight, quantize_rows, unpack_bits
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PATTERNS = (3, 5, 6, 9, 10, 12)
@@ -119,6 +119,14 @@ def expected_scaled(x: Tensor, packed: PackedWeight, bias: Tensor | None, *, flu
         sizes = torch.zeros(len(values), spans, dtype=torch.float64).scatter_add_(1, columns // 64, values.abs())
         off = (unit / 2) @ sizes.T
     return _expected(x.double()[:, columns], values, bias, x.dtype, flushes, off)
+
+
+def expected_quantized(x: Tensor, packed: PackedWeight, bias: Tensor | None, *, flushes: bool) -> Expected:
+    """The same where rows of x are rounded to values like those of the weight, each with a scale: one more rounding of the sums."""
+    assert packed.scale is not None
+    rounded, scale = quantize_rows(x, packed.values.dtype)
+    inputs, values = rounded.double() * scale.double(), packed.values.double() * packed.scale.double()
+    return _expected(inputs[:, kept_columns(packed.mask)], values, bias, x.dtype, flushes)
 
 
 def kept_columns(mask: Tensor) -> Tensor:

@@ -90,22 +90,31 @@ bool rounds_before(const Weight& w, [[maybe_unused]] const Kernel& kernel) {
 int64_t rounded_bytes(const Call& call) { return ceil_div(call.m * call.weight.k * value_bytes(call.io), 64) * 64; }
 int64_t rounding_bytes(const Call& call) { return rounded_bytes(call) + ceil_div(call.m * 4, 64) * 64; }
 
+RoundRows round_rows_of([[maybe_unused]] int path) {
+#if defined(__x86_64__)
+  if (path >= kAvx512) return kAvx512Round;
+  if (path == kAvx2) return kAvx2Round;
+#endif
+  return kPortableRound;
+}
+
 struct Rounding {
   const Call* call;
+  RoundRows run;
   uint8_t* rounded;
   float* scales;
 };
 
 void round_part(void* context, int64_t first, int64_t last) {
   const Rounding& work = *static_cast<const Rounding*>(context);
-  quantize_rows(work.call->weight.dtype, *work.call, first, last, work.rounded, work.scales);
+  work.run(*work.call, first, last, work.rounded, work.scales);
 }
 
 // Rounds x into the scratch, and lets the call go on from there.
-void round_before(Call& call) {
+void round_before(int path, Call& call) {
   uint8_t* const rounded = call.scratch;
   float* const scales = reinterpret_cast<float*>(call.scratch + rounded_bytes(call));
-  Rounding work{&call, rounded, scales};
+  Rounding work{&call, round_rows_of(path), rounded, scales};
   parallel(call.threads, call.m, round_part, &work);
   call.scratch += rounding_bytes(call);
   call.x = rounded, call.x_stride = call.weight.k, call.x_scales = scales;
@@ -347,7 +356,7 @@ HALVE_EXPORT int halve_sparse24_linear(int path, const uint8_t* stream, int64_t 
   const DType kind = static_cast<DType>(io);
   Call call{weight, kind, x, m, x_stride, bias, y, y_stride, threads, scratch};
   const Kernel& chosen = kernel(path, weight, kind, m, few_rows);
-  if (rounds_before(weight, chosen)) round_before(call);
+  if (rounds_before(weight, chosen)) round_before(path, call);
   Pass arrange{&call, chosen.arrange}, run{&call, chosen.run};
   const int64_t arrange_units = chosen.arrange_units(call);
   if (arrange_units > 0) parallel(threads, arrange_units, run_pass, &arrange);

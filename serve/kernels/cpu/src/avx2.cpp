@@ -34,6 +34,7 @@ TARGET inline void floats_to_half(const float* from, uint16_t* bits) {  // 16 of
 
 #include "float_rows.h"
 #include "float_store.h"
+#include "round_rows.inc"
 
 namespace stream {
 
@@ -172,6 +173,7 @@ TARGET void run(const DenseCall& call, int64_t first, int64_t last) {
 }  // namespace dense
 }  // namespace
 
+const RoundRows kAvx2Round = round_rows;
 const DenseKernel kAvx2Dense = dense::run;
 const Kernel kAvx2Stream{stream::float_scratch, stream::float_arrange_units, stream::float_arrange,
                          stream::float_stream_units, stream::float_stream_run};

@@ -12,6 +12,7 @@ namespace halve {
 namespace {
 
 #include "avx512_rows.inc"
+#include "round_rows.inc"
 
 namespace stream {
 
@@ -122,6 +123,7 @@ TARGET void run(const DenseCall& call, int64_t first, int64_t last) {
 }  // namespace dense
 }  // namespace
 
+const RoundRows kAvx512Round = round_rows;
 const DenseKernel kAvx512Dense = dense::run;
 const Kernel kAvx512Stream{stream::float_scratch, stream::float_arrange_units, stream::float_arrange,
                            stream::float_stream_units, stream::float_stream_run};

@@ -161,8 +161,8 @@ struct RowScale {
   float scale, inverse;
 };
 inline RowScale row_scale(DType dtype, float largest);
-// Rows `first` to `last` of x, rounded to values of `dtype` in units of their scales, in the dtype `io`: [m, k] and [m].
-void quantize_rows(DType dtype, const Call& call, int64_t first, int64_t last, uint8_t* rounded, float* scales);
+// Rows `first` to `last` of x, rounded to values of the weight's dtype in units of their scales: [m, k] in x's dtype, and [m].
+using RoundRows = void (*)(const Call& call, int64_t first, int64_t last, uint8_t* rounded, float* scales);
 
 // One multiplication y [m, n] = x [m, k] W^T + bias. x, y and bias have the dtype `io`, which is that of the values where these
 // have no scales; rows of x and y are `x_stride` and `y_stride` elements apart.

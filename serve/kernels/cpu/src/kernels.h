@@ -6,8 +6,10 @@
 namespace halve {
 
 extern const Kernel kPortableOne, kPortablePanel;
+extern const RoundRows kPortableRound;
 #if defined(__x86_64__)
 extern const Kernel kAvx2Stream, kAvx2Panel;
+extern const RoundRows kAvx2Round, kAvx512Round;
 extern const Kernel kAvx512Stream, kAvx512Panel;
 extern const Kernel kAvx512Bf16Stream, kAvx512Bf16Panel;              // bfloat16 only
 extern const Kernel kAvx512Bf16Float8Stream, kAvx512Bf16Float8Panel;  // x in bfloat16; AVX-512 VBMI

@@ -17,6 +17,7 @@ inline void floats_to_half(const float* from, uint16_t* bits) {  // 16 of them
 
 #include "float_rows.h"
 #include "float_store.h"
+#include "round_rows.inc"
 
 template <DType D>
 inline void widen_scaled(const uint8_t* values, int64_t group, float* first, float* second) {
@@ -77,6 +78,7 @@ void one_run(const Call& call, int64_t first, int64_t last) {
 
 }  // namespace
 
+const RoundRows kPortableRound = round_rows;
 const Kernel kPortableOne{one_scratch, one_arrange_units, one_arrange, one_units, one_run};
 const Kernel kPortablePanel{panel_scratch, panel_arrange_units, panel_arrange, panel_units, panel_run};
 
