@@ -15,6 +15,7 @@ import mmap
 import os
 import resource
 import signal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -80,11 +81,13 @@ def check(
     at_end: bool,
     fault: str | None = None,
     stored: torch.dtype | None = None,
+    quantizes_x: bool = False,
 ) -> None:
     """Prepare, restore, expand and linear; ``stored``: the dtype of the values, where it is another one than that of x."""
     lib, which, io = backend.functions(), backend._path_number(), backend._CODES[dtype]
     code = backend._CODES[stored or dtype]
     packed = random_weight(n, k, dtype) if stored is None else random_scaled(n, k, stored)
+    packed = replace(packed, quantizes_x=quantizes_x)
     x, bias = normal(m, k, dtype=dtype), normal(n, dtype=dtype)
     wanted_stream = backend.prepare(packed)
     wanted = backend.linear(x, wanted_stream, bias, n, few_rows)
@@ -96,7 +99,8 @@ def check(
     stream = Guarded(wanted_stream.numel(), at_end=at_end)
     assert stream.address % 64 == 0
     scales = None if scale is None else scale.address
-    assert lib.halve_sparse24_prepare(code, values.address, mask.address, scales, n, k, stream.address, 1) == -1
+    kept = (values.address, mask.address, scales)
+    assert lib.halve_sparse24_prepare(code, quantizes_x, *kept, n, k, stream.address, 1) == -1
     assert stream.bytes() == wanted_stream.numpy().tobytes()
 
     new_values, new_mask = Guarded(values.size, at_end=at_end), Guarded(mask.size, at_end=at_end)
@@ -243,7 +247,8 @@ def main() -> None:
                                 (17, 64, 24),
                                 (65, 530, 16),
                             ):
-                                check(dtype, m, n, k, few_rows, at_end, stored=stored)
+                                for quantizes_x in (False, True):
+                                    check(dtype, m, n, k, few_rows, at_end, stored=stored, quantizes_x=quantizes_x)
                     if path != "portable":
                         for k in (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 64, 65):
                             for m, n in ((1, 1), (1, 9), (3, 17), (5, 23)):

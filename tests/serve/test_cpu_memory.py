@@ -130,7 +130,9 @@ def test_the_kernels_pass_under_sanitizers(tmp_path: Path) -> None:
     preloaded = sanitizers()
     library_ = tmp_path / "lib.so"
     build.compile_library(library_, sanitize=("address", "undefined"))
-    tests = [str(Path(__file__).parent / f"test_cpu_{name}.py") for name in ("kernels", "refusals", "scaled")]
+    tests = [
+        str(Path(__file__).parent / f"test_cpu_{name}.py") for name in ("kernels", "refusals", "scaled", "quantized")
+    ]
     # Reports are written by the process that ends, so nothing may capture them.
     done = run(
         *("-m", "pytest", *tests, "-q", "-x", "-s", "-p", "no:cacheprovider"),

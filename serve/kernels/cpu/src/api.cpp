@@ -72,7 +72,7 @@ Path kernels_of(int path, const Weight& w, DType io) {
   const Path kernels = kernels_of(path, w.dtype, io);
 #if defined(__x86_64__)
   if (w.quantizes_x && w.dtype == kInt8 && path >= kAvx512 && has_vnni() && w.k <= kMostSummed) {
-    return {&kAvx512VnniBoth, &kAvx512VnniBothPanel, 12};
+    return {&kAvx512VnniBoth, &kAvx512VnniBothPanel, 8};
   }
 #endif
   return kernels;

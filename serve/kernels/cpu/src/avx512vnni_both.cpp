@@ -17,7 +17,7 @@ namespace {
 
 #include "avx512_rows.inc"
 
-constexpr int kSide = 4, kMostTokens = 4;
+constexpr int kMostTokens = 8;  // 4 blocks x 4 rows of x, or 2 x 8, are what the registers hold
 
 // The bytes of 16 inputs that the pairs of four of their groups are: words 0 to 7 of the first (0) or second (1) eight those of the first group
 // by its mask, words 8 to 15 those of the second one.
@@ -166,7 +166,7 @@ TARGET void blocks(const Call& call, int64_t token, int64_t block) {
   }
 }
 
-template <int R, int M = kMostTokens>
+template <int R, int M>
 TARGET void of_rows(const Call& call, int64_t rows, int64_t token, int64_t block) {
   if constexpr (M > 1) {
     if (rows < M) return of_rows<R, M - 1>(call, rows, token, block);
@@ -193,11 +193,14 @@ TARGET void run(const Call& unscaled, int64_t first, int64_t last) {
       const int64_t token = call.m * pass / passes, rows = call.m * (pass + 1) / passes - token;
       for (int64_t b = 0; b < width;) {
         const int64_t block = panel * w.interleave + b;
-        if (width - b >= kSide) {
-          of_rows<kSide>(call, rows, token, block);
-          b += kSide;
+        if (width - b >= 4 && rows <= 4) {
+          of_rows<4, 4>(call, rows, token, block);
+          b += 4;
+        } else if (width - b >= 2) {
+          of_rows<2, kMostTokens>(call, rows, token, block);
+          b += 2;
         } else {
-          of_rows<1>(call, rows, token, block);
+          of_rows<1, kMostTokens>(call, rows, token, block);
           ++b;
         }
       }
