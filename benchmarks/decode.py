@@ -1,10 +1,10 @@
 """Decoding at batch 1: halve's 2:4 and dense engine, plain transformers, torch.compile and llama.cpp, in turn.
 
     python -m benchmarks.llama_shape --llama-python ENV/bin/python      # once: the model in every form
-    python -m benchmarks.decode --llama-python ENV/bin/python [--threads 1 2] [--rounds 5] [--smoke]
+    python -m benchmarks.decode --llama-python ENV/bin/python [--threads 1 2] [--rounds 5] [--sides NAME ...] [--prompt 128] [--smoke]
 
 The model has the shape of Llama-3.2-1B and random weights (speed does not depend on their values), the same ones for all:
-2:4 packed (with kept values in bfloat16 and in int8), dense bfloat16, and GGUF files in BF16, Q8_0 and Q4_0. A round gives each side, in a process of its own, one
+2:4 packed (with kept values in bfloat16, in int8, and with activations in int8, too), dense bfloat16, and GGUF files in BF16, Q8_0 and Q4_0. A round gives each side, in a process of its own, one
 prompt of 128 tokens and then has it decode 128 tokens one by one; the sides take turns, and wait idle in between. A side's
 time for a token is the median of a round; figures are medians over rounds, ratios medians of the ratios within a round.
 How to get llama.cpp is in `llama_cpp_side`; without ``--llama-python`` its sides are left out.
@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 OURS = {
     "halve, 2:4": ("halve", "sparse"),
     "halve, 2:4, int8": ("halve", "int8"),
+    "halve, 2:4, int8, activations too": ("halve", "int8-both"),
     "halve, dense": ("halve", "dense"),
     "transformers": ("eager", "dense"),
     "transformers, torch.compile": ("compile", "dense"),
@@ -106,11 +107,15 @@ def weights_bytes(directory: Path, name: str) -> int:
     return sum(file.stat().st_size for file in (directory / form).glob("*.safetensors"))
 
 
-def run(directory: Path, llama: Path | None, threads: int, prompt: int, output: int, rounds: int) -> dict[str, Any]:
-    """All sides for one number of threads."""
+def run(
+    directory: Path, llama: Path | None, threads: int, prompt: int, output: int, rounds: int, sides: list[str] | None
+) -> dict[str, Any]:
+    """All sides, or those named, for one number of threads."""
     every: dict[str, Side] = {}
     try:
         for name, command in commands(directory, llama, threads, prompt, output).items():
+            if sides is not None and name not in sides:
+                continue
             every[name] = Side(command, threads)
             print(f"{threads} threads: {name} is ready", file=sys.stderr, flush=True)
         samples: dict[str, list[dict[str, Any]]] = {name: [] for name in every}
@@ -166,7 +171,12 @@ def render(document: dict[str, Any]) -> str:
     lines += [
         "",
         f"{env['machine']}, {env['cores']} cores, torch {env['versions']['torch']}, transformers "
-        f"{env['versions']['transformers']}, {env['date']}. llama.cpp is built for this processor and has huge pages.",
+        f"{env['versions']['transformers']}, {env['date']}."
+        + (
+            " llama.cpp is built for this processor and has huge pages."
+            if any(name.startswith("llama.cpp") for one in document["runs"] for name in one["sides"])
+            else ""
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -179,10 +189,15 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", metavar="NAME", help=f"only these, of which one is {OF!r}")
+    parser.add_argument("--name", default="decode", help="of the results files")
     parser.add_argument("--smoke", action="store_true", help="few tokens, printed and not kept: does it run?")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.prompt, arguments.output, arguments.rounds = 8, 4, 2
+    known = [*OURS, *(f"llama.cpp, {kind}" for kind in GGUFS)]
+    if arguments.sides and (OF not in arguments.sides or not set(arguments.sides) <= set(known)):
+        parser.error(f"--sides takes {OF!r} and any of: {', '.join(known)}")
     directory = arguments.model.resolve()
     llama = arguments.llama_python and arguments.llama_python.absolute()
     document = {
@@ -191,14 +206,14 @@ def main() -> None:
         "rounds": arguments.rounds,
         "environment": environment(),
         "runs": [
-            run(directory, llama, threads, arguments.prompt, arguments.output, arguments.rounds)
+            run(directory, llama, threads, arguments.prompt, arguments.output, arguments.rounds, arguments.sides)
             for threads in arguments.threads
         ],
     }
     text = render(document)
     if not arguments.smoke:
-        (RESULTS / "decode.json").write_text(json.dumps(document) + "\n")
-        (RESULTS / "decode.md").write_text(text)
+        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(document) + "\n")
+        (RESULTS / f"{arguments.name}.md").write_text(text)
     print(text)
 
 

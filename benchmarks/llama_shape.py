@@ -1,12 +1,13 @@
 """A model of Llama-3.2-1B's shape with random weights, in every form that is compared: halve's, and llama.cpp's.
 
-    python -m benchmarks.llama_shape --llama-python ENV/bin/python [--layers 16] [--out runs/llama-shape]
+    python -m benchmarks.llama_shape [--llama-python ENV/bin/python] [--layers 16] [--out runs/llama-shape]
 
-benchmarks/llama_cpp_side.py says how ENV is made. In the directory OUT:
+benchmarks/llama_cpp_side.py says how ENV is made; without one, halve's forms alone are made. In the directory OUT:
 
     dense/       the Hugging Face checkpoint in bfloat16, tied embeddings, Llama 3's scaling of the positions
     sparse/      its 2:4 twin by magnitude, packed: what `halve compress --metric magnitude --reconstruction none` keeps
     int8/        the same with kept values in int8, as `halve pack --value-dtype int8` makes it of sparse/
+    int8-both/   int8/ with activations in int8, too: --activation-dtype int8
     BF16.gguf    the very weights of dense/
     Q8_0.gguf    made of BF16.gguf by llama.cpp's own quantizer with its defaults, so that token_embd, which is the
     Q4_0.gguf    output matrix as well, is Q8_0 in the first and Q6_K in the second, as llama-quantize does
@@ -218,11 +219,13 @@ def check(directory: Path, python: Path, threads: int) -> dict[str, Any]:
     }
 
 
-def build(directory: Path, python: Path, *, layers: int = 16, vocabulary: int = 128256, threads: int = 1) -> Path:
+def build(
+    directory: Path, python: Path | None, *, layers: int = 16, vocabulary: int = 128256, threads: int = 1
+) -> Path:
     """Makes what of the directory is missing, and returns it.
 
     Args:
-        python: of the environment with llama-cpp-python.
+        python: of the environment with llama-cpp-python; None: without its files.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = shape(layers, vocabulary)
@@ -236,6 +239,10 @@ def build(directory: Path, python: Path, *, layers: int = 16, vocabulary: int = 
         write_sparse(dense, sparse)
     if not (directory / "int8" / "config.json").exists():
         pack_checkpoint(sparse, directory / "int8", "int8")
+    if not (directory / "int8-both" / "config.json").exists():
+        pack_checkpoint(directory / "int8", directory / "int8-both", activation_dtype="int8")
+    if python is None:
+        return directory
     for kind in GGUFS:
         if (out := directory / f"{kind}.gguf").exists():
             continue
@@ -253,7 +260,7 @@ def build(directory: Path, python: Path, *, layers: int = 16, vocabulary: int = 
 def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-python", type=Path, required=True, help="the Python that has llama-cpp-python")
+    parser.add_argument("--llama-python", type=Path, help="the Python that has llama-cpp-python")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "llama-shape")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=128256)
@@ -262,14 +269,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     directory = build(
         arguments.out.resolve(),
-        arguments.llama_python.absolute(),  # not resolve(): the link is what names the environment
+        arguments.llama_python
+        and arguments.llama_python.absolute(),  # not resolve(): the link is what names the environment
         layers=arguments.layers,
         vocabulary=arguments.vocabulary,
         threads=arguments.threads,
     )
     for file in sorted(path for path in directory.rglob("*") if path.suffix in (".safetensors", ".gguf")):
         print(f"{file.stat().st_size / 1e6:10.1f} MB  {file.relative_to(directory)}")
-    print((directory / "check.json").read_text(), end="")
+    if (checked := directory / "check.json").exists():
+        print(checked.read_text(), end="")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What it costs in accuracy to store the kept values in 8 bits: perplexity of pruned checkpoints with values in 16 bits, in int8 and in float8.
+"""What it costs in accuracy to store the kept values in 8 bits, and to multiply activations of 8 bits by them: perplexity of pruned checkpoints
+with values in 16 bits, in int8 and in float8, and with activations in 16 bits and rounded to the same.
 
-    python -m benchmarks.value_dtypes "NAME=DIR" ... [--seed 0]
+    python -m benchmarks.value_dtypes "NAME=DIR" ... [--seed 0] [--only FORM ...]
 
 DIR is a packed checkpoint with values in 16 bits, such as ``benchmarks.accuracy --keep`` leaves. It is packed anew with each dtype, as `halve
 pack --value-dtype` does, and each form is served by the kernels of this processor, in a process of its own. The texts and windows are those of
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,26 @@ from serve.measure.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-FORMS = {"as it was pruned": "auto", "int8": "int8", "float8_e4m3fn": "float8_e4m3fn"}
+FORMS = {
+    "as it was pruned": ("auto", "none"),
+    "int8": ("int8", "none"),
+    "float8_e4m3fn": ("float8_e4m3fn", "none"),
+    "int8, activations too": ("int8", "int8"),
+    "float8_e4m3fn, activations too": ("float8_e4m3fn", "float8_e4m3fn"),
+}
+"""dtype of kept values, and of activations."""
 
 
-def measure(directory: Path, seed: int) -> dict[str, Any]:
+def measure(directory: Path, seed: int, forms: Sequence[str]) -> dict[str, Any]:
     """Perplexities of a checkpoint in every form, and the bytes of its pruned layers as a part of those of dense ones."""
     found = {}
-    for form, value_dtype in FORMS.items():
+    for form in forms:
+        value_dtype, activation_dtype = FORMS[form]
         with tempfile.TemporaryDirectory(prefix="halve-values-") as place:
             packed = directory
             if value_dtype != "auto":
                 packed = Path(place) / "packed"
-                pack_checkpoint(directory, packed, value_dtype)
+                pack_checkpoint(directory, packed, value_dtype, activation_dtype)
             command = [sys.executable, "-m", "benchmarks.value_dtypes", "--child", str(packed), "--seed", str(seed)]
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             report = read_report(packed)
@@ -55,7 +65,7 @@ def render(document: dict[str, Any]) -> str:
         "# Kept values in 8 bits: what it costs in accuracy",
         "",
         "Perplexity of SmolLM2-135M pruned to 2:4, with kept values in bfloat16 as they were pruned, and rounded to int8 and to float8 (e4m3fn) "
-        "with a scale for each row. Texts and windows are those of accuracy.md.",
+        "with a scale for each row; and the inputs of pruned layers rounded to the same, with a scale for each token. Texts and windows are those of accuracy.md.",
         "",
         "| recipe | kept values | pruned layers, of their dense bytes | WikiText-2 | C4, unseen | code |",
         "|---|---|---:|---:|---:|---:|",
@@ -73,6 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", metavar="NAME=DIR")
     parser.add_argument("--seed", type=int, default=0, help="that the checkpoints were pruned with")
+    parser.add_argument(
+        "--only", nargs="+", choices=FORMS, default=list(FORMS), help="the others stay as they were measured"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -82,8 +95,12 @@ def main() -> None:
     document = json.loads(path.read_text()) if path.is_file() else {"checkpoints": {}}
     for checkpoint in arguments.checkpoints:
         name, _, directory = checkpoint.partition("=")
-        forms = measure(Path(directory).resolve(), arguments.seed)
-        document["checkpoints"][name] = {"seed": arguments.seed, "forms": forms}
+        forms = measure(Path(directory).resolve(), arguments.seed, arguments.only)
+        before = document["checkpoints"].get(name, {"seed": arguments.seed, "forms": {}})
+        if before["seed"] != arguments.seed:
+            parser.error(f"{name} was measured with seed {before['seed']}")
+        found = {**before["forms"], **forms}
+        document["checkpoints"][name] = {**before, "forms": {form: found[form] for form in FORMS if form in found}}
         document["environment"] = environment()
         write_text(path, json.dumps(document, indent=1) + "\n")
     text = render(document)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from compress.convert import pack_checkpoint
 from compress.layout import Layout
 from compress.packed import SCALED_DTYPES
 from compress.wide import is_emulated
@@ -45,6 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         **{name: made[0] for name, made in of_8_bits.items()},
         **{f"{name}-zeros": made[1] for name, made in of_8_bits.items()},
+        **{f"{name}-both": both(made[0], root / f"{name}-both", name) for name, made in of_8_bits.items()},
         "packed": packed,
         "zeros": zeros,
         "mixed": mixed,
@@ -55,6 +57,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         **damaged(packed, root),
         **damaged_scales(of_8_bits["int8"][0], root),
     }
+
+
+def both(packed: Path, out: Path, dtype: str) -> Path:
+    """The same with activations of 8 bits."""
+    pack_checkpoint(packed, out, activation_dtype=dtype)
+    return out
 
 
 def damaged_scales(int8: Path, root: Path) -> dict[str, Path]:
@@ -130,12 +138,14 @@ def of_8_bits(case: Callable[..., Case]) -> list[Case]:
             case(name, scores=True, reload=True),
             case(f"{name} expanded", name, environment={"HALVE_BACKEND": "plain"}, scores=True),
             case(f"{name} dummy", name, options={"load_format": "dummy"}),
+            case(f"{name}-both", scores=True, reload=True),
         ]
     return [
         *found,
         case("int8-zeros float16", "int8-zeros", options={"dtype": "float16"}),
         case("int8 float16", "int8", options={"dtype": "float16"}),
         case("int8 compiled", "int8", options={"enforce_eager": False}),
+        case("int8-both compiled", "int8-both", options={"enforce_eager": False}),
     ]
 
 
@@ -284,6 +294,21 @@ def test_values_of_8_bits(
     assert session[values].again == session[values].tokens
     monkeypatch.setenv("HALVE_BACKEND", "plain")
     require_near(session, (values, f"{values} expanded"), made[values])
+
+
+@scaled
+def test_activations_of_8_bits(
+    session: dict[str, Result], made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, values: str
+) -> None:
+    """What transformers' path says, which rounds by torch's operators."""
+    monkeypatch.setenv("HALVE_BACKEND", "plain")
+    require_near(session, (f"{values}-both",), made[f"{values}-both"])
+    assert session[f"{values}-both"].again == session[f"{values}-both"].tokens
+    assert session[f"{values}-both"].prompt_logprobs != session[values].prompt_logprobs, "it changes nothing"
+
+
+def test_activations_of_8_bits_compiled(session: dict[str, Result], made: dict[str, Path]) -> None:
+    require_alike(complete(session["int8-both compiled"]), complete(session["int8-both"]), made["int8-zeros"])
 
 
 def test_values_of_8_bits_in_another_dtype_and_compiled(session: dict[str, Result], made: dict[str, Path]) -> None:

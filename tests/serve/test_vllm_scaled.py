@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import CorruptCheckpointError, SourceError
-from compress.packed import SCALED_DTYPES, PackedWeight, pack, quantize, unpack, unpack_bits
-from serve.kernels import Backend, Choice
+from compress.packed import SCALED_DTYPES, PackedWeight, pack, quantize, quantize_rows, unpack, unpack_bits
+from serve.kernels import Backend, Choice, choose
 from serve.measure import tuned
 from serve.measure.tuned import Decision
 from serve.vllm.stored import Stored
@@ -127,6 +127,42 @@ def test_a_layer_multiplies_by_value_times_scale(
         assert list(one._parameters) in (["weight"], ["weight_packed"]), "values and scales are let go of"
     if backend == "plain":
         assert torch.equal(layer.weight, unpack(weight, torch.bfloat16)), "as `halve unpack` writes it"
+
+
+@dtypes
+@pytest.mark.parametrize("backend", ["auto", "plain"])
+def test_a_layer_whose_x_is_rounded_to_8_bits(
+    plugin: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, backend: str
+) -> None:
+    """Where a kernel multiplies it; a layer that is expanded multiplies x as it is."""
+    monkeypatch.setenv("HALVE_BACKEND", backend)
+    weight, x = weight_of(0, dtype), drawn(9, is_sparse=False, rows=3)
+    x[1] *= 100
+    layer = LinearBase(
+        plugin.HalveQuantization(Stored("packed", value_dtype=dtype, quantizes_x=True)),
+        f"{ATTENTION}.o_proj",
+        [SIZE],
+        SIZE,
+    )
+    layer.read(tensors_of(weight))
+    values, scale = quantize_rows(x, dtype)
+    rounded = values.double() * scale.double()
+    runs_sparse = list(layer._parameters) == ["weight_packed"]
+    assert runs_sparse or backend == "plain" or choose(torch.device("cpu"), dtype, 1, 1, 1).backend.prepare is None
+    assert is_product(layer(x), rounded if runs_sparse else x, exact(weight))
+    if runs_sparse:
+        off = (layer(x).double() - rounded @ exact(weight).T).norm()
+        assert off < (layer(x).double() - x.double() @ exact(weight).T).norm() / 2, "x is rounded to 8 bits"
+
+
+@dtypes
+def test_what_rounds_x_is_told_so(plugin: ModuleType, prepared: list[PackedWeight], dtype: torch.dtype) -> None:
+    for quantizes_x in (False, True):
+        quantization = plugin.HalveQuantization(Stored("packed", value_dtype=dtype, quantizes_x=quantizes_x))
+        quantization.packed_modules_mapping = FUSED
+        layer = LinearBase(quantization, f"{ATTENTION}.qkv_proj", PARTS, SIZE)
+        layer.read(tensors_of(*parts_of(dtype)))
+        assert prepared[-1].quantizes_x is quantizes_x
 
 
 @dtypes
