@@ -216,3 +216,32 @@ def test_the_plain_backend_says_the_same(path: str, values: torch.dtype, dtype: 
     assert not bound.wrong(plain.linear(x, packed, bias)).any()
     assert not bound.wrong(plain.linear_conv1d(x, packed, bias)).any()
     assert not bound.wrong(ops.sparse24_linear(x, backend.prepare(packed), bias, 40, True)).any()
+
+
+@OF_VALUES
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_many_rows_through_the_expanded_weight(
+    values: torch.dtype, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What processors with AMX do: torch multiplies rounded x by parts of the weight; sums, and values times scales, are rounded to bfloat16."""
+    monkeypatch.setattr(backend, "expands", lambda dtype: True)
+    monkeypatch.setattr(backend, "_EXPANDED_BYTES", 64 * 136 * 2)
+    packed, x = random_weight(200, 136, values), normal(5, 13, 136, dtype=torch.bfloat16)
+    x[2, 4, 7] = torch.nan
+    bias = normal(200, dtype=torch.bfloat16) if with_bias else None
+    y = backend.linear(x, backend.prepare(packed), bias, 200)
+    rounded, scale = quantize_rows(x, values)
+    dense = unpack(packed, torch.float32).double()
+
+    def allowed(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        exact, size = inputs @ dense.T, inputs.abs() @ dense.abs().T
+        exact = exact if bias is None else exact + bias.double()
+        return exact, 2**-8 * (size + 2 * exact.abs())
+
+    exact, most = allowed(rounded.double() * scale.double())
+    finite = torch.ones(5, 13, dtype=torch.bool)
+    finite[2, 4] = False
+    assert y[2, 4].isnan().all()
+    assert ((y.double() - exact).abs() <= most)[finite].all()
+    as_it_is, _ = allowed(x.double())
+    assert (y.double() - exact)[finite].norm() < (y.double() - as_it_is)[finite].norm() / 2

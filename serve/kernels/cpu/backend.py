@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.errors import CorruptCheckpointError, UsageError, did_you_mean
-from compress.packed import FLOAT_DTYPES, LARGEST, PackedWeight, validate_shapes
+from compress.packed import FLOAT_DTYPES, LARGEST, PackedWeight, quantize_rows, validate_shapes
 from serve import support
 from serve.kernels.cpu import library
 
@@ -269,14 +269,23 @@ _EXPANDED_BYTES = 1 << 20
 
 def _expand_and_multiply(x: Tensor, stream: Tensor, bias: Tensor | None, n: int) -> Tensor:
     """x [..., K] -> [..., N] by torch's own product, for one part of the weight's rows after the other."""
-    k = x.shape[-1]
+    k, dtype, x_scale = x.shape[-1], x.dtype, None
+    values, _, _, quantizes_x = describe(stream)
+    if quantizes_x:
+        rounded, x_scale = quantize_rows(x, values)
+        x = rounded.to(dtype)  # exactly
     step = max(64, _EXPANDED_BYTES // (k * x.element_size()) // 16 * 16)
     part = torch.empty(step, k, dtype=x.dtype)
     y = x.new_empty((*x.shape[:-1], n))
     for row in range(0, n, step):
         rows = min(step, n - row)
         expand(stream, row, rows, part[:rows])
-        y[..., row : row + rows] = functional.linear(x, part[:rows], None if bias is None else bias[row : row + rows])
+        added = None if bias is None else bias[row : row + rows]
+        product = functional.linear(x, part[:rows], added if x_scale is None else None)
+        if x_scale is not None:
+            product = product.float() * x_scale
+            product = (product if added is None else product + added.float()).to(dtype)
+        y[..., row : row + rows] = product
     return y
 
 
