@@ -307,8 +307,12 @@ def test_activations_of_8_bits(
     assert session[f"{values}-both"].prompt_logprobs != session[values].prompt_logprobs, "it changes nothing"
 
 
-def test_activations_of_8_bits_compiled(session: dict[str, Result], made: dict[str, Path]) -> None:
-    require_alike(complete(session["int8-both compiled"]), complete(session["int8-both"]), made["int8-zeros"])
+def test_activations_of_8_bits_compiled(
+    session: dict[str, Result], made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled operations in between round elsewhere, and a number that is rounded to another value of 8 bits moves more than those do."""
+    monkeypatch.setenv("HALVE_BACKEND", "plain")
+    require_alike(complete(session["int8-both compiled"]), complete(session["int8-both"]), made["int8-both"])
 
 
 def test_values_of_8_bits_in_another_dtype_and_compiled(session: dict[str, Result], made: dict[str, Path]) -> None:

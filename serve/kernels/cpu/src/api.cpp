@@ -72,7 +72,7 @@ Path kernels_of(int path, const Weight& w, DType io) {
   const Path kernels = kernels_of(path, w.dtype, io);
 #if defined(__x86_64__)
   if (w.quantizes_x && w.dtype == kInt8 && path >= kAvx512 && has_vnni() && w.k <= kMostSummed) {
-    return {&kAvx512VnniBoth, &kAvx512VnniBothPanel, 8};
+    return {&kAvx512VnniBoth, &kAvx512VnniBothMany, 8};
   }
 #endif
   return kernels;
@@ -81,7 +81,7 @@ Path kernels_of(int path, const Weight& w, DType io) {
 // Whether x has to be rounded for a kernel.
 bool rounds_before(const Weight& w, [[maybe_unused]] const Kernel& kernel) {
 #if defined(__x86_64__)
-  if (&kernel == &kAvx512VnniBoth || &kernel == &kAvx512VnniBothPanel) return false;
+  if (&kernel == &kAvx512VnniBoth || &kernel == &kAvx512VnniBothMany) return false;
 #endif
   return w.quantizes_x;
 }

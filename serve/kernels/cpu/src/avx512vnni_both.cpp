@@ -1,6 +1,6 @@
-// Values and x in int8, any number of rows, on x86-64 with AVX-512 VNNI. Lanes are rows of the weight: vpermw looks up the inputs of the four
-// values that a row keeps of two groups, each pair by its mask, and vpdpbusd adds their four products to a sum. So half of the products
-// of a dense weight are multiplied, whatever the number of rows, and sums are exact.
+// Values and x in int8, on x86-64 with AVX-512 VNNI. Lanes are rows of the weight: vpshufb looks up the inputs of the four values that each
+// row keeps of eight columns, and vpdpbusd adds their four products to a sum. So half of the products of a dense weight are multiplied, whatever
+// the number of rows of x, and sums are exact.
 //
 // vpdpbusd takes one side without a sign, so x is stored 128 higher, and 128 times the sum of the values goes off at the end.
 #include "halve_cpu.h"
@@ -88,7 +88,7 @@ INLINE __m128i rounded(const Call& call, int64_t token, int64_t column, __m512 i
   return _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128)));
 }
 
-// ---- Few rows of x: lanes are rows of the weight.
+// ---- Few rows of x.
 
 // Scratch: x [rows][K, padded to tiles] of bytes, and the scales of its rows.
 int64_t padded_k(const Call& call) { return call.weight.k_tiles * kColumns; }
@@ -211,7 +211,7 @@ TARGET void run(const Call& unscaled, int64_t first, int64_t last) {
 // ---- Many rows of x: the same, but what a part of the weight becomes before it is multiplied, 128 bytes for each 128 of its weights, is kept in
 // the second cache for a group of rows of x, and their sums in the first.
 
-constexpr int kTogether = 5;                // rows of x at a time: 4 blocks x 5 sums, the inputs and what multiplies them are what the registers hold
+constexpr int kTogether = 5;  // rows of x at a time: 4 blocks x 5 sums, the inputs and what multiplies them are what the registers hold
 constexpr int64_t kGroup = 16 * kTogether;  // rows of x
 constexpr int64_t kPartTiles = 32;          // 1024 columns
 constexpr int kSets = kGroups / 2;          // of eight columns in a tile
@@ -311,7 +311,7 @@ TARGET void group_of(const Call& call, int64_t token, int64_t count, int64_t blo
     // The next part of the panel, or the next panel, follows in memory; all passes together ask for as much of it.
     const int64_t turns = tiles * kSets / 2 * passes, lines = tiles * block_of(w, block).width * tile_bytes(kInt8) / 64;
     Ahead ahead{w.tiles + tile_offset(w, block, part) + lines * 64, ceil_div(lines, turns)};
-    if (R == 1 && block_of(w, block).width > 1) ahead.lines = 0;
+    if (R == 1 && block_of(w, block).width > 1) ahead.lines = 0;  // (narrow panels: of the last one, or of a small weight)
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t first = count * pass / passes, last = count * (pass + 1) / passes;
       add_rows<R>(last - first, wide, tiles * kSets, inputs + first * stride, stride, sums + first * R, ahead);
@@ -347,7 +347,7 @@ TARGET void group_run(const Call& unscaled, int64_t first, int64_t last) {
 }  // namespace
 
 const Kernel kAvx512VnniBoth{scratch_bytes, arrange_units, arrange, units, run};
-const Kernel kAvx512VnniBothPanel{scratch_bytes, arrange_units, arrange, group_units, group_run};
+const Kernel kAvx512VnniBothMany{scratch_bytes, arrange_units, arrange, group_units, group_run};
 
 }  // namespace halve
 #endif

@@ -15,7 +15,7 @@ extern const Kernel kAvx512Bf16Stream, kAvx512Bf16Panel;              // bfloat1
 extern const Kernel kAvx512Bf16Float8Stream, kAvx512Bf16Float8Panel;  // x in bfloat16; AVX-512 VBMI
 extern const Kernel kAvx512Bf16Int8Panel;                             // x in bfloat16
 extern const Kernel kAvx2Int8, kAvx512Int8, kAvx512VnniInt8;          // few rows of x of 16 bits
-extern const Kernel kAvx512VnniBoth, kAvx512VnniBothPanel;                                   // x in int8, too: it is rounded on the way
+extern const Kernel kAvx512VnniBoth, kAvx512VnniBothMany;                                   // x in int8, too: it is rounded on the way
 #endif
 
 // Dense rows, for the layers that are not sparse: y = x W^T + bias for a row-major W [n, k] that is read as it is.
