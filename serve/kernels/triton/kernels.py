@@ -18,10 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
+from compress.packed import LARGEST
 from serve.kernels.triton import layout
 
 INT8 = tl.constexpr(layout.CODES[torch.int8])
 FLOAT8 = tl.constexpr(layout.CODES[torch.float8_e4m3fn])
+LARGEST_INT8 = tl.constexpr(LARGEST[torch.int8])
+LARGEST_FLOAT8 = tl.constexpr(LARGEST[torch.float8_e4m3fn])
 
 
 @triton.jit
@@ -176,3 +179,69 @@ def expand(
         tile.to(dense.dtype.element_ty),
         mask=is_output & (column < k)[None, :],
     )
+
+
+@triton.jit
+def nearest(numbers, CODE: tl.constexpr):
+    """The nearest values of 8 bits, ties to even, of float32 that are within their range; in float32, in which they are exact."""
+    if CODE == INT8:
+        # Between 2^23 and 2^24 the integers are all there is. (Zero comes out as +0.0, as an integer has it.)
+        result = (numbers + 12582912.0) - 12582912.0
+    else:
+        # The same where what there is are multiples of the step between a number's neighbours, an eighth of its power of two and at least
+        # 2^-9: so behind 1.5 x 2^20 of these powers. The sign is kept, of zeros too.
+        bits = numbers.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        power = tl.maximum(size & 0x7F800000, 121 << 23)  # 2^-6
+        behind = ((power + (20 << 23)) | 0x400000).to(tl.float32, bitcast=True)
+        size = (size.to(tl.float32, bitcast=True) + behind) - behind
+        result = (size.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    return result
+
+
+@triton.jit
+def stored(values, CODE: tl.constexpr):
+    """The bytes of values of 8 bits, which come in float32: the inverse of `numbers`."""
+    if CODE == INT8:
+        result = values.to(tl.int32).to(tl.uint8)
+    else:
+        # Where the exponent counts from 120 less, exponent and fraction are at the same places from bit 20 on, subnormal ones too.
+        bits = values.to(tl.int32, bitcast=True)
+        small = (values * 7.52316384526264e-37).to(tl.int32, bitcast=True)  # 2^-120
+        result = (((small >> 20) & 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return result
+
+
+@triton.jit(do_not_specialize=["units"])
+def round_rows(x, values, scales, units, CODE: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK: tl.constexpr):
+    """``values`` [R, K = 8 units] and ``scales`` [R] float32 of x [R, K], as `compress.packed.quantize_rows` has them: the values as bytes
+    where ``values`` are uint8, else as numbers of x's dtype, with ``PRODUCTS`` times the scale and rounded once. A block a row."""
+    k = units * 8
+    row = tl.program_id(0)
+    x += row.to(tl.int64) * k
+    values += row.to(tl.int64) * k
+    # As integers the bits of sizes have the order of the sizes, then infinity, then NaN, which no comparison loses.
+    largest = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, k, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inputs = tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, inputs.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    found = tl.max(largest, axis=0)
+    is_finite = found < 0x7F800000
+    size = tl.where(is_finite, tl.maximum(found, 27 << 23), 127 << 23).to(tl.float32, bitcast=True)  # 2^-100, 1
+    end = tl.zeros_like(size) + (LARGEST_INT8 if CODE == INT8 else LARGEST_FLOAT8)
+    scale = tl.where(is_finite, tl.div_rn(size, end), float("nan"))
+    inverse = tl.div_rn(end, size)
+    tl.store(scales + row, scale)
+    for start in range(0, k, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inputs = tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
+        # (what limits them also keeps the compiler from making one operation, which rounds once, of this product and a sum)
+        inside = tl.minimum(tl.maximum(tl.where(is_finite, inputs * inverse, 0.0), -end), end)
+        rounded = nearest(inside, CODE)
+        if PRODUCTS:
+            rounded *= scale
+        if values.dtype.element_ty == tl.uint8:
+            tl.store(values + column, stored(rounded, CODE), mask=column < k)
+        else:
+            tl.store(values + column, rounded.to(values.dtype.element_ty), mask=column < k)
