@@ -102,10 +102,11 @@ def test_products(target: tuple[Any, ...], unit: int, kind: str) -> None:
         "values": pointer,
         "mask": "*u8",
         "scales": "*fp32",
+        "x_scales": "*fp32",
         "bias": "*bf16",
         "y": "*bf16",
     }
-    arguments |= ints("rows", "n", "units", "splits", "has_scales", "has_bias")
+    arguments |= ints("rows", "n", "units", "splits", "has_scales", "has_x_scales", "has_bias")
     for cut in cuts if unit == 128 else list(cuts)[:1]:
         constants = {"UNIT": unit, "ROWS": cut.rows, "OUTPUTS": cut.outputs, "DEPTH": cut.depth, **weight}
         done = compiled(serving.multiply, arguments, constants, target, num_warps=cut.warps, num_stages=cut.stages)
@@ -122,8 +123,8 @@ def test_products(target: tuple[Any, ...], unit: int, kind: str) -> None:
 @each_kind
 def test_sums_and_expansion(target: tuple[Any, ...], kind: str) -> None:
     pointer, weight = KINDS[kind]
-    arguments = {"sums": "*fp32", "scales": "*fp32", "bias": "*bf16", "y": "*bf16"}
-    arguments |= ints("total", "n", "splits", "has_bias")
+    arguments = {"sums": "*fp32", "scales": "*fp32", "x_scales": "*fp32", "bias": "*bf16", "y": "*bf16"}
+    arguments |= ints("total", "n", "splits", "has_x_scales", "has_bias")
     compiled(serving.add_splits, arguments, {"SIZE": backend._SIZE, "CODE": weight["CODE"]}, target)
     outputs, depth = backend._EXPANDED
     arguments = {"header": "*i32", "values": pointer, "mask": "*u8", "scales": "*fp32", "dense": "*bf16"}
