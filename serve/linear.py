@@ -261,7 +261,9 @@ def backends(model: nn.Module, rows: Mapping[str, int]) -> list[dict[str, Any]]:
             if isinstance(module, Sparse24Linear):
                 shape = (module.out_features, module.in_features)
                 liked = module.prepared_for or module.preferred
-                choice = choose(module.device, module.value_dtype, count, *shape, liked, module.dtype)
+                choice = choose(
+                    module.device, module.value_dtype, count, *shape, liked, module.dtype, module.quantizes_x
+                )
                 counted[phase, choice.backend.name, choice.reason] += 1
             elif (reason := getattr(module, WHY_DENSE, None)) is not None:
                 counted[phase, "dense", reason] += 1

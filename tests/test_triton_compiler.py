@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from compress import fused
 from compress.columns import PANEL
 from compress.fused import kernels as pruning
-from serve.kernels.triton import backend, layout
+from serve.kernels.triton import backend, layout, rounding
 from serve.kernels.triton import kernels as serving
 
 TARGETS = [("cuda", 80, 32), ("cuda", 86, 32), ("cuda", 89, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("cuda", 120, 32),
@@ -66,6 +66,15 @@ def spilled(done: Any, amd: bool) -> int:
     return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", said)))
 
 
+def may_be_fused(ptx: str) -> list[str]:
+    """Products of float32 that go straight into a sum, of which the compiler may make one operation."""
+    products = re.findall(r"\bmul(?:\.rn)?\.f32(?:x2)?\s+(%rd?\d+),", ptx)
+    assert products
+    sums = re.findall(r"\b(?:add|sub)(?:\.rn)?\.f32(?:x2)?\s+%rd?\d+, (%rd?\d+), (%rd?\d+|0f\w+);", ptx)
+    assert sums
+    return [one for one in products if any(one in operands for operands in sums)]
+
+
 def keeps_subnormal_numbers(code: str, amd: bool) -> bool:
     """Whether no float32 is flushed to zero."""
     if amd:
@@ -93,10 +102,11 @@ def test_products(target: tuple[Any, ...], unit: int, kind: str) -> None:
         "values": pointer,
         "mask": "*u8",
         "scales": "*fp32",
+        "x_scales": "*fp32",
         "bias": "*bf16",
         "y": "*bf16",
     }
-    arguments |= ints("rows", "n", "units", "splits", "has_scales", "has_bias")
+    arguments |= ints("rows", "n", "units", "splits", "has_scales", "has_x_scales", "has_bias")
     for cut in cuts if unit == 128 else list(cuts)[:1]:
         constants = {"UNIT": unit, "ROWS": cut.rows, "OUTPUTS": cut.outputs, "DEPTH": cut.depth, **weight}
         done = compiled(serving.multiply, arguments, constants, target, num_warps=cut.warps, num_stages=cut.stages)
@@ -113,8 +123,8 @@ def test_products(target: tuple[Any, ...], unit: int, kind: str) -> None:
 @each_kind
 def test_sums_and_expansion(target: tuple[Any, ...], kind: str) -> None:
     pointer, weight = KINDS[kind]
-    arguments = {"sums": "*fp32", "scales": "*fp32", "bias": "*bf16", "y": "*bf16"}
-    arguments |= ints("total", "n", "splits", "has_bias")
+    arguments = {"sums": "*fp32", "scales": "*fp32", "x_scales": "*fp32", "bias": "*bf16", "y": "*bf16"}
+    arguments |= ints("total", "n", "splits", "has_x_scales", "has_bias")
     compiled(serving.add_splits, arguments, {"SIZE": backend._SIZE, "CODE": weight["CODE"]}, target)
     outputs, depth = backend._EXPANDED
     arguments = {"header": "*i32", "values": pointer, "mask": "*u8", "scales": "*fp32", "dense": "*bf16"}
@@ -122,6 +132,28 @@ def test_sums_and_expansion(target: tuple[Any, ...], kind: str) -> None:
     done = compiled(serving.expand, arguments, {"UNIT": 128, "OUTPUTS": outputs, "DEPTH": depth, **weight}, target)
     amd = target[0] == "hip"
     assert keeps_subnormal_numbers(done.asm["amdgcn" if amd else "ptx"], amd)
+
+
+@each_target
+@pytest.mark.parametrize("values", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("form", list(rounding.Form), ids=lambda form: form.name)
+def test_rounding(target: tuple[Any, ...], values: torch.dtype, form: rounding.Form) -> None:
+    """Divisions are rounded to nearest, no product is one operation with a sum, and x is read 16 bytes at a time."""
+    to = "*u8" if form is rounding.Form.BYTES else "*bf16"
+    constants = {"CODE": layout.CODES[values], "PRODUCTS": form is rounding.Form.PRODUCTS, "BLOCK": rounding.BLOCK}
+    arguments = {"x": "*bf16", "values": to, "scales": "*fp32", **ints("units")}
+    done = compiled(serving.round_rows, arguments, constants, target, num_warps=rounding.WARPS)
+    amd = target[0] == "hip"
+    code = done.asm["amdgcn" if amd else "ptx"]
+    assert keeps_subnormal_numbers(code, amd)  # of which float8 are made
+    if amd:
+        assert code.count("v_div_fixup_f32") == 2
+        assert "global_load_dwordx2" in code  # (of twice as many threads)
+    else:
+        assert code.count("div.rn.f32") == 2
+        assert "ld.global.v4.b32" in code
+        assert "fma" not in code
+        assert may_be_fused(code) == []
 
 
 @each_target

@@ -85,6 +85,7 @@ def choose(
     k: int,
     preferred: str | None = None,
     x_dtype: torch.dtype | None = None,
+    quantizes_x: bool = False,
 ) -> Choice:
     """The backend for ``rows`` rows of x against a weight [n, k] on that device with values in that dtype.
 
@@ -93,6 +94,7 @@ def choose(
     Args:
         preferred: the one that was measured to be faster than the first that can run; taken if it still can.
         x_dtype: of x, where the values are scaled; left out: bfloat16, which every backend takes.
+        quantizes_x: whether x is rounded to such values, too; only the reason says so.
 
     Raises:
         UsageError: ``HALVE_BACKEND`` names none, or one that cannot run this.
@@ -104,14 +106,24 @@ def choose(
         for backend in BACKENDS:
             refusal = _refusal(backend, device, dtype, x_dtype)
             if refusal is None and liked in (None, backend):
-                return Choice(backend, "; ".join([backend.reason(dtype, rows), *said]))
+                return Choice(backend, "; ".join([_reason(backend, dtype, rows, quantizes_x), *said]))
             said.append(f"not {backend.name}: {refusal or 'measured to be slower here'}")
     named = {backend.name: backend for backend in BACKENDS}
     if wish not in named:
         raise UsageError(f"HALVE_BACKEND={wish!r} is not known{did_you_mean(wish, [*named, 'auto'])}.")
     if refusal := _refusal(named[wish], device, dtype, x_dtype):
         raise UsageError(f"HALVE_BACKEND={wish!r} cannot be used: {refusal}")
-    return Choice(named[wish], f"{named[wish].reason(dtype, rows)}; HALVE_BACKEND asks for it")
+    return Choice(named[wish], f"{_reason(named[wish], dtype, rows, quantizes_x)}; HALVE_BACKEND asks for it")
+
+
+def _reason(backend: Backend, dtype: torch.dtype, rows: int, quantizes_x: bool) -> str:
+    """What a backend does with so many rows of x."""
+    said = backend.reason(dtype, rows)
+    return (
+        f"x is rounded to {str(dtype).removeprefix('torch.')}, each row by its own scale; {said}"
+        if quantizes_x
+        else said
+    )
 
 
 def _refusal(backend: Backend, device: torch.device, dtype: torch.dtype, x_dtype: torch.dtype | None) -> str | None:

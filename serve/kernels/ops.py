@@ -31,8 +31,8 @@ def _sparse24_linear_cuda(
     # One operator for both, told apart by the weight, whose lengths are never the same. (A compiled graph holds the length, so
     # one that is kept does not outlive a change of backend: `serve.vllm.compile_cache`.)
     if x.ndim and triton_layout.values_dtype(prepared.numel(), n, x.shape[-1], x.dtype) is not None:
-        return triton.linear(x, prepared, bias, n)
-    return cuda.linear(x, prepared, bias, n)
+        return triton.linear(x, prepared, bias, n, quantizes_x)
+    return cuda.linear(x, prepared, bias, n, quantizes_x)
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.packed import LARGEST, PATTERN, PackedWeight, pack, pack_bits, unpack
+from compress.packed import LARGEST, PATTERN, PackedWeight, pack, pack_bits, quantize_rows, unpack
 
 _SMALL = 0x8F
 """Of a float8, the bits of those that are less than 2^-5, half of which are subnormal."""
@@ -16,11 +16,13 @@ _SMALL = 0x8F
 
 @dataclass(frozen=True)
 class Problem:
-    """Random numbers on the processor: ``packed``, a weight [n, k]; ``x`` [rows, k]; ``bias`` [n]."""
+    """Random numbers on the processor: ``packed``, a weight [n, k]; ``x`` [rows, k]; ``bias`` [n]; and ``x_scale`` [rows] float32, where x
+    is to be multiplied by that."""
 
     packed: PackedWeight
     x: Tensor
     bias: Tensor
+    x_scale: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -28,16 +30,24 @@ class Problem:
         return unpack(self.packed, self.x.dtype)
 
     def is_solved_by(self, y: Tensor) -> bool:
-        """Whether y [some rows, n] is x times the transposed weight plus bias for the first rows: within the rounding of the result, and
-        what sums in float32 lose, of float64. A product that is left out, or in another column, is found, and so is the scale of
-        another row."""
+        """Whether y [some rows, n] is x, times its scales, times the transposed weight plus bias for the first rows: within the rounding of
+        the result, and what sums in float32 lose, of float64. A product that is left out, or in another column, is found, and so is the
+        scale of another row."""
         scale = 1.0 if self.packed.scale is None else self.packed.scale.double()
         weight = unpack(PackedWeight(self.packed.values.double() * scale, self.packed.mask))
         x, bias = self.x[: len(y)].double(), self.bias.double()
+        if self.x_scale is not None:
+            x *= self.x_scale[: len(y), None].double()
         expected = x @ weight.T + bias
         size = x.abs() @ weight.abs().T + bias.abs()
         error = (y.cpu().double() - expected).abs()
         return bool((error <= torch.finfo(self.x.dtype).eps * expected.abs() + 2**-16 * size).all())
+
+    def rounded(self) -> Problem:
+        """The same where x is rounded to such values as the packed ones are, which are of 8 bits. Its rows are of five sizes in turn."""
+        sizes = torch.exp2(torch.arange(len(self.x), device="cpu") % 5 - 2.0)[:, None]
+        values, scale = quantize_rows(self.x.float() * sizes, self.packed.values.dtype)
+        return replace(self, x=values.to(self.x.dtype), x_scale=scale[:, 0])
 
 
 def problem(rows: int, n: int, k: int, dtype: torch.dtype, values: torch.dtype | None = None) -> Problem:

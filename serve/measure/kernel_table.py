@@ -123,7 +123,7 @@ class _Sides:
         quantizes_x: bool = False,
     ) -> None:
         self.shape, self.dtype, self.values, self.device = shape, dtype, values, device
-        self.kind = kind_name(dtype, values, quantizes_x)
+        self.kind, self.quantizes_x = kind_name(dtype, values, quantizes_x), quantizes_x
         self.copies = copies(shape, dtype, values, device)
         self.backends = [backend.name for backend in able(device, values, dtype) if backend.name not in leave_out]
         self.failures: list[Failure] = []
@@ -173,7 +173,7 @@ class _Sides:
     def _entry(self, backend: str, rows: int, sparse: list[float], dense: list[float]) -> Entry:
         shape = (self.shape.n, self.shape.k)
         liked = None if backend == self.backends[0] else backend
-        choice = choose(self.device, self.values, rows, *shape, liked, self.dtype)
+        choice = choose(self.device, self.values, rows, *shape, liked, self.dtype, self.quantizes_x)
         return Entry(
             n=self.shape.n,
             k=self.shape.k,

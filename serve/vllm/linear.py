@@ -247,7 +247,8 @@ def _form_of(weight: PackedWeight, computes_in: torch.dtype) -> Form:
     measured = tuned.decision(device, computes_in, *weight.shape, dtype, weight.quantizes_x)
     if measured is not None and measured.why_dense is not None:
         return Form(None, measured.why_dense, "halve: some 2:4 layers are served dense, as `halve tune` measured")
-    choice = choose(device, dtype, 1, *weight.shape, None if measured is None else measured.backend, computes_in)
+    liked = None if measured is None else measured.backend
+    choice = choose(device, dtype, 1, *weight.shape, liked, computes_in, weight.quantizes_x)
     if choice.backend.prepare is None:
         return Form(
             None,

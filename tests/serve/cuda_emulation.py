@@ -72,8 +72,10 @@ class Emulator:
         seed: int = 0,
         copies: int = ANY_TIME,
         shared_bytes: int | None = None,
+        x_scales: Tensor | None = None,
     ) -> Tensor:
-        """x [rows, k] -> [rows, n]; by the first form that takes so many rows, if by no other.
+        """x [rows, k], times ``x_scales`` [rows] if there are some -> [rows, n]; by the first form that takes so many rows, if by no
+        other.
 
         Raises:
             EmulationError: says what was undefined.
@@ -82,7 +84,9 @@ class Emulator:
         form = form or plan.for_rows(self.forms, rows)[0]
         grid = form.row_blocks(n) * splits
         shared = form.shared_bytes if shared_bytes is None else shared_bytes
-        return self._run(form.name, x, prepared, bias, (rows, n), k, grid, splits, form.threads, shared, seed, copies)
+        return self._run(
+            form.name, x, prepared, bias, (rows, n), k, grid, splits, form.threads, shared, seed, copies, x_scales
+        )
 
     def expand(self, prepared: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
         """The dense weight [n, k]."""
@@ -93,14 +97,15 @@ class Emulator:
         )
 
     def _run(self, kernel: str, x: Tensor, prepared: Tensor, bias: Tensor | None, shape: tuple[int, int], k: int, grid: int,
-             splits: int, threads: int, shared_bytes: int, seed: int, copies: int) -> Tensor:  # fmt: skip
+             splits: int, threads: int, shared_bytes: int, seed: int, copies: int, x_scales: Tensor | None = None) -> Tensor:  # fmt: skip
         size = shape[0] * shape[1]
         y = torch.full((size + 2 * _GUARD,), _POISON, dtype=torch.int16)
         message = ctypes.create_string_buffer(300)
         self.library.emulate(
             *(layout.CODES[x.dtype], layout.CODES[self.values or x.dtype], kernel.encode()),
             *(prepared.data_ptr(), prepared.numel(), x.data_ptr(), x.nbytes),
-            *(None if bias is None else bias.data_ptr(), y.data_ptr() + 2 * _GUARD, x.shape[0]),
+            *(None if bias is None else bias.data_ptr(), y.data_ptr() + 2 * _GUARD),
+            *(None if x_scales is None else x_scales.data_ptr(), x.shape[0]),
             *(
                 shape[0] if kernel == "expand_weight" else shape[1],
                 k,
@@ -163,7 +168,7 @@ def compile_emulator(
     loaded = ctypes.CDLL(str(library))
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.emulate.argtypes = (
-        *(number, number, ctypes.c_char_p, pointer, size, pointer, size, pointer, pointer),
+        *(number, number, ctypes.c_char_p, pointer, size, pointer, size, pointer, pointer, pointer),
         *(number,) * 9,
         ctypes.c_char_p,
     )

@@ -272,6 +272,12 @@ inline Quad load_inputs_now(const void* from) {
   if (!emulated::self().may_read_x) emulated::fail("x is read before it is there");
   return load_global(from);
 }
+inline float load_number_now(const float* from) {
+  if (!emulated::self().may_read_x) emulated::fail("a scale of x is read before it is there");
+  float v;
+  std::memcpy(&v, emulated::global_at(from, 4), 4);
+  return v;
+}
 
 inline u32 from_lane(u32 value, int lane) {
   return emulated::exchange([&](emulated::Exchange& e) { e.word[emulated::lane()] = value; }).word[lane];

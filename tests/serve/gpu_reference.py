@@ -2,7 +2,8 @@
 
 As `cpu_reference` has it for a sum of h = K/2 products: values of 8 bits are exact in x's dtype, so their products are exact in float32,
 and the sum is off by at most gamma S. What follows, the scale and the bias, is rounded once each, which gamma leaves room for: it counts
-h + 3 roundings, the additions of zeros that pad K are exact, and so is the first one.
+h + 3 roundings, the additions of zeros that pad K are exact, and so is the first one. There is room for one more: the scale of a row of x that is
+rounded to values of 8 bits, too.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.packed import PackedWeight
-from tests.serve.cpu_reference import Expected, expected, random_mask
+from compress.packed import PackedWeight, quantize_rows
+from tests.serve.cpu_reference import Expected, _expected, expected, kept_columns, random_mask
 
 SCALED = (torch.int8, torch.float8_e4m3fn)
 
@@ -35,6 +36,20 @@ def expected_scaled(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Exp
     assert weight.scale is not None
     floating = PackedWeight(weight.values.double() * weight.scale.double(), weight.mask)
     return expected(x, floating, bias, flushes=False)
+
+
+def expected_rounded(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Expected:
+    """The same where x [M, K] is rounded to values of 8 bits, too."""
+    assert weight.scale is not None
+    rounded, scale = quantize_rows(x, weight.values.dtype)
+    inputs = (rounded.double() * scale.double())[:, kept_columns(weight.mask)]
+    return _expected(inputs, weight.values.double() * weight.scale.double(), bias, x.dtype, False)
+
+
+def products_of(x: Tensor, values: torch.dtype) -> Tensor:
+    """x as it is multiplied densely: its rounded values times their scales, in its dtype."""
+    rounded, scale = quantize_rows(x, values)
+    return (rounded.float() * scale).to(x.dtype)
 
 
 def same(one: PackedWeight, other: PackedWeight) -> bool:

@@ -7,6 +7,7 @@ and what is said where something is missing. Structures of the driver are writte
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from serve.kernels.cuda.driver import Driver, DriverError
 from serve.kernels.cuda.plan import Device, Form
 from tests.serve.cpu_reference import expected, normal, random_weight
 from tests.serve.cuda_emulation import DTYPES, Emulator, compile_emulator, needs_compiler
-from tests.serve.gpu_reference import SCALED, expected_scaled, same, scaled_weight
+from tests.serve.gpu_reference import SCALED, expected_rounded, expected_scaled, products_of, same, scaled_weight
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 CUDA = torch.device("cuda")
@@ -165,6 +166,11 @@ class TestProducts:
             with pytest.raises(ValueError, match=r"a bias of 70 numbers in torch.bfloat16 on cpu is needed"):
                 backend.linear(x, prepared, bias, 70)
 
+    def test_x_is_not_rounded_for_values_of_16_bits(self, fake: Emulator) -> None:
+        prepared = layout.prepare(random_weight(70, 40, torch.bfloat16))
+        with pytest.raises(ValueError, match="of 8 bits, and these are not"):
+            backend.linear(normal(3, 40, dtype=torch.bfloat16), prepared, None, 70, quantizes_x=True)
+
     def test_a_launch_that_fails(self, fake: Emulator) -> None:
         weight = layout.prepare(random_weight(70, 40, torch.bfloat16))
         weight[layout.HEADER_BYTES + 4096 : layout.HEADER_BYTES + 4608] = 0  # metadata that are undefined
@@ -216,6 +222,69 @@ class TestScaled:
         for bad, n in ((prepared[:-1], 70), (prepared[:-256], 70), (prepared, 140)):
             with pytest.raises(ValueError, match=rf"is no prepared weight \[{n}, 40\]"):
                 backend.linear(normal(3, 40, dtype=torch.bfloat16), bad, None, n)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (40,), (2, 65), (257,)], ids=str)
+    def test_x_is_rounded(self, scaled: Emulator, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """A row that is not finite is NaN, and no other; of many rows, what is multiplied are products of values and scales."""
+        n, k = 70, 264
+        assert scaled.values is not None
+        x, weight, bias = normal(*shape, k, dtype=dtype), scaled_weight(n, k, scaled.values), normal(n, dtype=dtype)
+        rows = x.view(-1, k)
+        rows *= torch.exp2(torch.arange(len(rows)) % 5 - 2.0)[:, None].to(dtype)
+        if len(rows) > 5:
+            rows[2, 5], rows[4, 7] = torch.inf, torch.nan
+        prepared, before = layout.prepare(weight), number(scaled, "launches").value
+        for added in (None, bias):
+            y = backend.linear(x, prepared, added, n, quantizes_x=True)
+            assert y.shape == (*shape, n)
+            y = y.view(-1, n)
+            if len(rows) > plan.MOST_PASSES * plan.MOST_ROWS:
+                wanted = functional.linear(products_of(rows, scaled.values), unpack(weight, dtype), added)
+                assert torch.equal(y.isnan(), wanted.isnan())
+                assert torch.equal(y.nan_to_num(), wanted.nan_to_num())
+            else:
+                assert not expected_rounded(rows, weight, added).wrong(y).any()
+            bad = [2, 4] if len(rows) > 5 else []
+            assert y.isnan().any(1).nonzero().flatten().tolist() == y.isnan().all(1).nonzero().flatten().tolist() == bad
+        of_one = 1 if len(rows) > plan.MOST_PASSES * plan.MOST_ROWS else -(-len(rows) // plan.MOST_ROWS)
+        assert number(scaled, "launches").value - before == 2 * of_one
+
+    def test_many_rows_are_near_what_few_are(self, scaled: Emulator) -> None:
+        """Also where float16 ends: scales that are put back are never beyond what x has."""
+        assert scaled.values is not None
+        weight, x = scaled_weight(70, 264, scaled.values), 3 * normal(300, 264, dtype=torch.float16)
+        x[7, 3], x[8, 4] = 65504, -65504
+        many = backend.linear(x, layout.prepare(weight), None, 70, quantizes_x=True)
+        few = backend.linear(x[:64], layout.prepare(weight), None, 70, quantizes_x=True)
+        assert products_of(x, scaled.values).isfinite().all()
+        finite = few.isfinite()
+        assert torch.equal(many[:64].isfinite(), finite)
+        exact = expected_rounded(x[:64], weight, None).middle
+        size = products_of(x[:64], scaled.values).double().abs() @ unpack(weight, torch.float32).double().abs().T
+        assert bool(((many[:64].double() - exact).abs()[finite] <= 2**-9 * size[finite]).all())
+
+    def test_views_of_what_is_rounded(self, scaled: Emulator) -> None:
+        assert scaled.values is not None
+        weight, wide = scaled_weight(20, 40, scaled.values), normal(9 * 80 + 1, dtype=torch.bfloat16)
+        for x in (wide[:-1].view(9, 80)[:, ::2], wide[1:361].view(9, 40)):
+            y = backend.linear(x, layout.prepare(weight), None, 20, quantizes_x=True)
+            assert not expected_rounded(x, weight, None).wrong(y).any()
+
+    def test_rounding_is_proven_when_a_weight_is_prepared(
+        self, scaled: Emulator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert scaled.values is not None
+        asked: list[torch.dtype] = []
+        monkeypatch.setattr(backend.rounding, "prove", lambda device, dtype: asked.append(dtype))
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda device: types.SimpleNamespace(synchronize=lambda: None)
+        )
+        weight = scaled_weight(8, 16, scaled.values)
+        backend.prepare(weight)
+        assert asked == []
+        backend.prepare(dataclasses.replace(weight, quantizes_x=True))
+        assert asked == [scaled.values]
 
     def test_no_second_form(self, scaled: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
         """However it is asked for; then few rows and many go as without."""
@@ -318,9 +387,9 @@ class TestProof:
         monkeypatch.setattr(backend, "LINKS", 3)
         assert backend.overlaps_rightly(kernels, torch.device("cpu"), 0)
 
-    @pytest.mark.parametrize("mistake", ["scales", "small values", "a dense value"])
+    @pytest.mark.parametrize("mistake", ["scales", "x scales", "no x scales", "small values", "a dense value"])
     def test_wrong_ones_of_8_bits(self, scaled: Emulator, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The scale of another row, float8 that are lost where they are subnormal, a dense value that is off by its last bit."""
+        """The scale of another row, of the weight or of x, or none of x, float8 that are lost where they are subnormal, a dense value that is off by its last bit."""
         kernels = load(scaled, torch.bfloat16)
         multiply, expand = kernels.multiply, kernels.expand
 
@@ -332,6 +401,8 @@ class TestProof:
             elif mistake == "small values":
                 limit = 2**-6 if scaled.values == torch.float8_e4m3fn else 64
                 weight.values.view(torch.uint8)[weight.values.float().abs() < limit] = 0
+            if mistake in ("x scales", "no x scales") and how["x_scales"] is not None:
+                how["x_scales"] = how["x_scales"].roll(1) if mistake == "x scales" else None
             multiply(x, layout.prepare(weight), bias, y, *rest, **how)
 
         def one_bit_off(prepared: Tensor, dense: Tensor, stream: int) -> None:
@@ -342,9 +413,11 @@ class TestProof:
         monkeypatch.setattr(kernels, "multiply", mistaken)
         monkeypatch.setattr(kernels, "expand", one_bit_off)
         said = str(backend.wrong(kernels, torch.device("cpu"), 0))
-        expected_words = (
-            "that expands weights is wrong" if mistake == "a dense value" else "for 8 rows of x, in clusters of 1"
-        )
+        expected_words = {
+            "a dense value": "that expands weights is wrong",
+            "x scales": "for 8 rows of x with scales, in clusters of 1",
+            "no x scales": "for 8 rows of x with scales, in clusters of 1",
+        }.get(mistake, "for 8 rows of x, in clusters of 1")
         assert expected_words in said
 
     def test_wrong_ones(self, fake: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:

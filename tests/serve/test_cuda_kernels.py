@@ -6,11 +6,13 @@ sums over warps and blocks) is the real thing. `TestMistakes` shows that faults 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from compress.packed import PackedWeight, unpack
+from compress.packed import PackedWeight, quantize_rows, unpack
 from serve.kernels.cuda import layout, plan
 from serve.kernels.cuda.plan import Form
 from tests.serve.cpu_reference import expected, kept_columns, normal, random_weight
@@ -25,7 +27,7 @@ from tests.serve.cuda_emulation import (
     compile_emulator,
     needs_compiler,
 )
-from tests.serve.gpu_reference import SCALED, expected_scaled, scaled_weight
+from tests.serve.gpu_reference import SCALED, expected_rounded, expected_scaled, scaled_weight
 
 pytestmark = needs_compiler
 
@@ -408,7 +410,7 @@ class TestScaled:
     @pytest.mark.parametrize(
         ("values", "dtype", "right", "mistaken"),
         [
-            (torch.int8, torch.float16, "total[i] *= as_float(scales.word[i]);", ""),
+            (torch.int8, torch.float16, "of_x * as_float(scales.word[i]);", "of_x;"),
             (torch.int8, torch.float16, "+ thread % kFours * 4;", "+ thread % kFours;"),
             (torch.int8, torch.float16, "load_global(scales_of<V>(call) + own_row * 4)", "load_global(scales_of<V>(call))"),
             (torch.int8, torch.float16, "units * Stored<V>::kUnitBytes;\n}", "units * kBlockBytes;\n}"),
@@ -442,6 +444,116 @@ class TestScaled:
             )
             try:
                 seen.append(self.wrong(emulator, 9, 132, 200, dtype, bias=True) > 0)
+            except EmulationError:
+                seen.append(True)
+        assert seen == [False, True]
+
+
+class TestRoundedInputs:
+    """x is rounded to values of 8 bits, too, with a scale for each row."""
+
+    @staticmethod
+    def product(emulator: Emulator, x: Tensor, weight: PackedWeight, bias: Tensor | None, **how: Any) -> Tensor:
+        assert emulator.values is not None
+        rounded, scale = quantize_rows(x, emulator.values)
+        how = {"x_scales": scale[:, 0].contiguous(), **how}
+        return emulator.multiply(rounded.to(x.dtype), layout.prepare(weight), bias, len(weight.values), **how)
+
+    @staticmethod
+    def inputs(m: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+        """No two rows next to each other have scales that are alike."""
+        return (normal(m, k, dtype=torch.float32, seed=seed) * torch.exp2(torch.arange(m) % 5 - 2.0)[:, None]).to(dtype)
+
+    @OF_BOTH_DTYPES
+    @pytest.mark.parametrize("splits", [1, 2, 8])
+    def test_products(self, scaled: Emulator, dtype: torch.dtype, splits: int) -> None:
+        """Every number of tiles, edges on all three axes; each scale counts once, and the bias has none."""
+        assert scaled.values is not None
+        for m, n, k in ((1, 100, 512), (8, 65, 1096), (13, 130, 72), (40, 200, 712), (64, 260, 328)):
+            x, weight = self.inputs(m, k, dtype), scaled_weight(n, k, scaled.values, m)
+            bias = normal(n, dtype=dtype, seed=2) if m > 1 else None
+            y = self.product(scaled, x, weight, bias, splits=splits, seed=m)
+            assert not expected_rounded(x, weight, bias).wrong(y).any(), (m, n, k)
+
+    @OF_BOTH_DTYPES
+    def test_products_without_clusters(self, without_clusters: Emulator, dtype: torch.dtype) -> None:
+        assert without_clusters.values is not None
+        for m in (1, 7, 16, 33, 64):
+            x, weight = self.inputs(m, 264, dtype), scaled_weight(70, 264, without_clusters.values, m)
+            y = self.product(without_clusters, x, weight, None, seed=m)
+            assert not expected_rounded(x, weight, None).wrong(y).any(), m
+
+    @OF_BOTH_DTYPES
+    @pytest.mark.parametrize("splits", [1, 2])
+    def test_scales_of_one_change_no_bit(self, scaled: Emulator, dtype: torch.dtype, splits: int) -> None:
+        assert scaled.values is not None
+        x, prepared = normal(9, 328, dtype=dtype), layout.prepare(scaled_weight(70, 328, scaled.values))
+        bias = normal(70, dtype=dtype, seed=2)
+        without = scaled.multiply(x, prepared, bias, 70, splits=splits)
+        assert torch.equal(scaled.multiply(x, prepared, bias, 70, splits=splits, x_scales=torch.ones(9)), without)
+
+    def test_sums_that_float16_does_not_hold(self, scaled: Emulator) -> None:
+        """They are scaled in float32."""
+        assert scaled.values is not None
+        weight, x = scaled_weight(70, 1000, scaled.values), self.inputs(20, 1000, torch.float16) / 64
+        scale = quantize_rows(x, scaled.values)[1]
+        assert weight.scale is not None
+        y = self.product(scaled, x, weight, None)
+        assert y.isfinite().all()
+        assert bool(
+            (y.double() / scale.double() / weight.scale.double().T).abs().max() > torch.finfo(torch.float16).max
+        )
+        assert not expected_rounded(x, weight, None).wrong(y).any()
+
+    def test_rows_that_are_not_finite(self, scaled: Emulator) -> None:
+        assert scaled.values is not None
+        weight, x = scaled_weight(70, 136, scaled.values), self.inputs(5, 136, torch.bfloat16)
+        x[1, 3], x[3, 77] = torch.inf, torch.nan
+        y = self.product(scaled, x, weight, None)
+        assert y.isnan().all(1).tolist() == y.isnan().any(1).tolist() == [False, True, False, True, False]
+        assert not expected_rounded(x, weight, None).wrong(y).any()
+
+    @pytest.mark.parametrize("mistake", ["a scale", "two scales", "a value"])
+    def test_mistakes_in_the_inputs(self, scaled: Emulator, mistake: str) -> None:
+        assert scaled.values is not None
+        x, weight = self.inputs(9, 1000, torch.bfloat16), scaled_weight(132, 1000, scaled.values)
+        rounded, scale = quantize_rows(x, scaled.values)
+        numbers, scales = rounded.to(x.dtype), scale[:, 0].clone()
+        if mistake == "a scale":
+            scales[4] *= 1.05
+        elif mistake == "two scales":
+            scales[4:6] = scales[4:6].clone().flip(0)
+        else:
+            numbers[4, int(numbers[4].abs().argmax())] *= -1
+        y = scaled.multiply(numbers, layout.prepare(weight), None, 132, x_scales=scales)
+        wrong = expected_rounded(x, weight, None).wrong(y).any(dim=1)
+        assert wrong.nonzero().flatten().tolist() == ([4, 5] if mistake == "two scales" else [4])
+
+    @pytest.mark.parametrize(
+        ("right", "mistaken"),
+        [
+            ("total[i] * of_x * as_float(scales.word[i])", "total[i] * as_float(scales.word[i])"),
+            ("call.x_scales + four / kFours", "call.x_scales + four % kFours"),
+            ("call.x_scales + four / kFours", "call.x_scales"),
+            ("  wait_for_kernel_before();\n", "  if (call.x_scales) load_number_now(call.x_scales);\n  wait_for_kernel_before();\n"),
+        ],
+    )  # fmt: skip
+    def test_mistakes_in_the_source(self, tmp_path_factory: pytest.TempPathFactory, right: str, mistaken: str) -> None:
+        source, seen = SOURCE.read_text(), []
+        assert right in source
+        x, weight = self.inputs(9, 200, torch.bfloat16), scaled_weight(132, 200, torch.int8)
+        for text in (source, source.replace(right, mistaken)):
+            emulator = compile_emulator(
+                tmp_path_factory.mktemp("mistaken"),
+                HOPPER,
+                text,
+                forms=plan.for_rows(plan.forms(HOPPER, layout.SCALED_UNIT_BYTES), 9)[:1],
+                dtypes=[torch.bfloat16],
+                values=torch.int8,
+            )
+            try:
+                y = self.product(emulator, x, weight, None, splits=2)
+                seen.append(bool(expected_rounded(x, weight, None).wrong(y).any()))
             except EmulationError:
                 seen.append(True)
         assert seen == [False, True]

@@ -283,3 +283,12 @@ def test_scaled_values_need_a_kernel_for_the_dtype_of_x(values: torch.dtype) -> 
     assert able(gpu, values, torch.float32) == [choice.backend]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert "x is" not in choose(torch.device("cpu"), values, 1, 64, 64, x_dtype=dtype).reason
+
+
+@pytest.mark.parametrize("wish", ["auto", "plain"])
+def test_the_reason_says_that_x_is_rounded(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    monkeypatch.setenv("HALVE_BACKEND", wish)
+    without, rounded = (
+        choose(CPU, torch.int8, 1, 64, 64, quantizes_x=is_rounded).reason for is_rounded in (False, True)
+    )
+    assert rounded == f"x is rounded to int8, each row by its own scale; {without}"

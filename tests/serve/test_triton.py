@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.errors import CorruptCheckpointError
-from compress.packed import PackedWeight, unpack
+from compress.packed import PackedWeight, quantize_rows, unpack
 from serve import support
 from serve.kernels import choose, dispatch, ops
 from serve.kernels.cuda import layout as cuda_layout
-from serve.kernels.triton import backend, layout
+from serve.kernels.triton import backend, layout, rounding
 from serve.kernels.triton.backend import Kernels
 from serve.linear import Sparse24Linear
 from tests.interpreted import interpreted
 from tests.serve.cpu_reference import expected, normal, random_weight
-from tests.serve.gpu_reference import SCALED, expected_scaled, same, scaled_weight
+from tests.serve.gpu_reference import SCALED, expected_rounded, expected_scaled, products_of, same, scaled_weight
 
 DTYPES = [torch.bfloat16, torch.float16]
 of_8_bits = pytest.mark.parametrize("values", SCALED, ids=str)
@@ -219,6 +219,117 @@ class TestScaled:
         rows = {"a scale": [17], "two scales": [5, 6]}.get(damage, [9])
         assert wrong[:, rows].any(dim=0).all()
         assert int(wrong.any(dim=0).sum()) == len(rows)
+
+
+@of_8_bits
+class TestRoundedInputs:
+    """x is rounded to values of 8 bits, too, with a scale for each row."""
+
+    @staticmethod
+    def product(
+        module: types.ModuleType, x: Tensor, weight: PackedWeight, bias: Tensor | None, splits: int = 0
+    ) -> Tensor:
+        rounded, scale = quantize_rows(x, weight.values.dtype)
+        y = torch.full((len(x), len(weight.values)), torch.nan, dtype=x.dtype)
+        kernels, prepared, of_x = Kernels(module, 1), layout.prepare(weight), scale[:, 0].contiguous()
+        kernels.multiply(rounded.to(x.dtype), prepared, bias, y, number_of_splits=splits, x_scales=of_x)
+        return y
+
+    @staticmethod
+    def inputs(rows: int, k: int, dtype: torch.dtype) -> Tensor:
+        """No two rows next to each other have scales that are alike."""
+        return (normal(rows, k, dtype=torch.float32) * torch.exp2(torch.arange(rows) % 5 - 2.0)[:, None]).to(dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("rows", "splits"), [(1, 1), (16, 2), (33, 1), (64, 4), (130, 1), (130, 2)])
+    def test_products(
+        self, module: types.ModuleType, values: torch.dtype, dtype: torch.dtype, rows: int, splits: int
+    ) -> None:
+        """Each scale counts once, and the bias has none."""
+        for k, bias in ((328, 100 * normal(200, dtype=dtype)), (256, None)):
+            x, weight = self.inputs(rows, k, dtype), scaled_weight(200, k, values)
+            y = self.product(module, x, weight, bias, splits)
+            assert not expected_rounded(x, weight, bias).wrong(y).any()
+
+    @pytest.mark.parametrize("splits", [1, 2])
+    def test_scales_of_one_change_no_bit(self, module: types.ModuleType, values: torch.dtype, splits: int) -> None:
+        x, prepared = normal(20, 328, dtype=torch.half), layout.prepare(scaled_weight(70, 328, values))
+        bias, ones = normal(70, dtype=torch.half), torch.ones(20)
+        with_ones, without = torch.zeros(20, 70, dtype=torch.half), torch.ones(20, 70, dtype=torch.half)
+        Kernels(module, 1).multiply(x, prepared, bias, with_ones, number_of_splits=splits, x_scales=ones)
+        Kernels(module, 1).multiply(x, prepared, bias, without, number_of_splits=splits)
+        assert torch.equal(with_ones, without)
+
+    @pytest.mark.parametrize("splits", [1, 2])
+    def test_sums_that_float16_does_not_hold(self, module: types.ModuleType, values: torch.dtype, splits: int) -> None:
+        """They are scaled in float32."""
+        weight, x = scaled_weight(70, 1032, values), self.inputs(20, 1032, torch.half) / 64
+        y, scale = self.product(module, x, weight, None, splits), quantize_rows(x, values)[1]
+        assert weight.scale is not None
+        assert y.isfinite().all()
+        assert bool((y.double() / scale.double() / weight.scale.double().T).abs().max() > torch.finfo(torch.half).max)
+        assert not expected_rounded(x, weight, None).wrong(y).any()
+
+    @pytest.mark.parametrize("splits", [1, 2])
+    @pytest.mark.parametrize("mistake", ["a scale", "two scales"])
+    def test_mistakes_are_seen(self, module: types.ModuleType, values: torch.dtype, mistake: str, splits: int) -> None:
+        x, weight = self.inputs(9, 512, torch.bfloat16), scaled_weight(70, 512, values)
+        rounded, scale = quantize_rows(x, values)
+        scales, y = scale[:, 0].clone(), torch.empty(9, 70, dtype=torch.bfloat16)
+        if mistake == "a scale":
+            scales[4] *= 1.05
+        else:
+            scales[4:6] = scales[4:6].clone().flip(0)
+        how = {"number_of_splits": splits, "x_scales": scales}
+        Kernels(module, 1).multiply(rounded.to(x.dtype), layout.prepare(weight), None, y, **how)
+        wrong = expected_rounded(x, weight, None).wrong(y).any(dim=1)
+        assert wrong.nonzero().flatten().tolist() == ([4] if mistake == "a scale" else [4, 5])
+
+    @pytest.mark.parametrize("by_triton", [False, True])
+    def test_the_operator(
+        self, fake: Kernels, values: torch.dtype, by_triton: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Few rows and many, also where torch rounds them; a row that is not finite is NaN, and no other."""
+        monkeypatch.setattr(rounding, "kernel_for", lambda device, values: fake.module if by_triton else None)
+        n, k = 50, 72
+        weight, bias = scaled_weight(n, k, values), normal(n, dtype=torch.float16)
+        prepared = backend.prepare(dataclasses.replace(weight, quantizes_x=True))
+        for shape in ((), (2, 3), (7,), (backend.MOST_ROWS + 1,)):
+            x = normal(*shape, k, dtype=torch.float16)
+            if x.ndim == 2:
+                x[2, 5], x[4, 7] = torch.inf, torch.nan
+            y = ops._sparse24_linear_cuda(x, prepared, bias, n, quantizes_x=True)
+            assert y.shape == (*shape, n)
+            if len(y) > backend.MOST_ROWS:
+                wanted = functional.linear(products_of(x, values), unpack(weight, torch.float16), bias)
+                assert torch.equal(y.isnan(), wanted.isnan())
+                assert torch.equal(y.nan_to_num(), wanted.nan_to_num())
+            else:
+                assert not expected_rounded(x.view(-1, k), weight, bias).wrong(y.view(-1, n)).any()
+            if x.ndim == 2:
+                assert y.isnan().any(1).nonzero().flatten().tolist() == [2, 4]
+                assert y.isnan().all(1).nonzero().flatten().tolist() == [2, 4]
+        assert ops._sparse24_linear_cuda(x[:0], prepared, bias, n, quantizes_x=True).shape == (0, n)
+
+    def test_views(self, fake: Kernels, values: torch.dtype) -> None:
+        weight, wide = scaled_weight(20, 40, values), normal(9 * 80 + 1, dtype=torch.bfloat16)
+        for x in (wide[:-1].view(9, 80)[:, ::2], wide[1:361].view(9, 40)):
+            y = backend.linear(x, backend.prepare(weight), None, 20, quantizes_x=True)
+            assert not expected_rounded(x, weight, None).wrong(y).any()
+
+    def test_it_is_proven_when_a_weight_is_prepared(self, values: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[torch.dtype] = []
+        monkeypatch.setattr(rounding, "prove", lambda device, dtype: asked.append(dtype))
+        weight = scaled_weight(8, 16, values)
+        backend.prepare(weight)
+        assert asked == []
+        backend.prepare(dataclasses.replace(weight, quantizes_x=True))
+        assert asked == [values]
+
+    def test_a_weight_of_16_bits(self, fake: Kernels, values: torch.dtype) -> None:
+        prepared = backend.prepare(random_weight(8, 16, torch.bfloat16))
+        with pytest.raises(ValueError, match="of 8 bits, and these are not"):
+            backend.linear(normal(2, 16, dtype=torch.bfloat16), prepared, None, 8, quantizes_x=True)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128, 4096])
@@ -497,12 +608,18 @@ class TestProof:
         ("values", "damage", "said"),
         [
             *((values, damage, "for 16 rows of x") for values in SCALED for damage in ("scales", "sums")),
+            *(
+                (values, damage, "for 16 rows of x with scales")
+                for values in SCALED
+                for damage in ("x scales", "x sums")
+            ),
             (torch.float8_e4m3fn, "subnormal", "for 16 rows of x"),
             *((values, "dense", "expands weights") for values in SCALED),
         ],
     )
     def test_what_only_8_bits_have(self, module: types.ModuleType, values: torch.dtype, damage: str, said: str) -> None:
-        """The scale of another row, one that counts for each split, small values of float8 that are lost, and a dense value off by one."""
+        """The scale of another row, of the weight and of x, one that counts for each split, small values of float8 that are lost, and a dense
+        value off by one."""
 
         @dataclasses.dataclass(frozen=True)
         class Wrong(Kernels):
@@ -514,6 +631,10 @@ class TestProof:
                     own.scale.copy_(own.scale.roll(1, 0))
                 elif damage == "sums" and more["number_of_splits"] == 2:
                     own.scale.mul_(own.scale)
+                elif damage == "x scales" and more["x_scales"] is not None:
+                    more["x_scales"] = more["x_scales"].roll(1)
+                elif damage == "x sums" and more["x_scales"] is not None and more["number_of_splits"] == 2:
+                    more["x_scales"] = None
                 elif damage == "subnormal":
                     own.values.view(torch.uint8)[own.values.float().abs() < 2**-6] = 0
                 super().multiply(x, prepared, bias, y, **more)

@@ -406,7 +406,7 @@ def test_the_dtype_of_the_values_decides(
     layer = single(plugin, dtype)
     layer.read(tensors_of(weight_of(0, dtype)))
     computed_in, (n, k) = torch.bfloat16, weight_of(0, dtype).shape
-    assert asked == [(computed_in, n, k, dtype, False), (dtype, 1, n, k, None, computed_in)]
+    assert asked == [(computed_in, n, k, dtype, False), (dtype, 1, n, k, None, computed_in, False)]
     assert list(layer._parameters) == ["weight_packed"]
 
     monkeypatch.setattr(tuned, "decision", note(Decision(None, "dense is faster here")))

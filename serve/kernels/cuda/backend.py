@@ -1,9 +1,10 @@
 """Multiplies packed weights on NVIDIA GPUs with the kernels of `src/sparse24.cu`.
 
 Up to `plan.MOST_ROWS` rows of x, the weight is read once, 9/16 of the dense bytes (5/16 where its values are of 8 bits, which become x's
-dtype in registers), straight into the sparse tensor cores. For up
+dtype in registers), straight into the sparse tensor cores. Where x is rounded to values of 8 bits, too, these are multiplied as numbers of
+its dtype, exactly, and the sums by their scales. For up
 to `plan.MOST_PASSES` times as many, it is read again for each such part of x. Above, a kernel expands it, and the product is dense or,
-where it is asked for, cuSPARSELt's (`prefill.py`). Where a second form is kept (`beside.py`), that takes all above `plan.MOST_ROWS`. None is
+where it is asked for, cuSPARSELt's (`prefill.py`): there products of values and scales, of the weight and of x, are rounded to x's dtype. Where a second form is kept (`beside.py`), that takes all above `plan.MOST_ROWS`. None is
 kept of values of 8 bits: it would have 16, more than the bytes that they save, and of which dtype only x says, long after.
 
 Everything that takes time or may fail is done when a weight is prepared: kernels are found in the cache or compiled, and
@@ -35,6 +36,7 @@ from serve.kernels.cuda.compiler import CompilerError
 from serve.kernels.cuda.driver import Config, Driver, DriverError
 from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS, Active, Device, Form
 from serve.kernels.proof import problem
+from serve.kernels.triton import rounding
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Arguments(Structure):
         ("x", c_void_p),
         ("bias", c_void_p),
         ("y", c_void_p),
+        ("x_scales", c_void_p),
         ("rows", c_int),
         ("n", c_int),
         ("k", c_int),
@@ -99,10 +102,12 @@ class Kernels:
         form: Form | None = None,
         splits: int = 0,
         overlap: bool | None = None,
+        x_scales: Tensor | None = None,
     ) -> None:
         """y [rows, n] = x [rows, k] times the weight plus bias, for 1 to `MOST_ROWS` rows.
 
         Args:
+            x_scales: [rows] float32 in a row, that x is to be multiplied by, if its values and the weight's are of 8 bits.
             form: one of `active` that takes so many rows, with ``splits``, into how many blocks the sum along K is cut; left out:
                 what `plan.choose` says.
             overlap: None: as ``self.overlap`` says.
@@ -119,6 +124,7 @@ class Kernels:
         function, how, cut = found
         arguments = Arguments(
             *(prepared.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
+            None if x_scales is None else x_scales.data_ptr(),
             *(rows, n, k, cut, self.code),
         )
         self.driver.launch(function, how, stream, arguments)
@@ -128,7 +134,7 @@ class Kernels:
         n, k = dense.shape
         units = layout.ceil_div(n, layout.UNIT) * layout.ceil_div(k, layout.UNIT)
         how = driver.config(layout.ceil_div(units, plan.EXPAND_WARPS), 32 * plan.EXPAND_WARPS, 0)
-        arguments = Arguments(prepared.data_ptr(), None, None, dense.data_ptr(), 0, n, k, 1, self.code)
+        arguments = Arguments(prepared.data_ptr(), None, None, dense.data_ptr(), None, 0, n, k, 1, self.code)
         self.driver.launch(self.functions["expand_weight"], how, stream, arguments)
 
     def _configured(
@@ -221,7 +227,7 @@ def _kernels(index: int, dtype: torch.dtype, values: torch.dtype | None = None) 
 
 def wrong(kernels: Kernels, device: torch.device, stream: int) -> str | None:
     """What the kernels of a device compute wrongly, or None: a small product by each of them in each cluster, against float64. It is
-    so deep that their pipelines are filled anew, and has an edge.
+    so deep that their pipelines are filled anew, and has an edge. Of values of 8 bits also one by x that is rounded to such.
 
     Done once, when they are loaded, because a kernel that is wrong on some device or driver must not be used there.
 
@@ -232,16 +238,18 @@ def wrong(kernels: Kernels, device: torch.device, stream: int) -> str | None:
         n, k = 72, layout.UNIT * groups * (max(form.stages for form in forms) + 1) + 8
         known = problem(MOST_ROWS, n, k, kernels.dtype, kernels.values)
         prepared = layout.prepare(known.packed).to(device)
-        x, bias = known.x.to(device), known.bias.to(device)
-        for form in forms:
-            for splits in kernels.active[form]:
+        bias = known.bias.to(device)
+        for one in (known,) if kernels.values is None else (known, known.rounded()):
+            x, scales = one.x.to(device), None if one.x_scale is None else one.x_scale.to(device)
+            for form, splits in [(one_of, cut) for one_of in forms for cut in kernels.active[one_of]]:
                 rows = 8 * form.tiles
                 y = torch.full((rows, n), torch.nan, dtype=kernels.dtype, device=device)
-                kernels.multiply(x[:rows], prepared, bias, y, stream, form=form, splits=splits)
-                if not known.is_solved_by(y):
+                of_x = None if scales is None else scales[:rows]
+                kernels.multiply(x[:rows], prepared, bias, y, stream, form=form, splits=splits, x_scales=of_x)
+                if not one.is_solved_by(y):
                     return (
-                        f"the kernel {form.name} for {rows} rows of x, in clusters of {splits}, computes wrongly on this device; "
-                        "please report it, with `halve doctor`"
+                        f"the kernel {form.name} for {rows} rows of x{'' if of_x is None else ' with scales'}, in clusters of {splits}, "
+                        "computes wrongly on this device; please report it, with `halve doctor`"
                     )
     n, k = 72, 328
     known = problem(1, n, k, kernels.dtype, kernels.values)
@@ -309,6 +317,8 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     index, dtype = prepared.device.index or 0, weight.values.dtype
     for of_x in ACTIVATIONS if dtype in LARGEST else (dtype,):
         prefill.prove(prepared.device, of_x)
+    if weight.quantizes_x:
+        rounding.prove(prepared.device, dtype)
     if (
         dtype not in LARGEST
         and prepared.device.type == "cuda"
@@ -336,8 +346,11 @@ def _for_many_rows(kernels: Kernels, prepared: Tensor, shape: tuple[int, int], s
 restore = layout.restore
 
 
-def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, quantizes_x: bool = False) -> Tensor:
     """x [..., K] times the transposed prepared weight [N, K] plus bias [N] -> [..., N], in x's dtype.
+
+    Args:
+        quantizes_x: whether x is rounded to values of 8 bits first, see `compress.packed.PackedWeight`.
 
     Where launches overlap, the weight is read while the kernel before this one on the stream still runs; so whoever writes a prepared
     weight by a kernel waits for it before the first product, as `prepare` does. (Copies from the host are waited for anyway.)
@@ -359,6 +372,8 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
     behind = 0 if values is not None else length - layout.prepared_bytes(n, k)
     if prepared.dtype is not torch.uint8 or behind < 0 or prepared.data_ptr() % 16:
         raise ValueError(f"{_described(prepared)} is no prepared weight [{n}, {k}]")
+    if quantizes_x and values is None:
+        raise ValueError("x is rounded where the weight's values are of 8 bits, and these are not")
     if behind:
         beside.find(prepared, n, k, x.dtype)
     if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.device != device):
@@ -368,17 +383,23 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
         raise RuntimeError(kernels)
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device.index):
-            return _linear(kernels, x, prepared, bias, n)
-    return _linear(kernels, x, prepared, bias, n)
+            return _linear(kernels, x, prepared, bias, n, quantizes_x)
+    return _linear(kernels, x, prepared, bias, n, quantizes_x)
 
 
-def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, quantizes_x: bool) -> Tensor:
     shape = x.shape
     rows, k = x.numel() // shape[-1], shape[-1]
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
     bias = bias if bias is None else bias.contiguous()
     if rows > MOST_ROWS and kernels.values is None and prepared.numel() > layout.prepared_bytes(n, k):
         return beside.linear(aligned(x).view(rows, k), prepared, bias, n, stream).view(*shape[:-1], n)
+    scales = None
+    if quantizes_x:
+        assert kernels.values is not None
+        # By a dense product there is nothing to scale the sums by, and in float16 they might be infinite.
+        form = rounding.Form.PRODUCTS if rows > MOST_PASSES * MOST_ROWS else rounding.Form.NUMBERS
+        x, scales = rounding.round_rows(aligned(x).view(rows, k), kernels.values, form)
     try:
         if rows > MOST_PASSES * MOST_ROWS:
             dense = x.new_empty(n, k)
@@ -389,10 +410,11 @@ def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, 
         if y.numel():
             flat, result = aligned(x).view(rows, k), y.view(rows, n)
             if rows <= MOST_ROWS:
-                kernels.multiply(flat, prepared, bias, result, stream)
+                kernels.multiply(flat, prepared, bias, result, stream, x_scales=scales)
             else:
-                for part, into in zip(flat.split(MOST_ROWS), result.split(MOST_ROWS), strict=True):
-                    kernels.multiply(part, prepared, bias, into, stream)
+                of_x = itertools.repeat(None) if scales is None else scales.split(MOST_ROWS)
+                for part, into, own in zip(flat.split(MOST_ROWS), result.split(MOST_ROWS), of_x, strict=False):
+                    kernels.multiply(part, prepared, bias, into, stream, x_scales=own)
     except DriverError as error:
         raise RuntimeError(str(error)) from error
     return y
@@ -402,4 +424,4 @@ def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
-assert ctypes.sizeof(Arguments) == 56
+assert ctypes.sizeof(Arguments) == 64

@@ -2,7 +2,8 @@
 
 They do not run on AMD's GPUs, and on NVIDIA's where NVRTC is missing, refuses, or its kernels prove wrong. The weight is read as it is stored, expanded
 in registers and multiplied densely, in x's dtype whatever that of its values is, so few rows of x gain by the bytes that need not be read. For more than `MOST_ROWS` the weight
-is expanded once for all, and torch multiplies.
+is expanded once for all, and torch multiplies. Where x is rounded to values of 8 bits, they are numbers of its dtype as well, and their scales
+multiply the sums; for more than `MOST_ROWS` the products of values and scales are rounded to its dtype.
 
 Triton compiles when a kernel is first launched and keeps the result on disk. All that it compiles for a dtype of values, with any dtype
 of x, is launched, and compared with float64, before a weight is prepared.
@@ -11,6 +12,7 @@ of x, is launched, and compared with float64, before a weight is prepared.
 from __future__ import annotations
 
 import importlib
+import itertools
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +27,7 @@ from compress.packed import LARGEST, PackedWeight
 from serve import support
 from serve.kernels.aligned import aligned
 from serve.kernels.proof import problem
-from serve.kernels.triton import layout
+from serve.kernels.triton import layout, rounding
 
 MOST_ROWS = 512
 """Of x, for the kernel that expands in registers: each 128 rows expand the weight anew. By reasoning, not by measurement."""
@@ -81,11 +83,19 @@ class Kernels:
     amd: bool = False
 
     def multiply(
-        self, x: Tensor, prepared: Tensor, bias: Tensor | None, y: Tensor, *, number_of_splits: int = 0
+        self,
+        x: Tensor,
+        prepared: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        *,
+        number_of_splits: int = 0,
+        x_scales: Tensor | None = None,
     ) -> None:
         """y [rows, n] = x [rows, k] times the prepared weight plus bias; all in a row in memory and from a multiple of 16 bytes on.
 
         Args:
+            x_scales: [rows] float32, that x is to be multiplied by, if its values and the weight's are of 8 bits.
             number_of_splits: of the sum along K; 0: what `splits` says.
         """
         (rows, k), n = x.shape, y.shape[1]
@@ -95,9 +105,10 @@ class Kernels:
         split = number_of_splits or splits(cut, rows, n, k, self.processors)
         sums = y if split == 1 else x.new_empty(split, rows, n, dtype=torch.float32)
         added = x if bias is None else bias  # (a pointer is needed, and not looked at)
+        of_x = scales if x_scales is None else x_scales
         self.module.multiply[-(-n // cut.outputs), -(-rows // cut.rows), split](
-            *(x, _header(prepared), values, weight.mask, scales, added, sums, rows, n, k // unit, split),
-            *(int(split == 1), int(bias is not None and split == 1)),
+            *(x, _header(prepared), values, weight.mask, scales, of_x, added, sums, rows, n, k // unit, split),
+            *(int(split == 1), int(x_scales is not None and split == 1), int(bias is not None and split == 1)),
             UNIT=unit,
             ROWS=cut.rows,
             OUTPUTS=cut.outputs,
@@ -109,7 +120,9 @@ class Kernels:
         )
         if split > 1:
             self.module.add_splits[(-(-rows * n // _SIZE),)](
-                *(sums, scales, added, y, rows * n, n, split, int(bias is not None)), SIZE=_SIZE, CODE=code
+                *(sums, scales, of_x, added, y, rows * n, n, split, int(x_scales is not None), int(bias is not None)),
+                SIZE=_SIZE,
+                CODE=code,
             )
 
     def expand(self, prepared: Tensor, dense: Tensor) -> None:
@@ -185,21 +198,23 @@ def _without_matrix_units(properties: Any, amd: bool) -> str | None:
 
 def wrong(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str | None:
     """What the kernels compute wrongly on a device of values of a dtype, or None: small products by each of them, with each dtype that x may
-    have, against float64."""
+    have, against float64, of values of 8 bits also by x that is rounded to such."""
     scaled = dtype if dtype in LARGEST else None
     for of_x in (dtype,) if scaled is None else layout.ACTIVATIONS:
         for n, k in ((200, 328), (192, 1024)):  # both units of columns
             known = problem(128, n, k, of_x, scaled)
             prepared = layout.prepare(known.packed).to(device)
-            x, bias = known.x.to(device), known.bias.to(device)
-            for rows in (16, 32, 64, 128):
-                for number_of_splits in (1, 2):
+            bias = known.bias.to(device)
+            for one in (known,) if scaled is None else (known, known.rounded()):
+                x, scales = one.x.to(device), None if one.x_scale is None else one.x_scale.to(device)
+                for rows, number_of_splits in itertools.product((16, 32, 64, 128), (1, 2)):
                     y = torch.full((rows, n), torch.nan, dtype=of_x, device=device)
-                    kernels.multiply(x[:rows], prepared, bias, y, number_of_splits=number_of_splits)
-                    if not known.is_solved_by(y):
+                    own = None if scales is None else scales[:rows]
+                    kernels.multiply(x[:rows], prepared, bias, y, number_of_splits=number_of_splits, x_scales=own)
+                    if not one.is_solved_by(y):
                         return (
-                            f"Triton's kernel for {rows} rows of x computes wrongly on this device; please report it, with "
-                            "`halve doctor`"
+                            f"Triton's kernel for {rows} rows of x{'' if own is None else ' with scales'} computes wrongly on this "
+                            "device; please report it, with `halve doctor`"
                         )
             dense = torch.full((n, k), torch.nan, dtype=of_x, device=device)
             kernels.expand(prepared, dense)
@@ -215,11 +230,21 @@ def reason(dtype: torch.dtype, rows: int) -> str:
     return f"the weight is expanded, then multiplied densely: Triton's kernel takes up to {MOST_ROWS} rows of x"
 
 
-prepare, restore = layout.prepare, layout.restore
+def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
+    """The bytes of a packed weight [N, K], [bytes] uint8, on its device; see `layout.prepare`."""
+    if weight.quantizes_x:
+        rounding.prove(weight.values.device, weight.values.dtype)
+    return layout.prepare(weight, name)
 
 
-def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
+restore = layout.restore
+
+
+def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, quantizes_x: bool = False) -> Tensor:
     """x [..., K] times the transposed prepared weight [N, K] plus bias [N] -> [..., N], in x's dtype.
+
+    Args:
+        quantizes_x: whether x is rounded to values of 8 bits first, see `compress.packed.PackedWeight`.
 
     Raises:
         ValueError: x, the prepared weight and the bias do not belong together; says what is wrong. A weight of the other
@@ -235,25 +260,35 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
         raise ValueError(
             f"a bias of {n} numbers in {x.dtype} on {x.device} is needed, this is {bias.dtype} {list(bias.shape)}"
         )
-    kernels = _kernels(
-        x.device.index, layout.parts(prepared, n, k, x.dtype).values.dtype
-    )  # raises where it is another weight
+    values = layout.parts(prepared, n, k, x.dtype).values.dtype  # raises where it is another weight
+    if quantizes_x and values not in LARGEST:
+        raise ValueError("x is rounded where the weight's values are of 8 bits, and these are not")
+    kernels, rounded_to = _kernels(x.device.index, values), values if quantizes_x else None
     if isinstance(kernels, str):
         raise RuntimeError(kernels)
     if torch.cuda.current_device() == x.device.index:
-        return _linear(kernels, x, prepared, bias, n)
+        return _linear(kernels, x, prepared, bias, n, rounded_to)
     with torch.cuda.device(x.device.index):
-        return _linear(kernels, x, prepared, bias, n)
+        return _linear(kernels, x, prepared, bias, n, rounded_to)
 
 
-def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    k = x.shape[-1]
-    if n and x.numel() > MOST_ROWS * k:
+def _linear(
+    kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, rounded_to: torch.dtype | None
+) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], n)
+    if not y.numel():
+        return y
+    k, scales = x.shape[-1], None
+    many = x.numel() > MOST_ROWS * k
+    if rounded_to is not None:
+        # By a dense product there is nothing to scale the sums by, and in float16 they might be infinite.
+        form = rounding.Form.PRODUCTS if many else rounding.Form.NUMBERS
+        rounded, scales = rounding.round_rows(aligned(x).view(-1, k), rounded_to, form)
+        x = rounded.view(x.shape)
+    if many:
         dense = x.new_empty(n, k)
         kernels.expand(prepared, dense)
         return functional.linear(x, dense, bias)
-    y = x.new_empty(*x.shape[:-1], n)
-    if y.numel():
-        added = None if bias is None else aligned(bias)
-        kernels.multiply(aligned(x).view(-1, k), prepared, added, y.view(-1, n))
+    added = None if bias is None else aligned(bias)
+    kernels.multiply(aligned(x).view(-1, k), prepared, added, y.view(-1, n), x_scales=scales)
     return y

@@ -3,7 +3,8 @@
 Only what `compress.packed` stores is read, of 16-bit values 9/16 of the dense bytes, of 8-bit ones 5/16. Nothing here belongs to one vendor.
 
 Values of 8 bits are made numbers by integer arithmetic on their bits, because GPUs before Hopper, and AMD's, convert other kinds of float8 or none.
-They are exact in x's dtype, and so are products of them in float32; what is rounded is their sum times the scale of its row.
+They are exact in x's dtype, and so are products of them in float32; what is rounded is their sum times the scale of its row. Where x is
+rounded to such values, too, it comes as numbers of its dtype, with a scale for each row.
 
 A kernel is compiled for each combination of what Triton specialises on, so there is little of that: sizes and switches are plain
 arguments, and K is given in units of 8 columns, or of 128 where it can be, so that the compiler sees that rows begin at multiples of 16
@@ -18,10 +19,13 @@ import torch
 import triton
 import triton.language as tl
 
+from compress.packed import LARGEST
 from serve.kernels.triton import layout
 
 INT8 = tl.constexpr(layout.CODES[torch.int8])
 FLOAT8 = tl.constexpr(layout.CODES[torch.float8_e4m3fn])
+LARGEST_INT8 = tl.constexpr(LARGEST[torch.int8])
+LARGEST_FLOAT8 = tl.constexpr(LARGEST[torch.float8_e4m3fn])
 
 
 @triton.jit
@@ -62,13 +66,14 @@ def is_weight(header, n, k, MAGIC: tl.constexpr, CODE: tl.constexpr):
     return (magic == MAGIC) & (code == CODE) & (tl.load(header + 2) == n) & (tl.load(header + 3) == k)
 
 
-@triton.jit(do_not_specialize=["rows", "n", "units", "splits", "has_scales", "has_bias"])
+@triton.jit(do_not_specialize=["rows", "n", "units", "splits", "has_scales", "has_x_scales", "has_bias"])
 def multiply(
     x,
     header,
     values,
     mask,
     scales,
+    x_scales,
     bias,
     y,
     rows,
@@ -76,6 +81,7 @@ def multiply(
     units,
     splits,
     has_scales,
+    has_x_scales,
     has_bias,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -84,7 +90,8 @@ def multiply(
     MAGIC: tl.constexpr,
     CODE: tl.constexpr,
 ):
-    """y [R, N] = x [R, K = units UNIT] times the weight (``values`` [N, K/2], ``mask`` [N, K/8] bytes, of 8-bit values ``scales`` [N]) plus
+    """y [R, N] = x [R, K = units UNIT] times the weight (``values`` [N, K/2], ``mask`` [N, K/8] bytes, of 8-bit values ``scales`` [N], and
+    ``x_scales`` [R] of x) plus
     bias [N]; or, with more than one split, y [splits, R, N] float32: the sums over each share of K, without scales and bias. NaN if the
     header says otherwise."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -121,6 +128,8 @@ def multiply(
         sums = tl.dot(expanded(pairs, bytes_, OUTPUTS, DEPTH), inputs, sums)
 
     if CODE >= INT8:
+        # (in this order: by one it stays what it is, and the second product and the bias may be one operation as without it)
+        sums *= tl.load(x_scales + row, mask=row < rows * has_x_scales, other=1.0)[None, :]
         sums *= tl.load(scales + output, mask=output < n * has_scales, other=1.0)[:, None]
     sums += tl.load(bias + output, mask=output < n * has_bias, other=0.0).to(tl.float32)[:, None]
     sums = tl.where(is_weight(header, n, k, MAGIC, CODE), sums, float("nan"))
@@ -128,15 +137,30 @@ def multiply(
     tl.store(y + place, sums.to(y.dtype.element_ty), mask=is_output[:, None] & is_row[None, :])
 
 
-@triton.jit(do_not_specialize=["total", "n", "splits", "has_bias"])
-def add_splits(sums, scales, bias, y, total, n, splits, has_bias, SIZE: tl.constexpr, CODE: tl.constexpr):
-    """y [total = R N] = ``sums`` [splits, R N] added up, in the order of the splits, of 8-bit values times ``scales`` [N], plus bias [N]."""
+@triton.jit(do_not_specialize=["total", "n", "splits", "has_x_scales", "has_bias"])
+def add_splits(
+    sums,
+    scales,
+    x_scales,
+    bias,
+    y,
+    total,
+    n,
+    splits,
+    has_x_scales,
+    has_bias,
+    SIZE: tl.constexpr,
+    CODE: tl.constexpr,
+):
+    """y [total = R N] = ``sums`` [splits, R N] added up, in the order of the splits, of 8-bit values times ``x_scales`` [R] and ``scales`` [N],
+    plus bias [N]."""
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < total
     result = tl.zeros((SIZE,), dtype=tl.float32)
     for split in range(splits):
         result += tl.load(sums + split * total.to(tl.int64) + place, mask=inside, other=0.0)
     if CODE >= INT8:
+        result *= tl.load(x_scales + place // n, mask=place < total * has_x_scales, other=1.0)
         result *= tl.load(scales + place % n, mask=inside, other=0.0)
     result += tl.load(bias + place % n, mask=place < total * has_bias, other=0.0).to(tl.float32)
     tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
@@ -176,3 +200,69 @@ def expand(
         tile.to(dense.dtype.element_ty),
         mask=is_output & (column < k)[None, :],
     )
+
+
+@triton.jit
+def nearest(numbers, CODE: tl.constexpr):
+    """The nearest values of 8 bits, ties to even, of float32 that are within their range; in float32, in which they are exact."""
+    if CODE == INT8:
+        # Between 2^23 and 2^24 the integers are all there is. (Zero comes out as +0.0, as an integer has it.)
+        result = (numbers + 12582912.0) - 12582912.0
+    else:
+        # The same where what there is are multiples of the step between a number's neighbours, an eighth of its power of two and at least
+        # 2^-9: so behind 1.5 x 2^20 of these powers. The sign is kept, of zeros too.
+        bits = numbers.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        power = tl.maximum(size & 0x7F800000, 121 << 23)  # 2^-6
+        behind = ((power + (20 << 23)) | 0x400000).to(tl.float32, bitcast=True)
+        size = (size.to(tl.float32, bitcast=True) + behind) - behind
+        result = (size.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    return result
+
+
+@triton.jit
+def stored(values, CODE: tl.constexpr):
+    """The bytes of values of 8 bits, which come in float32: the inverse of `numbers`."""
+    if CODE == INT8:
+        result = values.to(tl.int32).to(tl.uint8)
+    else:
+        # Where the exponent counts from 120 less, exponent and fraction are at the same places from bit 20 on, subnormal ones too.
+        bits = values.to(tl.int32, bitcast=True)
+        small = (values * 7.52316384526264e-37).to(tl.int32, bitcast=True)  # 2^-120
+        result = (((small >> 20) & 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return result
+
+
+@triton.jit(do_not_specialize=["units"])
+def round_rows(x, values, scales, units, CODE: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK: tl.constexpr):
+    """``values`` [R, K = 8 units] and ``scales`` [R] float32 of x [R, K], as `compress.packed.quantize_rows` has them: the values as bytes
+    where ``values`` are uint8, else as numbers of x's dtype, with ``PRODUCTS`` times the scale and rounded once. A block a row."""
+    k = units * 8
+    row = tl.program_id(0)
+    x += row.to(tl.int64) * k
+    values += row.to(tl.int64) * k
+    # As integers the bits of sizes have the order of the sizes, then infinity, then NaN, which no comparison loses.
+    largest = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, k, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inputs = tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, inputs.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    found = tl.maximum(tl.max(largest, axis=0), 27 << 23)  # 2^-100
+    is_finite = found < 0x7F800000
+    size = tl.where(is_finite, found, 127 << 23).to(tl.float32, bitcast=True)
+    end = tl.zeros_like(size) + (LARGEST_INT8 if CODE == INT8 else LARGEST_FLOAT8)
+    scale = tl.where(is_finite, tl.div_rn(size, end), float("nan"))
+    inverse = tl.div_rn(end, size)
+    tl.store(scales + row, scale)
+    for start in range(0, k, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inputs = tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
+        # (what limits them also keeps the compiler from making one operation, which rounds once, of this product and a sum)
+        inside = tl.minimum(tl.maximum(tl.where(is_finite, inputs * inverse, 0.0), -end), end)
+        rounded = nearest(inside, CODE)
+        if PRODUCTS:
+            rounded *= scale
+        if values.dtype.element_ty == tl.uint8:
+            tl.store(values + column, stored(rounded, CODE), mask=column < k)
+        else:
+            tl.store(values + column, rounded.to(values.dtype.element_ty), mask=column < k)

@@ -152,6 +152,12 @@ HALVE_DEVICE Quad load_inputs_now(const void* from) {
   return v;
 }
 
+HALVE_DEVICE float load_number_now(const float* from) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
+  return v;
+}
+
 // --- Between the lanes of a warp ----------------------------------------------------------------------------------
 
 HALVE_DEVICE u32 from_lane(u32 value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }

@@ -11,7 +11,8 @@
 //
 // Values of 8 bits take half of that, 5 blocks: those of [column half][32 rows], the fragments of the upper and of the lower 16
 // rows, then the metadata. They are made x's dtype in registers, exactly, by some instructions for two of them, and what is left to do for
-// the sums of products is one multiplication by the scale of their row. All scales, float32, follow the last unit.
+// the sums of products is one multiplication by the scale of their row. All scales, float32, follow the last unit. Where x was rounded to
+// values of 8 bits, too, the sums are multiplied by the scale of its row before that.
 //
 // How the work is cut. A block of threads has some neighbouring panels and a part of k; `splits` blocks, a cluster, share
 // panels and add up what they have through each other's shared memory. In a block, `Groups` groups of warps take units in
@@ -47,6 +48,9 @@ struct Arguments {
   const u16* x;     // [rows, k], aligned to 16 bytes; k is a multiple of 8
   const u16* bias;  // [n] or null
   u16* y;           // [rows, n]
+  // [rows] or null: x holds values of 8 bits as its own dtype has them, and what is multiplied is these times the scale of their row.
+  // Looked at only where the weight's values have scales, too.
+  const float* x_scales;
   int rows, n, k;
   int splits;  // blocks in a cluster
   u32 dtype;   // of the weight's values; if it has others, every output is NaN
@@ -298,7 +302,10 @@ HALVE_DEVICE void multiply(const Arguments& call) {
     sync_cluster();
   }
   for (int four = split * kThreads + thread; four < fours; four += call.splits * kThreads) {
-    float total[4] = {};
+    float total[4] = {}, of_x = 1;
+    if constexpr (Stored<V>::kScaled) {
+      if (call.x_scales) of_x = load_number_now(call.x_scales + four / kFours);
+    }
     if (call.splits > 1) {
       for (int other = 0; other < call.splits; ++other) add(total, load_shared_of(place(four), other));
     } else {
@@ -306,7 +313,8 @@ HALVE_DEVICE void multiply(const Arguments& call) {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (Stored<V>::kScaled) total[i] *= as_float(scales.word[i]);
+      // (in this order: by one it stays what it is, and the second product and the bias may be one operation as without it)
+      if constexpr (Stored<V>::kScaled) total[i] = total[i] * of_x * as_float(scales.word[i]);
       if (call.bias && own_row + i < call.n) total[i] += to_float<T>(call.bias[own_row + i]);
       if (!right) total[i] = as_float(0x7fffffff);
     }
