@@ -130,7 +130,7 @@ class Weights:
             result["wide"] = lambda x: wide.linear(x, next(self.dense), None)
         if (of_bytes := self.bytes) is not None:
             rounded = torch.randint(-127, 128, (rows, self.k), dtype=torch.int8)
-            result["bytes"] = lambda x: torch._int_mm(rounded, next(of_bytes).T)
+            result["bytes"] = lambda x: torch.ops.aten._int_mm(rounded, next(of_bytes).T)
         return result
 
     def _frozen(self, rows: int) -> list[Tensor]:
