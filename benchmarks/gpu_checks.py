@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from torch.nn import functional
 from compress import fused
 from compress.columns import prune_columns
 from compress.linalg import inverse_factor
-from compress.packed import LARGEST, PATTERN, PackedWeight, quantize, unpack, unpack_bits
+from compress.packed import LARGEST, PATTERN, PackedWeight, quantize, quantize_rows, unpack, unpack_bits
 from compress.patterns import UnstructuredPattern
 from serve.kernels import ops, plain
 from serve.kernels.cuda import backend, layout, plan
 from serve.kernels.triton import backend as triton
+from serve.kernels.triton import rounding
 
 DTYPES = (torch.bfloat16, torch.float16)
 SCALED = tuple(LARGEST)
@@ -41,6 +43,8 @@ FAMILIES = {
 DEEP = (1000, 4104)
 ODD = ((1, 8), (65, 72), (130, 520), (257, 2056))
 """Weights with values of 8 bits [N, K] for every kernel, and for the operator."""
+ROUNDED = ((1, 8), (70, 264), (300, 14336), (2048, 4096))
+"""x that is rounded to values of 8 bits [rows, K]."""
 
 _PATTERNS = (3, 5, 6, 9, 10, 12)
 
@@ -76,6 +80,18 @@ def exact(weight: PackedWeight) -> Tensor:
 
 def random_input(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
     return torch.randn(rows, k, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
+
+
+def uneven_input(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    """Rows of five sizes in turn, so that no two next to each other have scales that are alike."""
+    sizes = torch.exp2(torch.arange(rows, device="cuda") % 5 - 2.0)[:, None]
+    return (random_input(rows, k, torch.float32, seed) * sizes).to(dtype)
+
+
+def rounded_input(x: Tensor, values: torch.dtype) -> Tensor:
+    """What is multiplied where x is rounded to values of 8 bits, in float64."""
+    rounded, scale = quantize_rows(x, values)
+    return rounded.double() * scale.double()
 
 
 def check(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None, what: str) -> None:
@@ -374,8 +390,79 @@ def of_8_bits() -> None:
                 raise WrongError(f"the expanded weight [{n}, {k}], {what}, is wrong")
 
 
+def rounding_of_x() -> None:
+    """x rounded to values of 8 bits: the Triton kernel, and torch's operators on the GPU, have the bits of torch's on the processor."""
+    for values, dtype in itertools.product(SCALED, DTYPES):
+        module = rounding.kernel_for(torch.device("cuda"), values)
+        if module is None:
+            raise WrongError("Triton's kernel that rounds x cannot be used; the log says why")
+        inputs = [rounding.hard_rows(k, dtype, values).to("cuda") for k in (8, 264, rounding.BLOCK + 8)]
+        inputs += [uneven_input(rows, k, dtype) for rows, k in ROUNDED]
+        for x, form in itertools.product(inputs, rounding.Form):
+            right, what = (
+                rounding.by_torch(x.cpu(), values, form),
+                f"x {list(x.shape)} in {dtype}, rounded to {values}, {form.name}",
+            )
+            poison(x.numel(), dtype)
+            found = {"Triton": rounding.launch(module, x, values, form), "torch": rounding.by_torch(x, values, form)}
+            for name, pair in found.items():
+                if not all(rounding.is_same(own.cpu(), one) for own, one in zip(pair, right, strict=True)):
+                    raise WrongError(f"{what}: {name} on the GPU has other bits than torch on the processor")
+
+
+def rounded_x() -> None:
+    """Products of x that is rounded to values of 8 bits: every kernel in every cluster, and all ways through the operator, also from a graph
+    and for rows that are not finite."""
+    for values, dtype in itertools.product(SCALED, DTYPES):
+        kernels, what = loaded(dtype, values), f"values and x in {values}, {dtype}"
+        n, k = DEEP
+        weight = replace(random_scaled(n, k, values), quantizes_x=True)
+        prepared, dense = backend.prepare(weight), exact(weight)
+        for form, clusters in kernels.active.items():
+            x = uneven_input(8 * form.tiles, k, dtype)
+            numbers, scales = rounding.round_rows(x, values)
+            for splits in clusters:
+                how = {"form": form, "splits": splits, "x_scales": scales}
+                y = product(kernels, numbers, prepared, None, n, **how)
+                check(y, rounded_input(x, values), dense, None, f"{form.name}, {splits} splits, {what}")
+        for n, k in ODD:
+            weight = replace(random_scaled(n, k, values, n), quantizes_x=True)
+            prepared, bias = backend.prepare(weight), random_input(1, n, dtype)[0]
+            for count in (1, 9, 17, 64, 65, 256, 257, 1000):
+                x, added = uneven_input(count, k, dtype, count), bias if count % 2 else None
+                poison(count * n, dtype)
+                _check_rounded(x, prepared, weight, added, f"{count} rows, [{n}, {k}], {what}")
+        x = uneven_input(9, k, dtype)
+        x[2, 1], x[5, 0] = torch.inf, torch.nan
+        bad = torch.tensor([row in (2, 5) for row in range(9)], device="cuda")
+        y = ops.sparse24_linear(x, prepared, None, n, True)
+        if not torch.equal(y.isnan(), bad[:, None].expand_as(y)):
+            raise WrongError(f"{what}: a row of x that is not finite gives numbers, or another row does not")
+        for count in (9, 300):
+            x = uneven_input(count, k, dtype)
+            once = ops.sparse24_linear(x, prepared, None, n, True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = ops.sparse24_linear(x, prepared, None, n, True)
+            graph.replay()
+            torch.cuda.synchronize()
+            if not torch.equal(y, once):
+                raise WrongError(f"{count} rows, {what}: another result from a graph")
+
+
+def _check_rounded(x: Tensor, prepared: Tensor, weight: PackedWeight, bias: Tensor | None, what: str) -> None:
+    """One product of the operator; of many rows, whose products of values and scales are rounded, torch's of these."""
+    y = ops.sparse24_linear(x, prepared, bias, weight.shape[0], True)
+    if len(x) <= plan.MOST_PASSES * plan.MOST_ROWS:
+        return check(y, rounded_input(x, weight.values.dtype), exact(weight), bias, what)
+    inputs = rounding.by_torch(x, weight.values.dtype, rounding.Form.PRODUCTS)[0]
+    if not torch.equal(y, functional.linear(inputs, plain.expand(replace(weight, quantizes_x=False), x.dtype), bias)):
+        raise WrongError(f"{what}: not the dense product of values times scales")
+    return None
+
+
 def in_triton_of_8_bits() -> None:
-    """The Triton kernels for values of 8 bits, by both dtypes of x."""
+    """The Triton kernels for values of 8 bits, by both dtypes of x, as it is and rounded to such values."""
     for values in SCALED:
         if refusal := triton.why_not(torch.device("cuda"), values):
             raise WrongError(f"the triton backend cannot be used: {refusal}")
@@ -385,7 +472,11 @@ def in_triton_of_8_bits() -> None:
             for dtype, count in itertools.product(DTYPES, (1, 17, 64, 200)):
                 x, bias = random_input(count, k, dtype, count), random_input(1, n, dtype)[0]
                 y = ops.sparse24_linear(x, prepared, bias, n)
-                check(y, x, dense, bias, f"Triton, {count} rows, weight [{n}, {k}] in {values}, x in {dtype}")
+                what = f"Triton, {count} rows, weight [{n}, {k}] in {values}, x in {dtype}"
+                check(y, x, dense, bias, what)
+                x = uneven_input(count, k, dtype, count)
+                y = ops.sparse24_linear(x, prepared, bias, n, True)
+                check(y, rounded_input(x, values), dense, bias, f"{what}, rounded")
 
 
 def in_triton() -> None:
@@ -458,12 +549,18 @@ CHECKS: tuple[Callable[[], None], ...] = (
     chained_overlap,
     expansion,
     of_8_bits,
+    rounded_x,
     families,
 )
 """Of the kernels on sparse tensor cores."""
 
 
-WITHOUT_THEM: tuple[Callable[[], None], ...] = (in_triton, in_triton_of_8_bits, pruning)
+WITHOUT_THEM: tuple[Callable[[], None], ...] = (
+    rounding_of_x,
+    in_triton,
+    in_triton_of_8_bits,
+    pruning,
+)
 """Of what runs where those do not, too."""
 
 

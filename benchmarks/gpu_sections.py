@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -33,11 +34,14 @@ from compress.packed import PATTERN
 from serve.kernels import ops, plain
 from serve.kernels.cuda import backend, cusparselt, plan
 from serve.kernels.triton import backend as triton_backend
+from serve.kernels.triton import rounding
 
 # --- Sections -------------------------------------------------------------------------------------------------------
 
 
 COPIED_BYTES = 1 << 30
+MANY_OF_8_BITS = 2048
+"""Rows of x: of a prompt, where values are of 8 bits."""
 PRUNED = ((6144, 4096), (28672, 4096), (4096, 14336))
 """[N, K]"""
 
@@ -62,7 +66,7 @@ def checks(run: Run) -> None:
 
 def rest(run: Run) -> None:
     """The checks that take longer."""
-    done = (*gpu_checks.FIRST, gpu_checks.of_8_bits)
+    done = (*gpu_checks.FIRST, gpu_checks.of_8_bits, gpu_checks.rounded_x)
     _check(run, [check for check in gpu_checks.CHECKS if check not in done])
 
 
@@ -107,23 +111,32 @@ def decode(run: Run) -> None:
 
 
 def scaled(run: Run) -> None:
-    """Few rows by weights with values of 8 bits, beside those with 16 and the faster dense product: first whether they are right."""
-    _check(run, [gpu_checks.of_8_bits])
+    """Rows by weights with values of 8 bits, x as it is (``int8``) and rounded to such values, too (``int8, x too``), beside those with 16 and
+    the faster dense product: first whether they are right."""
+    _check(run, [gpu_checks.of_8_bits, gpu_checks.rounding_of_x, gpu_checks.rounded_x])
     for n, k in SHAPES[:3]:
-        if not run.has_time(f"scaled {n}x{k}", 8):
+        if not run.has_time(f"scaled {n}x{k}", 15):
             continue
         weights = Weights(n, k)
         prepared, rights = {}, {}
         for values in gpu_checks.SCALED:
-            weight, name = gpu_checks.random_scaled(n, k, values), str(values).removeprefix("torch.")
-            prepared[name], rights[name] = copies(backend.prepare(weight)), plain.expand(weight)
-        for rows in ROWS[:3]:
+            weight = gpu_checks.random_scaled(n, k, values)
+            prepared[values], rights[values] = copies(backend.prepare(weight)), plain.expand(weight)
+            rounding.prove(torch.device("cuda"), values)
+        for rows in (*ROWS[:3], MANY_OF_8_BITS):
             x = gpu_checks.random_input(rows, k, DTYPE)
-            what, sides = f"scaled {n}x{k}, {rows} rows", {"2:4": weights.sparse_calls(x), **dense_sides(weights, x)}
-            for name, own in prepared.items():
-                calls: list[Call] = [lambda w=w, x=x, n=n: ops.sparse24_linear(x, w, None, n) for w in cycled(own)]
-                if run.right(f"{what}, {name}", calls[0], x, rights[name]):
-                    sides[name] = calls
+            what, sides = f"scaled {n}x{k}, {rows} rows", dense_sides(weights, x)
+            sides = {"2:4": enough(weights.sparse_calls(x), x), **sides}
+            # (What is expanded is multiplied by torch, whose roundings are not ours to judge.)
+            passes = rows <= plan.MOST_PASSES * plan.MOST_ROWS
+            for (values, own), too in itertools.product(prepared.items(), (False, True)):
+                calls: list[Call] = [
+                    lambda w=w, x=x, n=n, too=too: ops.sparse24_linear(x, w, None, n, too) for w in cycled(own)
+                ]
+                inputs = gpu_checks.rounded_input(x, values) if too else x
+                name = str(values).removeprefix("torch.") + (", x too" if too else "")
+                if not passes or run.right(f"{what}, {name}", calls[0], inputs, rights[values]):
+                    sides[name] = enough(calls, x)
             run.add("scaled", {"n": n, "k": k, "rows": rows, **run.compare(what, sides, 7)})
         del weights, prepared, rights
 

@@ -22,6 +22,8 @@ from serve.kernels import ops
 from serve.kernels.cpu import build
 from serve.kernels.cuda import backend, cusparselt, driver, layout, plan
 from serve.kernels.cuda.driver import Driver
+from serve.kernels.triton import rounding
+from tests.interpreted import interpreted
 from tests.serve.cuda_emulation import DTYPES, NAMES, compile_emulator, needs_compiler
 
 pytestmark = needs_compiler
@@ -133,6 +135,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     for module in (gpu_run, gpu_sections):
         monkeypatch.setattr(module, "SHAPES", SHAPES)
     monkeypatch.setattr(gpu_sections, "ROWS", (1, 64))
+    monkeypatch.setattr(gpu_sections, "MANY_OF_8_BITS", 300)
     monkeypatch.setattr(gpu_prefill, "ROWS", (80, 300))
     monkeypatch.setattr(gpu_prefill, "MANY_SHAPES", SHAPES)
     monkeypatch.setattr(gpu_sections, "PRUNED", ((64, 64),))
@@ -141,6 +144,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
         monkeypatch.setattr(gpu_sections, name, lambda call: (call(), 1.0)[1])
     monkeypatch.setattr(gpu_checks, "DEEP", (70, 200))
     monkeypatch.setattr(gpu_checks, "ODD", ((9, 72),))
+    monkeypatch.setattr(gpu_checks, "ROUNDED", ((1, 8), (7, 264)))
+    monkeypatch.setattr(rounding, "kernel_for", lambda device, values: None)
     monkeypatch.setattr(gpu_checks, "FIRST", (gpu_checks.packing,))
     monkeypatch.setattr(gpu_checks, "CHECKS", (gpu_checks.packing, gpu_checks.adversarial))
     for name, value in {"HEADS": 4, "KEY_HEADS": 2, "DEPTH": 16, "HIDDEN": 64, "INTERMEDIATE": 128}.items():
@@ -151,6 +156,45 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     with OnTheProcessor():
         yield monkeypatch
     ctypes.c_int.in_dll(emulator.library, "emulated_blocks_at_once").value = 264
+
+
+@pytest.mark.parametrize("mistake", [False, True])
+def test_the_check_of_rounding(machine: pytest.MonkeyPatch, mistake: bool) -> None:
+    launch = rounding.launch
+
+    def mistaken(*given: Any) -> Any:
+        rounded, scales = launch(*given)
+        if mistake and len(rounded) == 7:
+            scales[6] *= 1 + 2**-23
+        return rounded, scales
+
+    with interpreted("serve.kernels.triton.kernels") as module:
+        machine.setattr(rounding, "kernel_for", lambda device, values: module)
+        machine.setattr(rounding, "launch", mistaken)
+        if mistake:
+            with pytest.raises(gpu_checks.WrongError, match=r"x \[7, 264\].*Triton on the GPU has other bits"):
+                gpu_checks.rounding_of_x()
+        else:
+            gpu_checks.rounding_of_x()
+
+
+@pytest.mark.parametrize("mistake", ["the flag", "a scale of x", "the dense x"])
+def test_the_check_of_rounded_inputs(machine: pytest.MonkeyPatch, mistake: str) -> None:
+    round_rows, linear = rounding.round_rows, backend.linear
+
+    def mistaken(x: torch.Tensor, values: torch.dtype, form: rounding.Form = rounding.Form.NUMBERS) -> Any:
+        rounded, scales = round_rows(x, values, form)
+        if mistake == "a scale of x":
+            scales[-1] *= 1.05
+        elif mistake == "the dense x" and form is rounding.Form.PRODUCTS:
+            rounded[-1, 3] *= 1.05
+        return rounded, scales
+
+    machine.setattr(rounding, "round_rows", mistaken)
+    if mistake == "the flag":
+        machine.setattr(ops, "sparse24_linear", lambda *given: linear(*given[:4]))
+    with pytest.raises(gpu_checks.WrongError):
+        gpu_checks.rounded_x()
 
 
 def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -166,13 +210,15 @@ def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None
         "triton": "there is no Triton",
     }
     assert document["left_out"] == []
+    no_triton = "WrongError: Triton's kernel that rounds x cannot be used; the log says why"
     assert [(check["name"], check["wrong"]) for check in document["checks"]] == [
-        ("packing", None), ("of_8_bits", None), ("adversarial", None),
+        ("packing", None), ("of_8_bits", None), ("rounding_of_x", no_triton), ("rounded_x", None), ("adversarial", None),
     ]  # fmt: skip
     assert [(row["n"], row["k"], row["rows"]) for row in document["scaled"]] == [
-        (*s, r) for s in SHAPES for r in (1, 64)
+        (*s, r) for s in SHAPES for r in (1, 64, 300)
     ]
-    assert all(set(row["speedup"]) == {"2:4", "int8", "float8_e4m3fn"} for row in document["scaled"])
+    of_8_bits = {f"{name}{too}" for name in ("int8", "float8_e4m3fn") for too in ("", ", x too")}
+    assert all(set(row["speedup"]) == {"2:4", *of_8_bits} for row in document["scaled"])
     assert {(row["n"], row["k"], row["rows"]) for row in document["decode"]} == {
         (*s, r) for s in SHAPES for r in (1, 64)
     }

@@ -699,4 +699,5 @@ def test_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "linear", lambda *given: seen.append(given))
     x: Tensor = torch.empty(1)
     ops._sparse24_linear_cuda(x, x, None, 3)
-    assert seen == [(x, x, None, 3)]
+    ops._sparse24_linear_cuda(x, x, None, 3, quantizes_x=True)
+    assert seen == [(x, x, None, 3, False), (x, x, None, 3, True)]

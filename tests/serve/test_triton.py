@@ -434,7 +434,7 @@ class TestLayout:
         assert len(prepared) == layout.prepared_bytes(n, k, dtype)
         assert 0 < len(prepared) - layout.HEADER_BYTES - weight.nbytes < 64
         parts = layout.parts(prepared, n, k, torch.bfloat16 if dtype in SCALED else dtype)
-        assert all(part.data_ptr() % 16 == 0 for part in vars(parts).values() if n and part is not None)
+        assert all(part.data_ptr() % 16 == 0 for part in vars(parts).values() if n and isinstance(part, Tensor))
         restored = layout.restore(prepared)
         assert same(restored, weight)
         assert n == 0 or restored.values.data_ptr() != parts.values.data_ptr()
