@@ -139,9 +139,8 @@ def test_sums_and_expansion(target: tuple[Any, ...], kind: str) -> None:
 @pytest.mark.parametrize("form", list(rounding.Form), ids=lambda form: form.name)
 def test_rounding(target: tuple[Any, ...], values: torch.dtype, form: rounding.Form) -> None:
     """Divisions are rounded to nearest, no product is one operation with a sum, and x is read 16 bytes at a time."""
-    to = "*u8" if form is rounding.Form.BYTES else "*bf16"
     constants = {"CODE": layout.CODES[values], "PRODUCTS": form is rounding.Form.PRODUCTS, "BLOCK": rounding.BLOCK}
-    arguments = {"x": "*bf16", "values": to, "scales": "*fp32", **ints("units")}
+    arguments = {"x": "*bf16", "values": "*bf16", "scales": "*fp32", **ints("units")}
     done = compiled(serving.round_rows, arguments, constants, target, num_warps=rounding.WARPS)
     amd = target[0] == "hip"
     code = done.asm["amdgcn" if amd else "ptx"]

@@ -10,7 +10,7 @@ extern "C" {
 const char* halve_cpu_paths();
 void halve_cpu_set_thread_pool(void*, void*, void*);
 int64_t halve_sparse24_stream_bytes(int, int64_t, int64_t);
-int64_t halve_sparse24_prepare(int, const uint8_t*, const uint8_t*, const float*, int64_t, int64_t, uint8_t*, int);
+int64_t halve_sparse24_prepare(int, int, const uint8_t*, const uint8_t*, const float*, int64_t, int64_t, uint8_t*, int);
 int64_t halve_sparse24_scratch_bytes(int, int64_t, int, int64_t, int64_t, int64_t, int64_t);
 int halve_sparse24_expand(const uint8_t*, int64_t, int, int64_t, int64_t, uint8_t*, int);
 int halve_sparse24_restore(const uint8_t*, int64_t, uint8_t*, uint8_t*, float*, int);
@@ -43,14 +43,15 @@ int main(int argc, char**) {
                             reinterpret_cast<void*>(num_threads));
   int calls = 0;
   for (int path = 0; path < 4; ++path) {
-    for (int kind = 0; kind < 9; ++kind) {  // each dtype of x, with values of its own and of both that have scales
-      const int io = kind % 3, dtype = kind < 3 ? io : 2 + kind / 3;
+    // Each dtype of x, with values of its own, of both that have scales, and of both with x that is rounded to them.
+    for (int kind = 0; kind < 15; ++kind) {
+      const int io = kind % 3, quantizes_x = kind >= 9, dtype = kind < 3 ? io : 2 + (kind - 6 * quantizes_x) / 3;
       for (int64_t n : {37, 200}) {
         const int64_t k = 72, size = halve_sparse24_stream_bytes(dtype, n, k);
         uint8_t *values = bytes(n * k * 2), *mask = bytes(n * k / 8), *stream = bytes(size), *dense = bytes(n * k * 4);
         std::vector<float> scales(static_cast<size_t>(n), 0.5f);
         std::memset(values, 0x3c, n * k * 2), std::memset(mask, 0x5a, n * k / 8);
-        if (halve_sparse24_prepare(dtype, values, mask, scales.data(), n, k, stream, 4) != -1) return 2;
+        if (halve_sparse24_prepare(dtype, quantizes_x, values, mask, scales.data(), n, k, stream, 4) != -1) return 2;
         if (halve_sparse24_expand(stream, size, io, 3, n - 3, dense, 4) != 0) return 3;
         if (halve_sparse24_restore(stream, size, values, mask, scales.data(), 4) != 0) return 4;
         std::memset(dense, 0x3c, n * k * 4);

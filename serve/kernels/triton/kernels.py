@@ -220,23 +220,10 @@ def nearest(numbers, CODE: tl.constexpr):
     return result
 
 
-@triton.jit
-def stored(values, CODE: tl.constexpr):
-    """The bytes of values of 8 bits, which come in float32: the inverse of `numbers`."""
-    if CODE == INT8:
-        result = values.to(tl.int32).to(tl.uint8)
-    else:
-        # Where the exponent counts from 120 less, exponent and fraction are at the same places from bit 20 on, subnormal ones too.
-        bits = values.to(tl.int32, bitcast=True)
-        small = (values * 7.52316384526264e-37).to(tl.int32, bitcast=True)  # 2^-120
-        result = (((small >> 20) & 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)
-    return result
-
-
 @triton.jit(do_not_specialize=["units"])
 def round_rows(x, values, scales, units, CODE: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK: tl.constexpr):
-    """``values`` [R, K = 8 units] and ``scales`` [R] float32 of x [R, K], as `compress.packed.quantize_rows` has them: the values as bytes
-    where ``values`` are uint8, else as numbers of x's dtype, with ``PRODUCTS`` times the scale and rounded once. A block a row."""
+    """``values`` [R, K = 8 units] and ``scales`` [R] float32 of x [R, K], as `compress.packed.quantize_rows` has them: the values as
+    numbers of x's dtype, with ``PRODUCTS`` times the scale and rounded once. A block a row."""
     k = units * 8
     row = tl.program_id(0)
     x += row.to(tl.int64) * k
@@ -262,7 +249,4 @@ def round_rows(x, values, scales, units, CODE: tl.constexpr, PRODUCTS: tl.conste
         rounded = nearest(inside, CODE)
         if PRODUCTS:
             rounded *= scale
-        if values.dtype.element_ty == tl.uint8:
-            tl.store(values + column, stored(rounded, CODE), mask=column < k)
-        else:
-            tl.store(values + column, rounded.to(values.dtype.element_ty), mask=column < k)
+        tl.store(values + column, rounded.to(values.dtype.element_ty), mask=column < k)
