@@ -1,6 +1,5 @@
-"""Products of values of 8 bits and x of 8 bits, rounded on the way, against float64, on every code path that this processor has.
-
-What x is rounded to is `compress.packed.quantize_rows`, which is tested against a search through all values.
+"""x that is rounded to values like those of the weight on the way to a product, on every code path that this processor has. Products of all
+shapes are in test_cpu_scaled.py; what x is rounded to is `compress.packed.quantize_rows`, which is tested against a search through all values.
 """
 
 from __future__ import annotations
@@ -9,78 +8,38 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.packed import LARGEST, PackedWeight, quantize_rows, unpack
 from serve.kernels import ops, plain
 from serve.kernels.cpu import backend, library
 from tests.serve.cpu_reference import (
-    DTYPES,
-    PATTERNS,
     dot_flushes,
     expected_quantized,
     normal,
-    random_scaled,
 )
 from tests.serve.test_cpu_kernels import KERNELS, MANY, path, poisoned
-from tests.serve.test_cpu_scaled import OF_VALUES, OF_X, SCALED
+from tests.serve.test_cpu_scaled import OF_VALUES, OF_X, check, scaled
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason=library.status())
 __all__ = ["path", "poisoned"]  # fixtures
-
-
-def random_weight(n: int, k: int, values: torch.dtype, seed: int = 0) -> PackedWeight:
-    return replace(random_scaled(n, k, values, seed), quantizes_x=True)
-
-
-def check(path: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, few_rows: int) -> None:
-    y = backend.linear(x, backend.prepare(packed), bias, len(packed.values), few_rows)
-    bound = expected_quantized(x, packed, bias, flushes=dot_flushes(path, x.dtype))
-    assert not bound.wrong(y).any(), (x.shape, packed.shape, bias is not None)
 
 
 @OF_X
 @OF_VALUES
 @KERNELS
 class TestProducts:
-    def test_every_number_of_rows_of_x(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
-        packed, bias = random_weight(37, 104, values), normal(37, dtype=dtype, seed=2)
-        x = normal(290, 104, dtype=dtype, seed=1)
-        for m in (*range(1, 40), 79, 80, 81, 130, 161, 290):
-            check(path, x[:m], packed, bias if m % 2 else None, few_rows)
-
-    def test_every_number_of_outputs(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
-        for n in range(1, 131, 3):
-            check(path, normal(1 + n % 7, 72, dtype=dtype), random_weight(n, 72, values, n), None, few_rows)
-
-    def test_every_number_of_inputs(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
-        for k in range(8, 201, 8):
-            for m in (1, 4, 19):
-                check(path, normal(m, k, dtype=dtype, seed=k), random_weight(21, k, values, k), None, few_rows)
-
-    def test_more_than_a_part(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
-        for m, n, k in ((3, 1111, 64), (17, 530, 8), (2, 70, 2088), (90, 70, 1032), (7, 20, 1024)):
-            check(path, normal(m, k, dtype=dtype), random_weight(n, k, values), normal(n, dtype=dtype), few_rows)
-
-    def test_all_pairs_of_patterns(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
-        bytes_ = torch.tensor([low | high << 4 for low in PATTERNS for high in PATTERNS], dtype=torch.uint8)
-        mask = torch.stack([bytes_.roll(shift) for shift in range(20)])
-        packed = replace(random_weight(20, 288, values), mask=mask)
-        check(path, normal(9, 288, dtype=dtype), packed, None, few_rows)
-
     def test_rows_of_all_sizes(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
         """Each has a scale of its own; among them zeros and outliers as activations of language models have them."""
         least = 2.0**-20 if dtype == torch.float16 else 2.0**-110
         factors = torch.tensor([0.0, -0.0, least, 2.0**-14, 1.0, 3.0, 2.0**10])
         x = normal(7, 136, dtype=torch.float32) * factors[:, None]
         x[4, 5] = 1e4
-        check(path, x.to(dtype), random_weight(33, 136, values), normal(33, dtype=dtype), few_rows)
+        check(path, x.to(dtype), scaled(33, 136, values, True), normal(33, dtype=dtype), few_rows)
 
     def test_what_is_not_finite(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
         """It makes its whole row of outputs NaN, and no other one."""
-        packed = random_weight(35, 136, values)
+        packed = scaled(35, 136, values, True)
         stream = backend.prepare(packed)
         for special in (torch.inf, -torch.inf, torch.nan):
             for column in (0, 31, 64, 135):
@@ -90,47 +49,6 @@ class TestProducts:
                 assert y[3].isnan().all()
                 assert y[:3].isfinite().all()
                 assert y[4:].isfinite().all()
-
-    def test_the_number_of_threads_changes_no_bit(
-        self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int
-    ) -> None:
-        packed, bias = random_weight(600, 136, values), normal(600, dtype=dtype)
-        first: dict[int, Tensor] = {}
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            stream = backend.prepare(packed)
-            for m in (1, 5, 23, 170):
-                y = backend.linear(normal(m, 136, dtype=dtype, seed=m), stream, bias, 600, few_rows)
-                assert torch.equal(first.setdefault(m, y), y), (m, threads)
-
-
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    m=st.integers(1, 200), n=st.integers(1, 140), k=st.integers(1, 24), dtype=st.sampled_from(DTYPES),
-    values=st.sampled_from(SCALED), few_rows=st.sampled_from([-1, 0, MANY]), with_bias=st.booleans(),
-    threads=st.integers(1, 3), seed=st.integers(0, 1000),
-)  # fmt: skip
-def test_fuzzed(
-    path: str,
-    m: int,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    values: torch.dtype,
-    few_rows: int,
-    with_bias: bool,
-    threads: int,
-    seed: int,
-) -> None:
-    torch.set_num_threads(threads)
-    x, bias = normal(m, 8 * k, dtype=dtype, seed=seed), normal(n, dtype=dtype, seed=seed) if with_bias else None
-    check(path, x, random_weight(n, 8 * k, values, seed), bias, few_rows)
 
 
 @OF_VALUES
@@ -170,7 +88,7 @@ def test_sums_do_not_overflow(path: str, k: int) -> None:
 @OF_VALUES
 @pytest.mark.parametrize("fault", ["x as it is", "another scale of x", "neighbours"])
 def test_the_bound_finds(path: str, values: torch.dtype, fault: str) -> None:
-    x, packed = normal(40, 512, dtype=torch.float32), random_weight(64, 512, values)
+    x, packed = normal(40, 512, dtype=torch.float32), scaled(64, 512, values, True)
     bound = expected_quantized(x, packed, None, flushes=False)
     stream = backend.prepare(packed)
     for few_rows in (MANY, 0):
@@ -186,7 +104,7 @@ def test_the_bound_finds(path: str, values: torch.dtype, fault: str) -> None:
 
 @OF_VALUES
 def test_prepared_and_restored(path: str, values: torch.dtype) -> None:
-    packed = random_weight(50, 136, values)
+    packed = scaled(50, 136, values, True)
     stream = backend.prepare(packed)
     assert backend.describe(stream) == (values, 50, 136, True)
     assert stream.numel() == backend.prepare(replace(packed, quantizes_x=False)).numel()
@@ -211,7 +129,7 @@ def test_prepared_and_restored(path: str, values: torch.dtype) -> None:
 @OF_VALUES
 @OF_X
 def test_the_plain_backend_says_the_same(path: str, values: torch.dtype, dtype: torch.dtype) -> None:
-    x, packed, bias = normal(9, 136, dtype=dtype), random_weight(40, 136, values), normal(40, dtype=dtype)
+    x, packed, bias = normal(9, 136, dtype=dtype), scaled(40, 136, values, True), normal(40, dtype=dtype)
     bound = expected_quantized(x, packed, bias, flushes=dot_flushes(path, dtype))
     assert not bound.wrong(plain.linear(x, packed, bias)).any()
     assert not bound.wrong(plain.linear_conv1d(x, packed, bias)).any()
@@ -226,7 +144,7 @@ def test_many_rows_through_the_expanded_weight(
     """What processors with AMX do: torch multiplies rounded x by parts of the weight; sums, and values times scales, are rounded to bfloat16."""
     monkeypatch.setattr(backend, "expands", lambda dtype: True)
     monkeypatch.setattr(backend, "_EXPANDED_BYTES", 64 * 136 * 2)
-    packed, x = random_weight(200, 136, values), normal(5, 13, 136, dtype=torch.bfloat16)
+    packed, x = scaled(200, 136, values, True), normal(5, 13, 136, dtype=torch.bfloat16)
     x[2, 4, 7] = torch.nan
     bias = normal(200, dtype=torch.bfloat16) if with_bias else None
     y = backend.linear(x, backend.prepare(packed), bias, 200)

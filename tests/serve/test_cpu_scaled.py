@@ -1,6 +1,9 @@
-"""The C++ kernels for values of 8 bits with scales against float64, on every code path that this processor has."""
+"""The C++ kernels for values of 8 bits with scales against float64, on every code path that this processor has; with x as it is, and with x
+that is rounded to such values, too (what that alone is about is in test_cpu_quantized.py)."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from tests.serve.cpu_reference import (
     PATTERNS,
     Expected,
     dot_flushes,
+    expected_quantized,
     expected_scaled,
     kept_columns,
     normal,
@@ -32,8 +36,17 @@ OF_X = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).rem
 OF_VALUES = pytest.mark.parametrize("values", SCALED, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+EITHER = pytest.mark.parametrize("quantizes_x", [False, True], ids=["x as it is", "x rounded"])
+
+
+def scaled(n: int, k: int, values: torch.dtype, quantizes_x: bool, seed: int = 0) -> PackedWeight:
+    return replace(random_scaled(n, k, values, seed), quantizes_x=quantizes_x)
+
+
 def wanted(path: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, few_rows: int) -> Expected:
-    """Rows of x may be rounded to 16 bits where few of them, themselves of 16 bits, meet int8."""
+    """Rows of x that stay as they are may be rounded to 16 bits where few of them, themselves of 16 bits, meet int8."""
+    if packed.quantizes_x:
+        return expected_quantized(x, packed, bias, flushes=dot_flushes(path, x.dtype))
     few = len(x) <= (backend.few_rows(packed.values.dtype) if few_rows < 0 else few_rows)
     integers = few and packed.values.dtype == torch.int8 and x.dtype != torch.float32 and path != "portable"
     return expected_scaled(x, packed, bias, flushes=dot_flushes(path, x.dtype), integers=integers)
@@ -47,33 +60,63 @@ def check(path: str, x: Tensor, packed: PackedWeight, bias: Tensor | None, few_r
 
 @OF_X
 @OF_VALUES
+@EITHER
 @KERNELS
-class TestProducts:
-    def test_every_number_of_rows_of_x(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
-        packed, bias = random_scaled(37, 104, values), normal(37, dtype=dtype, seed=2)
-        x = normal(130, 104, dtype=dtype, seed=1)
-        for m in (*range(1, 40), 64, 65, 81, 130):
+class TestEveryProduct:
+    def test_every_number_of_rows_of_x(
+        self, path: str, dtype: torch.dtype, values: torch.dtype, quantizes_x: bool, few_rows: int
+    ) -> None:
+        packed, bias = scaled(37, 104, values, quantizes_x), normal(37, dtype=dtype, seed=2)
+        x = normal(161, 104, dtype=dtype, seed=1)
+        for m in (*range(1, 40), 64, 65, 79, 80, 81, 130, 161):
             check(path, x[:m], packed, bias if m % 2 else None, few_rows)
 
-    def test_every_number_of_outputs(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
+    def test_every_number_of_outputs(
+        self, path: str, dtype: torch.dtype, values: torch.dtype, quantizes_x: bool, few_rows: int
+    ) -> None:
         for n in range(1, 131, 3):
-            check(path, normal(1 + n % 7, 72, dtype=dtype), random_scaled(n, 72, values, n), None, few_rows)
+            check(path, normal(1 + n % 7, 72, dtype=dtype), scaled(n, 72, values, quantizes_x, n), None, few_rows)
 
-    def test_every_number_of_inputs(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
+    def test_every_number_of_inputs(
+        self, path: str, dtype: torch.dtype, values: torch.dtype, quantizes_x: bool, few_rows: int
+    ) -> None:
         for k in range(8, 201, 8):
+            packed = scaled(21, k, values, quantizes_x, k)
             for m in (1, 4, 19):
-                check(path, normal(m, k, dtype=dtype, seed=k), random_scaled(21, k, values, k), None, few_rows)
+                check(path, normal(m, k, dtype=dtype, seed=k), packed, None, few_rows)
 
-    def test_more_than_a_chunk(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
-        for m, n, k in ((3, 1111, 64), (17, 530, 8), (2, 18, 2088), (70, 40, 1032)):
-            check(path, normal(m, k, dtype=dtype), random_scaled(n, k, values), normal(n, dtype=dtype), few_rows)
+    def test_more_than_a_part(
+        self, path: str, dtype: torch.dtype, values: torch.dtype, quantizes_x: bool, few_rows: int
+    ) -> None:
+        for m, n, k in ((3, 1111, 64), (17, 530, 8), (2, 70, 2088), (90, 70, 1032), (7, 20, 1024)):
+            packed = scaled(n, k, values, quantizes_x)
+            check(path, normal(m, k, dtype=dtype), packed, normal(n, dtype=dtype), few_rows)
 
-    def test_all_pairs_of_patterns(self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int) -> None:
+    def test_all_pairs_of_patterns(
+        self, path: str, dtype: torch.dtype, values: torch.dtype, quantizes_x: bool, few_rows: int
+    ) -> None:
         bytes_ = torch.tensor([low | high << 4 for low in PATTERNS for high in PATTERNS], dtype=torch.uint8)
         mask = torch.stack([bytes_.roll(shift) for shift in range(20)])
-        packed = random_scaled(20, 288, values)
-        check(path, normal(9, 288, dtype=dtype), PackedWeight(packed.values, mask, packed.scale), None, few_rows)
+        packed = replace(scaled(20, 288, values, quantizes_x), mask=mask)
+        check(path, normal(9, 288, dtype=dtype), packed, None, few_rows)
 
+    def test_the_number_of_threads_changes_no_bit(
+        self, path: str, dtype: torch.dtype, values: torch.dtype, quantizes_x: bool, few_rows: int
+    ) -> None:
+        packed, bias = scaled(600, 136, values, quantizes_x), normal(600, dtype=dtype)
+        first: dict[int, Tensor] = {}
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            stream = backend.prepare(packed)
+            for m in (1, 5, 23, 170):
+                y = backend.linear(normal(m, 136, dtype=dtype, seed=m), stream, bias, 600, few_rows)
+                assert torch.equal(first.setdefault(m, y), y), (m, threads)
+
+
+@OF_X
+@OF_VALUES
+@KERNELS
+class TestProducts:
     @pytest.mark.parametrize("outlier", [100.0, 1e4])
     def test_columns_of_different_sizes(
         self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int, outlier: float
@@ -109,29 +152,17 @@ class TestProducts:
                 assert y[:3].isfinite().all()
                 assert y[4:].isfinite().all()
 
-    def test_the_number_of_threads_changes_no_bit(
-        self, path: str, dtype: torch.dtype, values: torch.dtype, few_rows: int
-    ) -> None:
-        packed, bias = random_scaled(600, 136, values), normal(600, dtype=dtype)
-        first: dict[int, Tensor] = {}
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            stream = backend.prepare(packed)
-            for m in (1, 5, 23, 70):
-                y = backend.linear(normal(m, 136, dtype=dtype, seed=m), stream, bias, 600, few_rows)
-                assert torch.equal(first.setdefault(m, y), y), (m, threads)
-
 
 @settings(
-    max_examples=50,
+    max_examples=80,
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    m=st.integers(1, 100), n=st.integers(1, 100), k=st.integers(1, 24), dtype=st.sampled_from(DTYPES),
-    values=st.sampled_from(SCALED), few_rows=st.sampled_from([-1, 0, MANY]), with_bias=st.booleans(),
+    m=st.integers(1, 200), n=st.integers(1, 140), k=st.integers(1, 24), dtype=st.sampled_from(DTYPES),
+    values=st.sampled_from(SCALED), quantizes_x=st.booleans(), few_rows=st.sampled_from([-1, 0, MANY]), with_bias=st.booleans(),
     threads=st.integers(1, 3), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_fuzzed(
@@ -141,6 +172,7 @@ def test_fuzzed(
     k: int,
     dtype: torch.dtype,
     values: torch.dtype,
+    quantizes_x: bool,
     few_rows: int,
     with_bias: bool,
     threads: int,
@@ -148,7 +180,7 @@ def test_fuzzed(
 ) -> None:
     torch.set_num_threads(threads)
     x, bias = normal(m, 8 * k, dtype=dtype, seed=seed), normal(n, dtype=dtype, seed=seed) if with_bias else None
-    packed = random_scaled(n, 8 * k, values, seed)
+    packed = scaled(n, 8 * k, values, quantizes_x, seed)
     y = backend.linear(x, backend.prepare(packed), bias, n, few_rows)
     # (which kernel a negative number of few rows takes depends on the path, too, so the wider bound holds for either)
     assert not wanted(path, x, packed, bias, MANY if few_rows < 0 else few_rows).wrong(y).any()
