@@ -119,7 +119,8 @@ def _repack_checkpoint(
             "that it was made of"
         )
     if not rounds and activations == parsed.activation_dtype:
-        raise SourceError(f"{source} is packed already, with values in {stored} and activations as they were asked for")
+        rounded = "as they are" if activations is None else f"in {activations}"
+        raise SourceError(f"{source} is packed already, with values in {stored} and activations {rounded}")
     dtype = packed.VALUE_DTYPES[stored]
     files, layout, by_key = _packed_source(source, parsed)
     parameters, masks = layout.parameter_keys(files), _masks(by_key)
