@@ -54,7 +54,7 @@ class HalveConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return self.parsed.model_dump()
+        return self.parsed.model_dump(exclude_none=True)  # as `compress.artefact.quantization_config` has it
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

@@ -169,7 +169,7 @@ def test_what_is_kept_is_dense_to_the_bit_and_the_rest_is_pruned_as_without(form
 
 def test_by_latency_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build("llama", tmp_path)
-    asked: list[tuple[int, torch.dtype, torch.device, torch.dtype]] = []
+    asked: list[tuple[int, torch.dtype, torch.device, torch.dtype, bool]] = []
     shapes: dict[tuple[int, int, bool], float] = {}
     for module in linears_of(find_blocks(load_model(source))[1], "").values():
         n, k = module.weight.shape
@@ -178,14 +178,14 @@ def test_by_latency_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     shapes[slow] = -1.0
 
     def savings(
-        rows: int, dtype: torch.dtype, device: torch.device, values: torch.dtype
+        rows: int, dtype: torch.dtype, device: torch.device, values: torch.dtype, quantizes_x: bool
     ) -> dict[tuple[int, int, bool], float]:
-        asked.append((rows, dtype, device, values))
+        asked.append((rows, dtype, device, values, quantizes_x))
         return shapes
 
     settings = {**SETTINGS, "allocate_options": {"by": "latency", "rows": 4}, "savings": savings}
     found = report(compress(source, tmp_path / "out", **settings).directory)["allocation"]
-    assert asked == [(4, torch.float32, torch.device("cpu"), torch.float32)]
+    assert asked == [(4, torch.float32, torch.device("cpu"), torch.float32, False)]
     assert found["unit"] == "us"
     assert found["saves_all"] == 2 * (4 + 2) * 2.0
     for candidate in found["candidates"]:
@@ -193,12 +193,15 @@ def test_by_latency_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
             assert candidate["kept_dense"]
             assert candidate["saves"] == -1.0
     compress(source, tmp_path / "eight", **settings, value_dtype="int8")
-    assert asked[1:] == [(4, torch.float32, torch.device("cpu"), torch.int8)]
+    compress(source, tmp_path / "both", **settings, value_dtype="int8", activation_dtype="int8")
+    assert asked[1:] == [(4, torch.float32, torch.device("cpu"), torch.int8, rounded) for rounded in (False, True)]
     del shapes[slow]
     with pytest.raises(RecipeError, match=r"64 x 160.*does not know.*at 4 rows.*halve tune MODEL`"):
         compress(source, tmp_path / "other", **settings)
     with pytest.raises(RecipeError, match=r"halve tune MODEL --value-dtype int8"):
         compress(source, tmp_path / "other", **settings, value_dtype="int8")
+    with pytest.raises(RecipeError, match=r"halve tune MODEL --value-dtype int8 --activation-dtype int8"):
+        compress(source, tmp_path / "other", **settings, value_dtype="int8", activation_dtype="int8")
     assert not (tmp_path / "other.partial").exists()
     with pytest.raises(RecipeError, match=r"halve tune MODEL"):
         compress(source, tmp_path / "other", **{**settings, "savings": None})

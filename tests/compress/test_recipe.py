@@ -212,6 +212,7 @@ CHANGES: dict[str, Any] = {
     "dtype": "float32",
     "format": "dense",
     "value_dtype": "int8",
+    "activation_dtype": "int8",
 }
 
 
@@ -223,7 +224,8 @@ def test_every_field_is_in_the_digest_and_the_differences() -> None:
         "a new field belongs in this test"
     )
     for name, value in CHANGES.items():
-        beside = {"reconstruction": "bias"} if name == "add_bias" else {}  # which alone would be refused
+        # (which alone would be refused)
+        beside = {"add_bias": {"reconstruction": "bias"}, "activation_dtype": {"value_dtype": "int8"}}.get(name, {})
         before, changed = Recipe.create(**beside), Recipe.create(**beside, **{name: value})
         digests.add(changed.digest)
         [difference] = changed.differences(before)
