@@ -208,7 +208,7 @@ def host(run: Run) -> None:
             own = run.attempt("cusparselt", lambda: library.compress(weights.dense[0], stream()))
             if own is not None:
                 sides["cusparselt"] = lambda x=x, own=own: library.multiply(x, own, None, 256, stream())
-                padded = rows + -rows % cusparselt.ROW_MULTIPLE
+                padded = rows + -rows % cusparselt.row_multiple(DTYPE)
                 sides["cusparselt's plan"] = lambda rows=padded: _plan_made(library, rows)
         found = {
             name: run.attempt(f"host, {name}", lambda call=call: host_microseconds(call))

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from compress import fused
 from compress.columns import PANEL
 from compress.fused import kernels as pruning
+from serve.kernels import narrow
 from serve.kernels.triton import backend, layout, rounding
 from serve.kernels.triton import kernels as serving
 
@@ -132,6 +133,29 @@ def test_sums_and_expansion(target: tuple[Any, ...], kind: str) -> None:
     done = compiled(serving.expand, arguments, {"UNIT": 128, "OUTPUTS": outputs, "DEPTH": depth, **weight}, target)
     amd = target[0] == "hip"
     assert keeps_subnormal_numbers(done.asm["amdgcn" if amd else "ptx"], amd)
+    if kind != "bfloat16":
+        arguments |= {"dense": "*u8", "copied": "*fp32"} | ints("n", "units")
+        names = ("header", "values", "mask", "scales", "dense", "copied", "n", "units")
+        arguments = {name: arguments[name] for name in names}
+        compiled(serving.expand_values, arguments, {"UNIT": 128, "OUTPUTS": outputs, "DEPTH": depth, **weight}, target)
+
+
+@each_target
+@pytest.mark.parametrize("sums", ["*i32", "*fp32"])
+def test_sums_are_scaled(target: tuple[Any, ...], sums: str) -> None:
+    """They are read, and y is written, 16 bytes at a time."""
+    arguments = {"sums": sums, "scales": "*fp32", "x_scales": "*fp32", "bias": "*bf16", "y": "*bf16"}
+    arguments |= ints("rows", "units", "has_bias")
+    of_x, outputs = narrow._BLOCK
+    done = compiled(serving.scale_sums, arguments, {"UNIT": narrow.MULTIPLE, "ROWS": of_x, "OUTPUTS": outputs}, target)
+    if target[0] == "hip":
+        code = done.asm["amdgcn"]
+        assert "global_load_dwordx4" in code
+        assert "global_store_dwordx" in code
+    else:
+        code = done.asm["ptx"]
+        assert "ld.global.v4.b32" in code
+        assert "st.global.v4.b32" in code
 
 
 @each_target
@@ -139,8 +163,9 @@ def test_sums_and_expansion(target: tuple[Any, ...], kind: str) -> None:
 @pytest.mark.parametrize("form", list(rounding.Form), ids=lambda form: form.name)
 def test_rounding(target: tuple[Any, ...], values: torch.dtype, form: rounding.Form) -> None:
     """Divisions are rounded to nearest, no product is one operation with a sum, and x is read 16 bytes at a time."""
+    to = "*u8" if form is rounding.Form.BYTES else "*bf16"
     constants = {"CODE": layout.CODES[values], "PRODUCTS": form is rounding.Form.PRODUCTS, "BLOCK": rounding.BLOCK}
-    arguments = {"x": "*bf16", "values": "*bf16", "scales": "*fp32", **ints("units")}
+    arguments = {"x": "*bf16", "values": to, "scales": "*fp32", **ints("units")}
     done = compiled(serving.round_rows, arguments, constants, target, num_warps=rounding.WARPS)
     amd = target[0] == "hip"
     code = done.asm["amdgcn" if amd else "ptx"]

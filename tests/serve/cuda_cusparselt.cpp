@@ -1,5 +1,6 @@
 // A cuSPARSELt that multiplies on the processor, and counts. Its weights are dense ones with a mark in front; every structure
 // begins with a tag, so that one in the place of another one is refused, and knows where it was made, so that a moved one is.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #pragma GCC visibility push(default)
@@ -46,16 +47,38 @@ struct Handle {
   const void* self;
 };
 
-float widen(uint16_t bits) {
+// Of library_types.h.
+enum { kFloat = 0, kInt8 = 3, kInt32 = 10, kBFloat16 = 14, kFloat8 = 28 };
+
+int bytes_of(int type) { return type == kInt8 || type == kFloat8 ? 1 : type == kBFloat16 ? 2 : 4; }
+
+double read(int type, const void* from, int64_t index) {
+  const char* const at = static_cast<const char*>(from) + index * bytes_of(type);
+  if (type == kInt8) return static_cast<int8_t>(*at);
+  if (type == kFloat8) {
+    const int bits = static_cast<uint8_t>(*at), exponent = bits >> 3 & 15, fraction = bits & 7;
+    const double size = std::ldexp(exponent ? 8 + fraction : fraction, (exponent ? exponent : 1) - 10);
+    return bits & 0x80 ? -size : size;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
   std::memcpy(&value, &wide, 4);
   return value;
 }
-uint16_t narrow(float value) {
+void write(int type, void* to, int64_t index, double number) {
+  char* const at = static_cast<char*>(to) + index * bytes_of(type);
+  if (type == kInt32) {
+    const auto whole = static_cast<int32_t>(number);
+    std::memcpy(at, &whole, 4);
+    return;
+  }
+  const auto value = static_cast<float>(number);
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const auto rounded = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  std::memcpy(at, type == kFloat ? static_cast<const void*>(&bits) : &rounded, bytes_of(type));
 }
 
 }  // namespace
@@ -79,8 +102,9 @@ const char* cusparseLtGetErrorString(int status) { return status == kRefused ? "
 static int matrix(Matrix* to, int64_t rows, int64_t columns, int64_t distance, uint32_t alignment, int type, int order,
                   bool sparse) {
   const int64_t least = order == 2 ? columns : rows;
-  const int multiple = sparse ? 16 : 8;
-  if (alignment != 16 || type != 14 || distance < least || rows % multiple || columns % multiple) return kRefused;
+  const bool known = type == kBFloat16 || type == kInt8 || type == kFloat8 || (!sparse && (type == kInt32 || type == kFloat));
+  const int multiple = (sparse ? 32 : 16) / bytes_of(type);
+  if (alignment != 16 || !known || distance < least || rows % multiple || columns % multiple) return kRefused;
   *to = {kMatrix, to, rows, columns, distance, type, order, sparse};
   ++fake_matrices_alive;
   return 0;
@@ -102,7 +126,9 @@ int cusparseLtMatDescriptorDestroy(const Matrix* which) {
 }
 int cusparseLtMatmulDescriptorInit(const Handle* handle, Product* to, int op_a, int op_b, const Matrix* a, const Matrix* b,
                                    const Matrix* c, const Matrix* d, int compute) {
-  if (!is(handle, kHandle) || !is(a, kMatrix) || !is(b, kMatrix) || !is(c, kMatrix) || c != d || compute != 2) return kRefused;
+  if (!is(handle, kHandle) || !is(a, kMatrix) || !is(b, kMatrix) || !is(c, kMatrix) || c != d) return kRefused;
+  const int result = a->type == kInt8 ? kInt32 : a->type == kFloat8 ? kFloat : kBFloat16;
+  if (b->type != a->type || c->type != result || compute != (a->type == kInt8 ? 0 : 2)) return kRefused;
   const int64_t inner = op_a ? a->rows : a->columns, other = op_b ? b->columns : b->rows;
   if (!a->sparse || b->sparse || inner != other) return kRefused;
   if (c->rows != (op_a ? a->columns : a->rows) || c->columns != (op_b ? b->rows : b->columns)) return kRefused;
@@ -166,7 +192,7 @@ int cusparseLtMatmulGetWorkspace(const Handle* handle, const Plan* plan, size_t*
 int cusparseLtSpMMACompressedSize(const Handle* handle, const Plan* plan, size_t* size, size_t* buffer) {
   if (!is(handle, kHandle) || !is(plan, kPlan)) return kRefused;
   const Matrix& a = *plan->product->a;
-  *size = 4 + a.rows * a.columns * 2;
+  *size = 4 + a.rows * a.columns * bytes_of(a.type);
   *buffer = 64;
   return 0;
 }
@@ -177,12 +203,12 @@ int cusparseLtSpMMACompress(const Handle* handle, const Plan* plan, const void* 
   if (a.order != 2 || a.distance != a.columns) return kRefused;
   std::memset(buffer, 0, 64);
   std::memcpy(compressed, &kMark, 4);
-  std::memcpy(static_cast<char*>(compressed) + 4, dense, a.rows * a.columns * 2);
+  std::memcpy(static_cast<char*>(compressed) + 4, dense, a.rows * a.columns * bytes_of(a.type));
   fake_stream = stream;
   return 0;
 }
-int cusparseLtMatmul(const Handle* handle, const Plan* plan, const float* alpha, const void* a, const uint16_t* b,
-                     const float* beta, const void* c, uint16_t* d, void* workspace, void** streams, int32_t stream_count) {
+int cusparseLtMatmul(const Handle* handle, const Plan* plan, const float* alpha, const void* a, const void* b,
+                     const float* beta, const void* c, void* d, void* workspace, void** streams, int32_t stream_count) {
   if (!is(handle, kHandle) || !is(plan, kPlan) || *alpha != 1 || *beta != 0 || c != d || !workspace || stream_count != 1)
     return kRefused;
   const Product& p = *plan->product;
@@ -195,13 +221,11 @@ int cusparseLtMatmul(const Handle* handle, const Plan* plan, const float* alpha,
   };
   for (int64_t i = 0; i < p.c->rows; ++i) {
     for (int64_t j = 0; j < p.c->columns; ++j) {
-      float sum = 0;
+      double sum = 0;
       for (int64_t k = 0; k < p.a->columns; ++k) {
-        uint16_t value;
-        std::memcpy(&value, weight + 2 * at(*p.a, i, k), 2);
-        sum += widen(value) * widen(b[p.op_b ? at(*p.b, j, k) : at(*p.b, k, j)]);
+        sum += read(p.a->type, weight, at(*p.a, i, k)) * read(p.b->type, b, p.op_b ? at(*p.b, j, k) : at(*p.b, k, j));
       }
-      d[at(*p.c, i, j)] = narrow(sum + (p.bias ? widen(p.bias[i]) : 0.0f));
+      write(p.c->type, d, at(*p.c, i, j), sum + (p.bias ? read(kBFloat16, p.bias, i) : 0.0));
     }
   }
   ++fake_products;
@@ -210,8 +234,8 @@ int cusparseLtMatmul(const Handle* handle, const Plan* plan, const float* alpha,
   fake_stream = streams[0];
   return 0;
 }
-int cusparseLtMatmulSearch(const Handle* handle, Plan* plan, const float* alpha, const void* a, const uint16_t* b,
-                           const float* beta, const void* c, uint16_t* d, void* workspace, void** streams, int32_t stream_count) {
+int cusparseLtMatmulSearch(const Handle* handle, Plan* plan, const float* alpha, const void* a, const void* b,
+                           const float* beta, const void* c, void* d, void* workspace, void** streams, int32_t stream_count) {
   if (const int refused = cusparseLtMatmul(handle, plan, alpha, a, b, beta, c, d, workspace, streams, stream_count)) return refused;
   const int usual[6] = {17, 40, 5, 4, 1, 2}, of_hopper[6] = {17, 40, 5, -1, 0, 0}, refused_later[6] = {17, 40, 5, 2, 0, 0};
   const int* best = fake_hopper == 2 ? refused_later : fake_hopper ? of_hopper : usual;

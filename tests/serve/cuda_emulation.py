@@ -96,6 +96,17 @@ class Emulator:
             "expand_weight", torch.empty(0, k, dtype=dtype), prepared, None, (n, k), k, grid, 1, threads, 0, 0, 0
         )
 
+    def expand_values(self, prepared: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+        """The values of 8 bits [n, k] with zeros among them, and the scales [n] float32 behind them."""
+        assert self.values is not None
+        units = -(-n // 64) * -(-k // 64)
+        grid, threads = -(-units // plan.EXPAND_WARPS), 32 * plan.EXPAND_WARPS
+        written = self._run(
+            *("expand_values", torch.empty(0, k, dtype=DTYPES[0]), prepared, None, (n, k // 2 + 2), k, grid, 1, threads),
+            *(0, 0, 0),
+        ).view(torch.uint8).flatten()  # fmt: skip
+        return written[: n * k].view(self.values).view(n, k), written[n * k :].view(torch.float32)
+
     def _run(self, kernel: str, x: Tensor, prepared: Tensor, bias: Tensor | None, shape: tuple[int, int], k: int, grid: int,
              splits: int, threads: int, shared_bytes: int, seed: int, copies: int, x_scales: Tensor | None = None) -> Tensor:  # fmt: skip
         size = shape[0] * shape[1]
@@ -107,7 +118,7 @@ class Emulator:
             *(None if bias is None else bias.data_ptr(), y.data_ptr() + 2 * _GUARD),
             *(None if x_scales is None else x_scales.data_ptr(), x.shape[0]),
             *(
-                shape[0] if kernel == "expand_weight" else shape[1],
+                shape[0] if kernel.startswith("expand") else shape[1],
                 k,
                 splits,
                 grid,
@@ -149,7 +160,7 @@ def compile_emulator(
     for dtype in dtypes:
         namespace = NAMES[dtype].lower()
         parts.append(f"namespace {namespace} {{\n{plan.instantiations(forms, NAMES[dtype], VALUES[values])}}}")
-        for kernel in (*(form.name for form in forms), "expand_weight"):
+        for kernel in plan.functions(forms, values is not None):
             calls.append(
                 f'if (dtype == {layout.CODES[dtype]} && name == std::string("{kernel}")) return {namespace}::{kernel};'
             )

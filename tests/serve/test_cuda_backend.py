@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.packed import unpack
-from serve.kernels import choose, dispatch
+from serve.kernels import choose, dispatch, narrow
 from serve.kernels.cpu import build
 from serve.kernels.cuda import backend, beside, compiler, driver, layout, plan
 from serve.kernels.cuda.compiler import CompilerError
@@ -250,6 +250,39 @@ class TestScaled:
         of_one = 1 if len(rows) > plan.MOST_PASSES * plan.MOST_ROWS else -(-len(rows) // plan.MOST_ROWS)
         assert number(scaled, "launches").value - before == 2 * of_one
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(257,), (2, 129)], ids=str)
+    def test_many_rows_of_bytes(
+        self, scaled: Emulator, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the GPU multiplies values of 8 bits: as exact as few rows, by one launch of the driver."""
+        monkeypatch.setattr(narrow, "way_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
+        n, k = 80, 272
+        assert scaled.values is not None
+        x, weight, bias = normal(*shape, k, dtype=dtype), scaled_weight(n, k, scaled.values), normal(n, dtype=dtype)
+        x.view(-1, k)[200, 5] = torch.inf
+        prepared, before = layout.prepare(weight), number(scaled, "launches").value
+        for added in (None, bias):
+            y = backend.linear(x, prepared, added, n, quantizes_x=True)
+            assert y.shape == (*shape, n)
+            y = y.view(-1, n)
+            assert not expected_rounded(x.view(-1, k), weight, added).wrong(y).any()
+            assert y.isnan().any(1).nonzero().flatten().tolist() == [200]
+        assert number(scaled, "launches").value - before == 2
+        other = prepared.clone()
+        other[8] ^= 16  # N, as the header has it
+        assert bool(backend.linear(x, other, bias, n, quantizes_x=True).isnan().all())
+
+    @pytest.mark.parametrize(("n", "k"), [(72, 272), (80, 264)])
+    def test_shapes_that_are_not_multiplied_as_bytes(
+        self, scaled: Emulator, n: int, k: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(narrow, "way_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
+        assert scaled.values is not None
+        x, weight = normal(257, k, dtype=torch.bfloat16), scaled_weight(n, k, scaled.values)
+        y = backend.linear(x, layout.prepare(weight), None, n, quantizes_x=True)
+        assert torch.equal(y, functional.linear(products_of(x, scaled.values), unpack(weight, torch.bfloat16)))
+
     def test_many_rows_are_near_what_few_are(self, scaled: Emulator) -> None:
         """Also where float16 ends: scales that are put back are never beyond what x has."""
         assert scaled.values is not None
@@ -277,6 +310,7 @@ class TestScaled:
         assert scaled.values is not None
         asked: list[torch.dtype] = []
         monkeypatch.setattr(backend.rounding, "prove", lambda device, dtype: asked.append(dtype))
+        monkeypatch.setattr(narrow, "prove", lambda device, dtype: asked.append(dtype))
         monkeypatch.setattr(
             torch.cuda, "current_stream", lambda device: types.SimpleNamespace(synchronize=lambda: None)
         )
@@ -284,7 +318,7 @@ class TestScaled:
         backend.prepare(weight)
         assert asked == []
         backend.prepare(dataclasses.replace(weight, quantizes_x=True))
-        assert asked == [scaled.values]
+        assert asked == [scaled.values] * 2
 
     def test_no_second_form(self, scaled: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
         """However it is asked for; then few rows and many go as without."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import logging
 import re
 import shutil
@@ -18,12 +17,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.errors import UsageError
-from compress.packed import unpack
+from compress.packed import LARGEST, PackedWeight, quantize_rows, unpack
+from serve.kernels import narrow
 from serve.kernels.cpu import build
 from serve.kernels.cuda import backend, cusparselt, prefill
 from serve.kernels.cuda.cusparselt import Algorithm, CusparseLt, CusparseLtError
+from serve.kernels.narrow import Operands
 from tests.serve.cpu_reference import normal, random_weight
 from tests.serve.cuda_emulation import needs_compiler
+from tests.serve.gpu_reference import expected_rounded, scaled_weight
 
 BFLOAT16 = torch.bfloat16
 STREAM = 0x5EED
@@ -46,6 +48,16 @@ def dense(n: int, k: int) -> Tensor:
     return unpack(random_weight(n, k, BFLOAT16))
 
 
+def of_bytes(n: int, k: int, values: torch.dtype) -> Tensor:
+    """A dense weight [n, k] of values of 8 bits."""
+    weight = scaled_weight(n, k, values)
+    return unpack(PackedWeight(weight.values.view(torch.uint8), weight.mask)).view(values)
+
+
+def bytes_of_x(rows: int, k: int, values: torch.dtype) -> Tensor:
+    return quantize_rows(normal(rows, k, dtype=BFLOAT16), values)[0]
+
+
 @needs_compiler
 class TestPlans:
     @pytest.mark.parametrize(("rows", "n", "k"), [(8, 16, 32), (1, 48, 16), (13, 32, 64), (100, 16, 16)])
@@ -60,6 +72,22 @@ class TestPlans:
         torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-4)
         stream = ctypes.c_void_p.in_dll(ctypes.CDLL(str(path)), "fake_stream").value
         assert stream == STREAM
+
+    @pytest.mark.parametrize("values", LARGEST, ids=str)
+    @pytest.mark.parametrize(("rows", "n", "k"), [(16, 32, 32), (1, 96, 64), (100, 64, 224)])
+    def test_products_of_bytes(self, path: Path, values: torch.dtype, rows: int, n: int, k: int) -> None:
+        """Sums that nothing has rounded, by plans of their own."""
+        library, weight, x = CusparseLt(str(path)), of_bytes(n, k, values), bytes_of_x(rows, k, values)
+        sums = library.multiply(x, library.compress(weight, STREAM), None, n, STREAM)
+        assert sums.dtype == {torch.int8: torch.int32, torch.float8_e4m3fn: torch.float32}[values]
+        assert sums.shape == (rows, n)
+        assert sums.is_contiguous()
+        assert torch.equal(sums.double(), (x.double() @ weight.double().T).float().double())
+        library.compress(dense(n, k), STREAM)
+        assert {key[3] for key in library._plans} == {values, BFLOAT16}
+        library.search(x, library.compress(weight, STREAM), n, STREAM)
+        assert library.searched(n, k, values)
+        assert not library.searched(n, k, BFLOAT16)
 
     def test_a_plan_is_made_once(self, path: Path) -> None:
         library, compressed = CusparseLt(str(path)), CusparseLt(str(path)).compress(dense(32, 32), 0)
@@ -148,6 +176,8 @@ class TestPlans:
             library.multiply(normal(8, 16, dtype=BFLOAT16), torch.zeros(600, dtype=torch.uint8), None, 16, 0)
         with pytest.raises(CusparseLtError, match="multiples of 16 outputs and inputs, not 24 and 32"):
             library.compress(dense(24, 32), 0)
+        with pytest.raises(CusparseLtError, match="multiples of 32 outputs and inputs, not 48 and 32"):
+            library.compress(of_bytes(48, 32, torch.int8), 0)
         with pytest.raises(CusparseLtError, match="values are float32"):
             library.compress(torch.zeros(16, 16), 0)
 
@@ -196,6 +226,45 @@ class TestPrefill:
         assert count(path, "algorithm") == 17
         prefill.search(dense(40, 24), STREAM)  # which the library does not take
         assert not library.searched(40, 24, BFLOAT16)
+
+    @pytest.mark.parametrize("values", LARGEST, ids=str)
+    def test_rows_that_are_rounded(
+        self, library: CusparseLt, path: Path, values: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Many of them by the library, in parts that are compressed for once; fewer by torch."""
+        monkeypatch.setattr(narrow, "way_on", lambda device, *of: narrow.find(torch.tensor(0).device, *of))
+        monkeypatch.setattr(narrow, "MOST_SUMS", 1024 * 32)
+        weight, bias = scaled_weight(32, 64, values), normal(32, dtype=BFLOAT16)
+        assert weight.scale is not None
+        prefill.search(of_bytes(32, 64, values), STREAM)
+        for rows, parts in ((prefill.LEAST_ROWS, 2), (prefill.LEAST_ROWS + 5, 3), (prefill.LEAST_ROWS - 1, 0)):
+            x = normal(rows, 64, dtype=BFLOAT16)
+            rounded, scales = quantize_rows(x, values)
+            of = Operands(rounded, scales[:, 0], of_bytes(32, 64, values), weight.scale[:, 0], bias, BFLOAT16)
+            before = count(path, "products")
+            assert not expected_rounded(x, weight, bias).wrong(narrow.linear(of, STREAM)).any()
+            assert count(path, "products") - before == parts
+        assert count(path, "algorithm") == 17
+
+    @pytest.mark.parametrize("values", LARGEST, ids=str)
+    def test_bytes_have_to_be_right(
+        self,
+        library: CusparseLt,
+        values: torch.dtype,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """A thousandth of the size of a sum is found, a fiftieth of one of float8."""
+        multiply = CusparseLt.multiply
+
+        def slightly_wrong(self: CusparseLt, x: Tensor, compressed: Tensor, *rest: Any) -> Tensor:
+            y = multiply(self, x, compressed, *rest)
+            y[135, 63] += round(float(y.abs().max()) * (0.001 if values == torch.int8 else 0.02))
+            return y
+
+        monkeypatch.setattr(CusparseLt, "multiply", slightly_wrong)
+        assert prefill.library_for(of_bytes(32, 64, values), prefill.LEAST_ROWS) is None
+        assert f"its product in {str(values)[6:]} is wrong on this device" in caplog.text
 
     def test_shapes_that_it_does_not_take_are_dense(self, library: CusparseLt) -> None:
         x, weight = normal(2048, 24, dtype=BFLOAT16), dense(40, 24)
@@ -272,11 +341,9 @@ def test_no_library() -> None:
 
 def test_the_header_says_the_same() -> None:
     """Names, numbers of arguments, enumerations and sizes, where the wheel is installed."""
-    found = importlib.util.find_spec("nvidia.cusparselt") if importlib.util.find_spec("nvidia") else None
-    if found is None or not found.submodule_search_locations:
+    place = Path(cusparselt.find()).parent.parent
+    if not (place / "include" / "cusparseLt.h").is_file():
         pytest.skip("the wheel nvidia-cusparselt-cu13 is not installed")
-    place = Path(next(iter(found.submodule_search_locations)))
-    assert cusparselt.find() == str(place / "lib" / "libcusparseLt.so.0")
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", (place / "include" / "cusparseLt.h").read_text(), flags=re.DOTALL)
     for name, arguments in cusparselt._SIGNATURES.items():
         declared = re.search(rf"\b{name}\s*\(([^)]*)\)", text)
@@ -303,8 +370,12 @@ def test_the_header_says_the_same() -> None:
     assert [algorithms.index(f"CUSPARSELT_MATMUL_{name}") for name in
             ("ALG_CONFIG_ID", "SPLIT_K", "SPLIT_K_MODE", "SPLIT_K_BUFFERS")] == [
         cusparselt._ALGORITHM, cusparselt._SPLIT_K, cusparselt._SPLIT_K_MODE, cusparselt._SPLIT_K_BUFFERS]  # fmt: skip
-    assert enumeration("cusparseComputeType").index("CUSPARSE_COMPUTE_32F") == cusparselt._FLOAT_SUMS
-    assert re.search(rf"\b{cusparselt._DESTROY_SELECTION}\s*\(", text)
+    kinds = enumeration("cusparseComputeType")
+    assert kinds.index("CUSPARSE_COMPUTE_32F") == cusparselt._FLOAT_SUMS
+    assert kinds.index("CUSPARSE_COMPUTE_32I") == cusparselt._INTEGER_SUMS
+    version = {part: int(re.search(rf"CUSPARSELT_VER_{part}\s+(\d+)", text)[1]) for part in ("MAJOR", "MINOR")}  # type: ignore[index]
+    has_it = re.search(rf"\b{cusparselt._DESTROY_SELECTION}\s*\(", text) is not None
+    assert has_it == ((version["MAJOR"], version["MINOR"]) >= (0, 8))
     sizes = [int(size) for size in re.findall(r"uint8_t data\[(\d+)\]", text)]
     assert len(sizes) == 5
     assert max(sizes) <= cusparselt._ROOM

@@ -366,6 +366,20 @@ class TestScaled:
         assert torch.equal(dense, exact.float().to(dtype))
         assert n == 1 or bool(((dense != 0) & (dense.abs() < torch.finfo(dtype).tiny)).any())
 
+    @pytest.mark.parametrize(("n", "k"), [(1, 8), (64, 64), (70, 136), (200, 328)])
+    def test_expansion_of_the_values_themselves(self, scaled: Emulator, n: int, k: int) -> None:
+        """To the bit, and the scales behind them; by another header these are NaN."""
+        assert scaled.values is not None
+        weight = scaled_weight(n, k, scaled.values)
+        assert weight.scale is not None
+        prepared = layout.prepare(weight)
+        values, scales = scaled.expand_values(prepared, n, k)
+        wanted = unpack(PackedWeight(weight.values.view(torch.uint8), weight.mask))
+        assert torch.equal(values.view(torch.uint8), wanted)
+        assert torch.equal(scales, weight.scale.flatten())
+        prepared[4] += 1
+        assert bool(scaled.expand_values(prepared, n, k)[1].isnan().all())
+
     def test_other_weights_give_nan(self, scaled: Emulator) -> None:
         assert scaled.values is not None
         right = layout.prepare(scaled_weight(100, 200, scaled.values))

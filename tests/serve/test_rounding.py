@@ -32,6 +32,7 @@ def check(module: types.ModuleType, x: Tensor, values: torch.dtype) -> None:
     """All forms, to the bit."""
     right, scale = quantize_rows(x, values)
     expected = {
+        Form.BYTES: right,
         Form.NUMBERS: right.to(x.dtype),
         Form.PRODUCTS: (right.float() * scale).to(x.dtype),
     }
@@ -88,9 +89,9 @@ class TestBits:
         x = normal(3, rounding.BLOCK + 8, dtype=dtype)
         x[1, place] = bad
         check(module, x, values)
-        found, scales = rounding.launch(module, x, values, Form.NUMBERS)
+        found, scales = rounding.launch(module, x, values, Form.BYTES)
         assert scales.isnan().tolist() == [False, True, False]
-        assert not found[1].view(torch.int16).any()
+        assert not found[1].view(torch.uint8).any()
 
     def test_no_rows(self, module: types.ModuleType, values: torch.dtype, dtype: torch.dtype) -> None:
         for form in Form:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from compress.errors import CorruptCheckpointError
 from compress.packed import PackedWeight, quantize_rows, unpack
 from serve import support
-from serve.kernels import choose, dispatch, ops
+from serve.kernels import choose, dispatch, narrow, ops
 from serve.kernels.cuda import layout as cuda_layout
 from serve.kernels.triton import backend, layout, rounding
 from serve.kernels.triton.backend import Kernels
@@ -311,6 +311,35 @@ class TestRoundedInputs:
                 assert y.isnan().all(1).nonzero().flatten().tolist() == [2, 4]
         assert ops._sparse24_linear_cuda(x[:0], prepared, bias, n, quantizes_x=True).shape == (0, n)
 
+    @pytest.mark.parametrize(("n", "k"), [(16, 16), (48, 1024), (208, 272)])
+    def test_expansion_of_the_values_themselves(
+        self, module: types.ModuleType, values: torch.dtype, n: int, k: int
+    ) -> None:
+        """To the bit, and the scales; by another header these are NaN."""
+        weight = scaled_weight(n, k, values)
+        assert weight.scale is not None
+        prepared = layout.prepare(weight)
+        dense, scales = Kernels(module, 1).expand_values(prepared, n, k, values)
+        assert dense.dtype == values
+        assert torch.equal(dense.view(torch.uint8), unpack(PackedWeight(weight.values.view(torch.uint8), weight.mask)))
+        assert torch.equal(scales, weight.scale.flatten())
+        prepared[4] += 1
+        assert bool(Kernels(module, 1).expand_values(prepared, n, k, values)[1].isnan().all())
+
+    def test_many_rows_of_bytes(self, fake: Kernels, values: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the GPU multiplies values of 8 bits: as exact as few rows."""
+        monkeypatch.setattr(narrow, "way_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+        n, k, rows = 48, 80, backend.MOST_ROWS + 1
+        weight, bias = scaled_weight(n, k, values), normal(n, dtype=torch.float16)
+        x = normal(rows, k, dtype=torch.float16)
+        x[200, 5] = torch.nan
+        prepared = backend.prepare(dataclasses.replace(weight, quantizes_x=True))
+        for added in (None, bias):
+            y = ops._sparse24_linear_cuda(x, prepared, added, n, quantizes_x=True)
+            assert not expected_rounded(x, weight, added).wrong(y).any()
+            assert y.isnan().any(1).nonzero().flatten().tolist() == [200]
+
     def test_views(self, fake: Kernels, values: torch.dtype) -> None:
         weight, wide = scaled_weight(20, 40, values), normal(9 * 80 + 1, dtype=torch.bfloat16)
         for x in (wide[:-1].view(9, 80)[:, ::2], wide[1:361].view(9, 40)):
@@ -320,11 +349,12 @@ class TestRoundedInputs:
     def test_it_is_proven_when_a_weight_is_prepared(self, values: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[torch.dtype] = []
         monkeypatch.setattr(rounding, "prove", lambda device, dtype: asked.append(dtype))
+        monkeypatch.setattr(narrow, "prove", lambda device, dtype: asked.append(dtype))
         weight = scaled_weight(8, 16, values)
         backend.prepare(weight)
         assert asked == []
         backend.prepare(dataclasses.replace(weight, quantizes_x=True))
-        assert asked == [values]
+        assert asked == [values] * 2
 
     def test_a_weight_of_16_bits(self, fake: Kernels, values: torch.dtype) -> None:
         prepared = backend.prepare(random_weight(8, 16, torch.bfloat16))

@@ -4,8 +4,10 @@ Up to `plan.MOST_ROWS` rows of x, the weight is read once, 9/16 of the dense byt
 dtype in registers), straight into the sparse tensor cores. Where x is rounded to values of 8 bits, too, these are multiplied as numbers of
 its dtype, exactly, and the sums by their scales. For up
 to `plan.MOST_PASSES` times as many, it is read again for each such part of x. Above, a kernel expands it, and the product is dense or,
-where it is asked for, cuSPARSELt's (`prefill.py`): there products of values and scales, of the weight and of x, are rounded to x's dtype. Where a second form is kept (`beside.py`), that takes all above `plan.MOST_ROWS`. None is
-kept of values of 8 bits: it would have 16, more than the bytes that they save, and of which dtype only x says, long after.
+where it is asked for, cuSPARSELt's (`prefill.py`): of values of 8 bits, products of them and their scales are rounded to x's dtype there, unless x
+is rounded to such values, too: then both are multiplied as bytes (`serve.kernels.narrow`), where the GPU can. Where a second form is kept
+(`beside.py`), that takes all above `plan.MOST_ROWS`. None is kept of values of 8 bits: it would have 16, more than the bytes that they save, and of
+which dtype only x says, long after.
 
 Everything that takes time or may fail is done when a weight is prepared: kernels are found in the cache or compiled, and
 loaded. A product then is some launches on torch's current stream, one for up to `plan.MOST_ROWS` rows, without synchronization
@@ -29,6 +31,7 @@ from torch import Tensor
 from compress.errors import one_line
 from compress.packed import LARGEST, PackedWeight, pack, quantize
 from serve import support
+from serve.kernels import narrow
 from serve.kernels.aligned import aligned
 from serve.kernels.cuda import beside, compiler, driver, layout, plan, prefill
 from serve.kernels.cuda import cache as disk
@@ -132,10 +135,21 @@ class Kernels:
     def expand(self, prepared: Tensor, dense: Tensor, stream: int) -> None:
         """Writes the dense weight [n, k], to the bit as `compress.packed.unpack` does. Raises DriverError."""
         n, k = dense.shape
+        self._expand("expand_weight", prepared, dense, n, k, stream)
+
+    def expand_values(self, prepared: Tensor, n: int, k: int, stream: int) -> tuple[Tensor, Tensor]:
+        """The values of 8 bits of the dense weight [n, k], with its zeros, and the scales of its rows [n] float32; NaN, if it is another
+        weight. Raises DriverError."""
+        assert self.values is not None
+        written = prepared.new_empty(n * k + 4 * n)
+        self._expand("expand_values", prepared, written, n, k, stream)
+        return written[: n * k].view(self.values).view(n, k), written[n * k :].view(torch.float32)
+
+    def _expand(self, function: str, prepared: Tensor, to: Tensor, n: int, k: int, stream: int) -> None:
         units = layout.ceil_div(n, layout.UNIT) * layout.ceil_div(k, layout.UNIT)
         how = driver.config(layout.ceil_div(units, plan.EXPAND_WARPS), 32 * plan.EXPAND_WARPS, 0)
-        arguments = Arguments(prepared.data_ptr(), None, None, dense.data_ptr(), None, 0, n, k, 1, self.code)
-        self.driver.launch(self.functions["expand_weight"], how, stream, arguments)
+        arguments = Arguments(prepared.data_ptr(), None, None, to.data_ptr(), None, 0, n, k, 1, self.code)
+        self.driver.launch(self.functions[function], how, stream, arguments)
 
     def _configured(
         self, rows: int, n: int, k: int, form: Form | None, splits: int, overlap: bool
@@ -168,7 +182,7 @@ def load(
     text = compiler.source(forms, _TYPES[dtype], *([] if values is None else [_TYPES[values]]))
     arch = compiler.architecture(device.capability)
     cubin = disk.cubin(text, arch, compiler.version(), lambda: compiler.compile_cubin(text, arch)[0])
-    functions = with_driver.load(cubin, [*(form.name for form in forms), "expand_weight"])
+    functions = with_driver.load(cubin, plan.functions(forms, values is not None))
     active: dict[Form, dict[int, int]] = {}
     for form in forms:
         function = functions[form.name]
@@ -256,7 +270,12 @@ def wrong(kernels: Kernels, device: torch.device, stream: int) -> str | None:
     prepared = layout.prepare(known.packed).to(device)
     dense = torch.full((n, k), torch.nan, dtype=kernels.dtype, device=device)
     kernels.expand(prepared, dense, stream)
-    if not torch.equal(dense.cpu(), known.weight):
+    is_right = torch.equal(dense.cpu(), known.weight)
+    if kernels.values is not None:
+        values, scales = kernels.expand_values(prepared, n, k, stream)
+        is_right &= torch.equal(values.view(torch.uint8).cpu(), known.in_bytes()[1].view(torch.uint8))
+        is_right &= torch.equal(scales.cpu(), known.scales)
+    if not is_right:
         return "the kernel that expands weights is wrong on this device; please report it, with `halve doctor`"
     return None
 
@@ -307,7 +326,8 @@ def reason(dtype: torch.dtype, rows: int) -> str:
         return f"sparse tensor cores, the weight is read once for each {MOST_ROWS} rows of x"
     if by_library and rows >= prefill.LEAST_ROWS:
         return "cuSPARSELt where it can, on the weight expanded and compressed anew; HALVE_PREFILL asks for it"
-    return f"the weight is expanded, then multiplied densely: sparse kernels take up to {MOST_PASSES * MOST_ROWS} rows of x"
+    how = "multiplied densely, in bytes where x is rounded, too" if dtype in LARGEST else "multiplied densely"
+    return f"the weight is expanded, then {how}: sparse kernels take up to {MOST_PASSES * MOST_ROWS} rows of x"
 
 
 def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
@@ -319,14 +339,13 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
         prefill.prove(prepared.device, of_x)
     if weight.quantizes_x:
         rounding.prove(prepared.device, dtype)
-    if (
-        dtype not in LARGEST
-        and prepared.device.type == "cuda"
-        and (beside.wanted() or prefill.wanted() == "cusparselt")
-    ):
-        kernels = _kernels(index, dtype)
-        if isinstance(kernels, Kernels) and all(weight.shape):
-            prepared = _for_many_rows(kernels, prepared, weight.shape, torch._C._cuda_getCurrentRawStream(index))
+        narrow.prove(prepared.device, dtype)
+    if prepared.device.type == "cuda" and (beside.wanted() or prefill.wanted() == "cusparselt") and all(weight.shape):
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        if dtype not in LARGEST and isinstance(kernels := _kernels(index, dtype), Kernels):
+            prepared = _for_many_rows(kernels, prepared, weight.shape, stream)
+        elif weight.quantizes_x and isinstance(kernels := _kernels(index, ACTIVATIONS[0], dtype), Kernels):
+            prefill.search(kernels.expand_values(prepared, *weight.shape, stream)[0], stream)
     # A kernel may fetch the weight before what stands in front of it on its stream has ended.
     torch.cuda.current_stream(prepared.device).synchronize()
     return prepared
@@ -397,7 +416,9 @@ def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, 
     scales = None
     if quantizes_x:
         assert kernels.values is not None
-        # By a dense product there is nothing to scale the sums by, and in float16 they might be infinite.
+        if rows > MOST_PASSES * MOST_ROWS and narrow.takes(x.device, kernels.values, x.dtype, n, k):
+            return _of_bytes(kernels, aligned(x).view(rows, k), prepared, bias, n, stream).view(*shape[:-1], n)
+        # By a dense product of 16-bit numbers there is nothing to scale the sums by, and in float16 they might be infinite.
         form = rounding.Form.PRODUCTS if rows > MOST_PASSES * MOST_ROWS else rounding.Form.NUMBERS
         x, scales = rounding.round_rows(aligned(x).view(rows, k), kernels.values, form)
     try:
@@ -418,6 +439,17 @@ def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, 
     except DriverError as error:
         raise RuntimeError(str(error)) from error
     return y
+
+
+def _of_bytes(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, stream: int) -> Tensor:
+    """x [rows, k], many of them, rounded to values of 8 bits and multiplied as such -> [rows, n]."""
+    assert kernels.values is not None
+    rounded, x_scales = rounding.round_rows(x, kernels.values, rounding.Form.BYTES)
+    try:
+        weight, scales = kernels.expand_values(prepared, n, x.shape[1], stream)
+    except DriverError as error:
+        raise RuntimeError(str(error)) from error
+    return narrow.linear(narrow.Operands(rounded, x_scales, weight, scales, bias, x.dtype), stream)
 
 
 def _described(tensor: Tensor) -> str:

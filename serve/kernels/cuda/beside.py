@@ -22,7 +22,6 @@ from torch.nn import functional
 
 from compress.errors import UsageError
 from serve.kernels.cuda import cusparselt, layout, prefill
-from serve.kernels.cuda.cusparselt import CusparseLtError
 from serve.kernels.cuda.layout import Second
 
 VARIABLE = "HALVE_KEEP_BOTH"
@@ -56,11 +55,8 @@ def keep(prepared: Tensor, dense: Tensor, stream: int) -> Tensor:
     if library is None:
         second, bytes_ = Second.DENSE, dense.reshape(-1).view(torch.uint8)
     else:
-        try:
-            with prefill.one_at_a_time:
-                second, bytes_ = Second.CUSPARSELT, library.compress(dense, stream)
-        except CusparseLtError as error:
-            raise RuntimeError(f"{error}; {prefill.VARIABLE}=dense does without it") from error
+        with prefill.calls:
+            second, bytes_ = Second.CUSPARSELT, library.compress(dense, stream)
     both = layout.append(prepared, second, bytes_)
     n, k = dense.shape
     _found[n, k, dense.dtype, len(both)] = second
@@ -94,8 +90,5 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, stream: int
     behind = prepared[layout.prepared_bytes(n, k) :]
     if find(prepared, n, k, x.dtype) is Second.DENSE:
         return functional.linear(x, behind.view(x.dtype).view(n, k), bias)
-    try:
-        with prefill.one_at_a_time:
-            return cusparselt.on_device(x.device.index or 0).multiply(x, behind, bias, n, stream)
-    except CusparseLtError as error:
-        raise RuntimeError(f"{error}; {prefill.VARIABLE}=dense does without it") from error
+    with prefill.calls:
+        return cusparselt.on_device(x.device.index or 0).multiply(x, behind, bias, n, stream)

@@ -3,6 +3,9 @@
 torch's own operator makes descriptors, plan and workspace anew at every call, which takes longer than many a product. Here a
 call of a shape that was seen before is one launch.
 
+Weight and x have one dtype. Of 16 bits, so has the result; products of int8 and of float8 are added up, and given, in int32 and in float32
+(`RESULTS`), so that scales can multiply what nothing has rounded.
+
 Types and values are those of ``cusparseLt.h`` and ``library_types.h``. Structures are opaque; they grew and shrank between versions
 (512 bytes in 0.8, 11024 before), so each gets the room of the largest. They may point to each other: a plan keeps all of its
 own where they are.
@@ -22,15 +25,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MULTIPLE = 16
-"""N and K have to be multiples of this; rows are padded to `ROW_MULTIPLE`."""
-ROW_MULTIPLE = 8
+RESULTS = {
+    torch.float16: torch.float16,
+    torch.bfloat16: torch.bfloat16,
+    torch.int8: torch.int32,
+    torch.float8_e4m3fn: torch.float32,
+}
+"""Dtypes of weights and x, and what their products are in."""
 
-_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # CUDA_R_16F, CUDA_R_16BF
+# CUDA_R_16F, CUDA_R_16BF, CUDA_R_8I, CUDA_R_8F_E4M3, CUDA_R_32I, CUDA_R_32F
+_TYPES = {
+    torch.float16: 2,
+    torch.bfloat16: 14,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 28,
+    torch.int32: 10,
+    torch.float32: 0,
+}
 _ROW, _COLUMN = 2, 1  # CUSPARSE_ORDER_ROW, CUSPARSE_ORDER_COL
 _AS_IT_IS, _TRANSPOSED = 0, 1  # CUSPARSE_OPERATION_NON_TRANSPOSE, CUSPARSE_OPERATION_TRANSPOSE
 _HALF_SPARSE = 0  # CUSPARSELT_SPARSITY_50_PERCENT
-_FLOAT_SUMS = 2  # CUSPARSE_COMPUTE_32F
+_FLOAT_SUMS, _INTEGER_SUMS = 2, 0  # CUSPARSE_COMPUTE_32F, CUSPARSE_COMPUTE_32I
 _DEFAULT_ALGORITHM = 0  # CUSPARSELT_MATMUL_ALG_DEFAULT
 _BIAS_POINTER = 8  # CUSPARSELT_MATMUL_BIAS_POINTER
 _ALGORITHM, _SPLIT_K, _SPLIT_K_MODE, _SPLIT_K_BUFFERS = 0, 3, 4, 5  # CUSPARSELT_MATMUL_ALG_CONFIG_ID and so on
@@ -101,7 +116,7 @@ class Plan:
             CusparseLtError: the library refused.
         """
         self._library, call, handle = library, library.call, library.handle.address
-        kind = _TYPES[dtype]
+        kind, result = _TYPES[dtype], _TYPES[RESULTS[dtype]]
         self._weight, self._input, self._output = Opaque(), Opaque(), Opaque()
         self._product, self.selection, self.plan = Opaque(), Opaque(), Opaque()
         self._tensors = tuple(c_void_p() for _ in range(4))  # weight, x, y, room
@@ -109,7 +124,7 @@ class Plan:
         self._selected = False
         self._alive: list[tuple[str, int]] = []  # what gives back what the library made, the first one first
         try:
-            self._describe(rows, n, k, kind, bias)
+            self._describe(rows, n, k, kind, result, bias)
             self._select(algorithm)
             size = c_size_t()
             call("cusparseLtMatmulGetWorkspace", handle, self.plan.address, byref(size))
@@ -140,7 +155,7 @@ class Plan:
         if refusal := (library.search_ready if search else library.multiply_ready)(*self._arguments):
             raise library.error("cusparseLtMatmulSearch" if search else "cusparseLtMatmul", refusal)
 
-    def _describe(self, rows: int, n: int, k: int, kind: int, bias: int | None) -> None:
+    def _describe(self, rows: int, n: int, k: int, kind: int, result: int, bias: int | None) -> None:
         """The operands and the product."""
         call, handle = self._library.call, self._library.handle.address
         weight, inputs, output = self._weight.address, self._input.address, self._output.address
@@ -148,11 +163,11 @@ class Plan:
         self._alive.append(("cusparseLtMatDescriptorDestroy", weight))
         call("cusparseLtDenseDescriptorInit", handle, inputs, rows, k, k, _ALIGNMENT, kind, _ROW)
         self._alive.append(("cusparseLtMatDescriptorDestroy", inputs))
-        call("cusparseLtDenseDescriptorInit", handle, output, n, rows, n, _ALIGNMENT, kind, _COLUMN)
+        call("cusparseLtDenseDescriptorInit", handle, output, n, rows, n, _ALIGNMENT, result, _COLUMN)
         self._alive.append(("cusparseLtMatDescriptorDestroy", output))
         product = self._product.address
         call("cusparseLtMatmulDescriptorInit", handle, product, _AS_IT_IS, _TRANSPOSED, weight, inputs, output, output,
-             _FLOAT_SUMS)  # fmt: skip
+             _INTEGER_SUMS if kind == _TYPES[torch.int8] else _FLOAT_SUMS)  # fmt: skip
         if bias is not None:
             pointer = c_void_p(bias)
             call("cusparseLtMatmulDescSetAttribute", handle, product, _BIAS_POINTER, byref(pointer), 8)
@@ -278,12 +293,12 @@ class CusparseLt:
         """A 2:4 weight [n, k] in the library's own form, [bytes] uint8.
 
         Raises:
-            CusparseLtError: the library refused, or N or K are no multiples of `MULTIPLE`.
+            CusparseLtError: the library refused, or N or K are no multiples of `multiple`.
         """
         n, k = dense.shape
         if reason := why_not(n, k, dense.dtype):
             raise CusparseLtError(reason)
-        plan = self._plan(MULTIPLE, n, k, dense.dtype, None)
+        plan = self._plan(multiple(dense.dtype), n, k, dense.dtype, None)
         size, buffer_size = c_size_t(), c_size_t()
         handle = self.handle.address
         self.call("cusparseLtSpMMACompressedSize", handle, plan.plan.address, byref(size), byref(buffer_size))
@@ -294,17 +309,17 @@ class CusparseLt:
         return compressed
 
     def multiply(self, x: Tensor, compressed: Tensor, bias: Tensor | None, n: int, stream: int) -> Tensor:
-        """x [rows, k] in a row, times the weight [n, k] plus bias [n] -> [rows, n].
+        """x [rows, k] in a row, times the weight [n, k] plus bias [n], of 16 bits -> [rows, n] in the dtype that `RESULTS` says.
 
         Raises:
             CusparseLtError: the library refused.
         """
         rows, k = x.shape
-        missing = -rows % ROW_MULTIPLE
+        missing = -rows % row_multiple(x.dtype)
         if missing:
             x = _padded(x)
         plan = self._plan(rows + missing, n, k, x.dtype, None if bias is None else bias.data_ptr())
-        y = x.new_empty(rows + missing, n)
+        y = x.new_empty(rows + missing, n, dtype=RESULTS[x.dtype])
         plan.multiply(x, compressed, y, stream)
         return y[:rows] if missing else y
 
@@ -316,7 +331,7 @@ class CusparseLt:
             CusparseLtError: the library refused.
         """
         x, k = _padded(x), x.shape[1]
-        y = x.new_empty(len(x), n)
+        y = x.new_empty(len(x), n, dtype=RESULTS[x.dtype])
         plan = Plan(self, len(x), n, k, x.dtype, None, None)
         try:
             plan.multiply(x, compressed, y, stream, search=True)
@@ -351,18 +366,28 @@ class CusparseLt:
         return plan
 
 
+def multiple(dtype: torch.dtype) -> int:
+    """Of this N and K have to be multiples."""
+    return 32 // dtype.itemsize
+
+
+def row_multiple(dtype: torch.dtype) -> int:
+    """To multiples of this rows of x are padded."""
+    return 16 // dtype.itemsize
+
+
 def why_not(n: int, k: int, dtype: torch.dtype) -> str | None:
     """Why a weight [n, k] cannot be one of the library's, or None."""
-    if dtype not in _TYPES:
+    if dtype not in RESULTS:
         return f"values are {str(dtype).removeprefix('torch.')}"
-    if n % MULTIPLE or k % MULTIPLE:
-        return f"cuSPARSELt takes multiples of {MULTIPLE} outputs and inputs, not {n} and {k}"
+    if n % multiple(dtype) or k % multiple(dtype):
+        return f"cuSPARSELt takes multiples of {multiple(dtype)} outputs and inputs, not {n} and {k}"
     return None
 
 
 def _padded(x: Tensor) -> Tensor:
-    """Rows of zeros up to a multiple of `ROW_MULTIPLE`."""
-    missing = -len(x) % ROW_MULTIPLE
+    """Rows of zeros up to a multiple of `row_multiple`."""
+    missing = -len(x) % row_multiple(x.dtype)
     return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
 
 

@@ -224,4 +224,12 @@ def instantiations(candidates: Sequence[Form], dtype: str, values: str = "Same")
         f"HALVE_MULTIPLY({form.name}, {types}, {form.tiles}, {form.panels}, {form.groups}, {form.stages}, {form.resident})"
         for form in candidates
     ]
-    return "\n".join([*lines, f"HALVE_EXPAND({types}, {EXPAND_WARPS})", ""])
+    lines.append(f"HALVE_EXPAND({types}, {EXPAND_WARPS})")
+    if values != "Same":
+        lines.append(f"HALVE_EXPAND_VALUES({values}, {EXPAND_WARPS})")
+    return "\n".join([*lines, ""])
+
+
+def functions(candidates: Sequence[Form], scaled: bool) -> list[str]:
+    """The names of what `instantiations` compiles; ``scaled``: values are of 8 bits."""
+    return [*(form.name for form in candidates), "expand_weight", *(["expand_values"] if scaled else [])]

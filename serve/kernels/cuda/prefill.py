@@ -1,4 +1,5 @@
-"""Products of many rows of x, which are bound by multiplications and not by the bytes of the weight.
+"""Products of many rows of x, which are bound by multiplications and not by the bytes of the weight. (Where x is rounded to values of 8
+bits, `serve.kernels.narrow` does them, by the same library.)
 
 By default the weight is expanded and multiplied densely. ``HALVE_PREFILL=cusparselt`` asks for cuSPARSELt's sparse product
 instead: the weight, of which only the form for few rows is kept, is expanded and compressed into the library's own form at each
@@ -14,14 +15,16 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from types import TracebackType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from compress.errors import UsageError, did_you_mean
+from compress.packed import LARGEST
 from serve.kernels.cuda import cusparselt
 from serve.kernels.cuda.cusparselt import CusparseLt, CusparseLtError
 from serve.kernels.proof import problem
@@ -32,11 +35,28 @@ LEAST_ROWS = 2048
 """For which the sparse product may make up for the passes."""
 
 log = logging.getLogger("halve.serve")
-one_at_a_time = threading.Lock()
-"""Whoever calls the library holds it."""
+_one_at_a_time = threading.Lock()
 _tried: set[tuple[int, torch.dtype]] = set()
 SEARCHED_ROWS = (2048, 8192)
 """For which the library's algorithms are timed when a weight is prepared; other numbers of rows take what was best for the nearer."""
+
+
+class _Calls:
+    """Of the library: one at a time, and a refusal is a RuntimeError that says how to do without."""
+
+    def __enter__(self) -> None:
+        _one_at_a_time.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _one_at_a_time.release()
+        if isinstance(error, CusparseLtError):
+            raise RuntimeError(f"{error}; {VARIABLE}=dense does without it") from error
+
+
+calls = _Calls()
+"""Every call is made with this one."""
 
 
 def wanted() -> str:
@@ -79,7 +99,7 @@ def search(dense: Tensor, stream: int, rows_of_x: Sequence[int] = SEARCHED_ROWS)
     if library is None or library.searched(n, k, dense.dtype):
         return
     try:
-        with one_at_a_time:
+        with _one_at_a_time:
             compressed = library.compress(dense, stream)
             for rows in rows_of_x:
                 library.search(dense.new_ones(rows, k), compressed, n, stream)
@@ -93,14 +113,24 @@ def linear(x: Tensor, dense: Tensor, bias: Tensor | None, stream: int) -> Tensor
     Raises:
         RuntimeError: the library refused.
     """
-    library = library_for(dense, len(x))
+    multiply = multiplier(dense, len(x), stream)
+    return functional.linear(x, dense, bias) if multiply is None else multiply(x, bias)
+
+
+def multiplier(dense: Tensor, rows: int, stream: int) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """The library's product of x [rows or fewer, k] and a weight [n, k], 2:4 and expanded, which is compressed for it here; None where torch
+    multiplies. Both raise RuntimeError: the library refused."""
+    library = library_for(dense, rows)
     if library is None:
-        return functional.linear(x, dense, bias)
-    try:
-        with one_at_a_time:
-            return library.multiply(x, library.compress(dense, stream), bias, len(dense), stream)
-    except CusparseLtError as error:
-        raise RuntimeError(f"{error}; {VARIABLE}=dense does without it") from error
+        return None
+
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+        with calls:
+            return library.multiply(x, compressed, bias, len(dense), stream)
+
+    with calls:
+        compressed = library.compress(dense, stream)
+    return multiply
 
 
 @cache
@@ -111,7 +141,7 @@ def _proven(index: int, dtype: torch.dtype) -> CusparseLt | None:
         reason = _why_not(index, dtype)
         library = None if reason else cusparselt.on_device(index)
         if library is not None:
-            with one_at_a_time, torch.cuda.device(index):  # the library launches on the current one
+            with _one_at_a_time, torch.cuda.device(index):  # the library launches on the current one
                 reason = wrong(library, torch.device("cuda", index), dtype, torch._C._cuda_getCurrentRawStream(index))
     except (CusparseLtError, RuntimeError) as error:
         reason, library = str(error), None
@@ -129,10 +159,16 @@ def _why_not(index: int, dtype: torch.dtype) -> str | None:
 
 
 def wrong(library: CusparseLt, device: torch.device, dtype: torch.dtype, stream: int) -> str | None:
-    """What the library computes wrongly, or None: a small product with a bias, against float64. Raises CusparseLtError."""
-    known = problem(136, 64, 160, dtype)
-    compressed = library.compress(known.weight.to(device), stream)
-    y = library.multiply(known.x.to(device), compressed, known.bias.to(device), len(known.bias), stream)
-    if known.is_solved_by(y):
+    """What the library computes wrongly, or None: a small product, of 16 bits with a bias, against float64. Raises CusparseLtError."""
+    if dtype in LARGEST:
+        known = problem(136, 64, 160, torch.bfloat16, dtype).rounded()
+        x, weight = (operand.to(device) for operand in known.in_bytes())
+        is_right = known.is_solved_by_sums(library.multiply(x, library.compress(weight, stream), None, 64, stream))
+    else:
+        known = problem(136, 64, 160, dtype)
+        compressed = library.compress(known.weight.to(device), stream)
+        y = library.multiply(known.x.to(device), compressed, known.bias.to(device), len(known.bias), stream)
+        is_right = known.is_solved_by(y)
+    if is_right:
         return None
     return f"its product in {str(dtype).removeprefix('torch.')} is wrong on this device; please report it, with `halve doctor`"

@@ -3,7 +3,8 @@
 They do not run on AMD's GPUs, and on NVIDIA's where NVRTC is missing, refuses, or its kernels prove wrong. The weight is read as it is stored, expanded
 in registers and multiplied densely, in x's dtype whatever that of its values is, so few rows of x gain by the bytes that need not be read. For more than `MOST_ROWS` the weight
 is expanded once for all, and torch multiplies. Where x is rounded to values of 8 bits, they are numbers of its dtype as well, and their scales
-multiply the sums; for more than `MOST_ROWS` the products of values and scales are rounded to its dtype.
+multiply the sums; for more than `MOST_ROWS` they are multiplied as bytes (`serve.kernels.narrow`) where the GPU can, else products of values and
+scales, rounded to its dtype.
 
 Triton compiles when a kernel is first launched and keeps the result on disk. All that it compiles for a dtype of values, with any dtype
 of x, is launched, and compared with float64, before a weight is prepared.
@@ -25,6 +26,7 @@ from torch.nn import functional
 
 from compress.packed import LARGEST, PackedWeight
 from serve import support
+from serve.kernels import narrow
 from serve.kernels.aligned import aligned
 from serve.kernels.proof import problem
 from serve.kernels.triton import layout, rounding
@@ -139,6 +141,22 @@ class Kernels:
             CODE=code,
         )
 
+    def expand_values(self, prepared: Tensor, n: int, k: int, values: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The values of 8 bits of the dense weight [n, k], with its zeros, and the scales of its rows [n] float32; NaN, if it is another
+        weight."""
+        weight, unit, (outputs, depth) = layout.parts(prepared, n, k, values), _unit(k), _EXPANDED
+        code, kept, scales = _operands(weight)
+        dense, copied = kept.new_empty(n, k), scales.new_empty(n)
+        self.module.expand_values[-(-n // outputs), -(-k // depth)](
+            *(_header(prepared), kept, weight.mask, scales, dense, copied, n, k // unit),
+            UNIT=unit,
+            OUTPUTS=outputs,
+            DEPTH=depth,
+            MAGIC=layout.MAGIC,
+            CODE=code,
+        )
+        return dense.view(values), copied
+
 
 def _unit(k: int) -> int:
     """In which columns are counted: in larger ones the compiler can read more at once."""
@@ -218,7 +236,12 @@ def wrong(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str | N
                         )
             dense = torch.full((n, k), torch.nan, dtype=of_x, device=device)
             kernels.expand(prepared, dense)
-            if not torch.equal(dense.cpu(), known.weight):
+            is_right = torch.equal(dense.cpu(), known.weight)
+            if scaled is not None:
+                values, scales = kernels.expand_values(prepared, n, k, scaled)
+                is_right &= torch.equal(values.view(torch.uint8).cpu(), known.in_bytes()[1].view(torch.uint8))
+                is_right &= torch.equal(scales.cpu(), known.scales)
+            if not is_right:
                 return "Triton's kernel that expands weights is wrong on this device; please report it, with `halve doctor`"
     return None
 
@@ -227,13 +250,15 @@ def reason(dtype: torch.dtype, rows: int) -> str:
     """What is done with so many rows of x."""
     if rows <= MOST_ROWS:
         return "a Triton kernel expands the weight in registers, then multiplies densely"
-    return f"the weight is expanded, then multiplied densely: Triton's kernel takes up to {MOST_ROWS} rows of x"
+    how = "multiplied densely, in bytes where x is rounded, too" if dtype in LARGEST else "multiplied densely"
+    return f"the weight is expanded, then {how}: Triton's kernel takes up to {MOST_ROWS} rows of x"
 
 
 def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
     """The bytes of a packed weight [N, K], [bytes] uint8, on its device; see `layout.prepare`."""
     if weight.quantizes_x:
         rounding.prove(weight.values.device, weight.values.dtype)
+        narrow.prove(weight.values.device, weight.values.dtype)
     return layout.prepare(weight, name)
 
 
@@ -281,7 +306,12 @@ def _linear(
     k, scales = x.shape[-1], None
     many = x.numel() > MOST_ROWS * k
     if rounded_to is not None:
-        # By a dense product there is nothing to scale the sums by, and in float16 they might be infinite.
+        if many and narrow.takes(x.device, rounded_to, x.dtype, n, k):
+            rounded, scales = rounding.round_rows(aligned(x).view(-1, k), rounded_to, rounding.Form.BYTES)
+            weight, own = kernels.expand_values(prepared, n, k, rounded_to)
+            added, stream = None if bias is None else aligned(bias), torch._C._cuda_getCurrentRawStream(x.device.index)
+            return narrow.linear(narrow.Operands(rounded, scales, weight, own, added, x.dtype), stream).view(y.shape)
+        # By a dense product of 16-bit numbers there is nothing to scale the sums by, and in float16 they might be infinite.
         form = rounding.Form.PRODUCTS if many else rounding.Form.NUMBERS
         rounded, scales = rounding.round_rows(aligned(x).view(-1, k), rounded_to, form)
         x = rounded.view(x.shape)

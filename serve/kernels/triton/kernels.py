@@ -202,6 +202,69 @@ def expand(
     )
 
 
+@triton.jit(do_not_specialize=["n", "units"])
+def expand_values(
+    header,
+    values,
+    mask,
+    scales,
+    dense,
+    copied,
+    n,
+    units,
+    UNIT: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    MAGIC: tl.constexpr,
+    CODE: tl.constexpr,
+):
+    """dense [N, K = units UNIT] uint8, values of 8 bits with the zeros among them, and ``copied`` [N], the scales of its rows; NaN if the
+    header says otherwise, as a byte cannot say it."""
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    k, half, eighth = units * UNIT, units * (UNIT // 2), units * (UNIT // 8)
+    kept = tl.program_id(1) * (DEPTH // 2) + tl.arange(0, DEPTH // 2)
+    byte = tl.program_id(1) * (DEPTH // 8) + tl.arange(0, DEPTH // 8)
+    column = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
+    weight_row, is_output = output.to(tl.int64)[:, None], (output < n)[:, None]
+    pairs = tl.load(values + weight_row * half + kept[None, :], mask=is_output & (kept < half)[None, :], other=0)
+    bytes_ = tl.load(mask + weight_row * eighth + byte[None, :], mask=is_output & (byte < eighth)[None, :], other=0)
+    tile = expanded(pairs, bytes_, OUTPUTS, DEPTH)
+    tl.store(dense + weight_row * k + column[None, :], tile, mask=is_output & (column < k)[None, :])
+    if tl.program_id(1) == 0:
+        scale = tl.load(scales + output, mask=output < n, other=0.0)
+        scale = tl.where(is_weight(header, n, k, MAGIC, CODE), scale, float("nan"))
+        tl.store(copied + output, scale, mask=output < n)
+
+
+@triton.jit(do_not_specialize=["rows", "units", "has_bias"])
+def scale_sums(
+    sums,
+    scales,
+    x_scales,
+    bias,
+    y,
+    rows,
+    units,
+    has_bias,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """y [R, N = units UNIT] = ``sums`` [R, N] of products of values of 8 bits, int32 or float32, times ``x_scales`` [R] and ``scales`` [N],
+    plus bias [N]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    n = units * UNIT
+    place = row.to(tl.int64)[:, None] * n + output[None, :]
+    inside = (row < rows)[:, None] & (output < n)[None, :]
+    result = tl.load(sums + place, mask=inside, other=0).to(tl.float32)
+    # (in the order of the other kernels)
+    result *= tl.load(x_scales + row, mask=row < rows, other=0.0)[:, None]
+    result *= tl.load(scales + output, mask=output < n, other=0.0)[None, :]
+    result += tl.load(bias + output, mask=output < n * has_bias, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
+
+
 @triton.jit
 def nearest(numbers, CODE: tl.constexpr):
     """The nearest values of 8 bits, ties to even, of float32 that are within their range; in float32, in which they are exact."""
@@ -220,10 +283,23 @@ def nearest(numbers, CODE: tl.constexpr):
     return result
 
 
+@triton.jit
+def stored(values, CODE: tl.constexpr):
+    """The bytes of values of 8 bits, which come in float32: the inverse of `numbers`."""
+    if CODE == INT8:
+        result = values.to(tl.int32).to(tl.uint8)
+    else:
+        # Where the exponent counts from 120 less, exponent and fraction are at the same places from bit 20 on, subnormal ones too.
+        bits = values.to(tl.int32, bitcast=True)
+        small = (values * 7.52316384526264e-37).to(tl.int32, bitcast=True)  # 2^-120
+        result = (((small >> 20) & 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return result
+
+
 @triton.jit(do_not_specialize=["units"])
 def round_rows(x, values, scales, units, CODE: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK: tl.constexpr):
-    """``values`` [R, K = 8 units] and ``scales`` [R] float32 of x [R, K], as `compress.packed.quantize_rows` has them: the values as
-    numbers of x's dtype, with ``PRODUCTS`` times the scale and rounded once. A block a row."""
+    """``values`` [R, K = 8 units] and ``scales`` [R] float32 of x [R, K], as `compress.packed.quantize_rows` has them: the values as bytes
+    where ``values`` are uint8, else as numbers of x's dtype, with ``PRODUCTS`` times the scale and rounded once. A block a row."""
     k = units * 8
     row = tl.program_id(0)
     x += row.to(tl.int64) * k
@@ -249,4 +325,7 @@ def round_rows(x, values, scales, units, CODE: tl.constexpr, PRODUCTS: tl.conste
         rounded = nearest(inside, CODE)
         if PRODUCTS:
             rounded *= scale
-        tl.store(values + column, rounded.to(values.dtype.element_ty), mask=column < k)
+        if values.dtype.element_ty == tl.uint8:
+            tl.store(values + column, stored(rounded, CODE), mask=column < k)
+        else:
+            tl.store(values + column, rounded.to(values.dtype.element_ty), mask=column < k)

@@ -34,6 +34,7 @@ class Form(Enum):
     PRODUCTS = (
         "values times the scale of their row, rounded to x's dtype: near x itself, and never beyond its dtype's range"
     )
+    BYTES = "the values of 8 bits themselves"
 
 
 def round_rows(x: Tensor, values: torch.dtype, form: Form = Form.NUMBERS) -> tuple[Tensor, Tensor]:
@@ -53,17 +54,20 @@ def round_rows(x: Tensor, values: torch.dtype, form: Form = Form.NUMBERS) -> tup
 def launch(module: ModuleType, x: Tensor, values: torch.dtype, form: Form) -> tuple[Tensor, Tensor]:
     """The same by the kernel, on the current device, which has to be that of x."""
     rows, k = x.shape
-    rounded = torch.empty_like(x)
+    rounded = x.new_empty(rows, k, dtype=values if form is Form.BYTES else x.dtype)
     scales = x.new_empty(rows, dtype=torch.float32)
     if rows:
+        to = rounded.view(torch.uint8) if form is Form.BYTES else rounded
         how = {"CODE": layout.CODES[values], "PRODUCTS": form is Form.PRODUCTS, "BLOCK": BLOCK, "num_warps": WARPS}
-        module.round_rows[(rows,)](x, rounded, scales, k // 8, **how)
+        module.round_rows[(rows,)](x, to, scales, k // 8, **how)
     return rounded, scales
 
 
 def by_torch(x: Tensor, values: torch.dtype, form: Form) -> tuple[Tensor, Tensor]:
     """The same by torch's operators."""
     rounded, scale = quantize_rows(x, values)
+    if form is Form.BYTES:
+        return rounded, scale.view(-1)
     numbers = rounded.float() * scale if form is Form.PRODUCTS else rounded
     return numbers.to(x.dtype), scale.view(-1)
 

@@ -47,7 +47,7 @@ struct Arguments {
   const u8* weight;
   const u16* x;     // [rows, k], aligned to 16 bytes; k is a multiple of 8
   const u16* bias;  // [n] or null
-  u16* y;           // [rows, n]
+  u16* y;           // [rows, n]; where a weight is expanded, that
   // [rows] or null: x holds values of 8 bits as its own dtype has them, and what is multiplied is these times the scale of their row.
   // Looked at only where the weight's values have scales, too.
   const float* x_scales;
@@ -376,6 +376,52 @@ HALVE_DEVICE void expand(const Arguments& call, int warps) {
   }
 }
 
+// The values of 8 bits themselves, zeros among them, [n, k] bytes in y, and behind them the scales of the rows, [n] float32: NaN if it is
+// another weight, as a byte cannot say it. A warp a unit.
+template <class V>
+HALVE_DEVICE void expand_bytes(const Arguments& call, int warps) {
+  constexpr int kUnitBytes = Stored<V>::kUnitBytes, kValueBlocks = Stored<V>::kValueBlocks;
+  const int thread = thread_index(), lane = thread & 31;
+  const int units = ceil_div(call.k, kUnitColumns);
+  const int unit = block_index() * warps + (thread >> 5), panel = unit / units;
+  if (panel * kUnitRows >= call.n) return;
+  const bool right = belongs(load_global(call.weight), call);
+  const u8* const from = call.weight + kHeaderBytes + static_cast<u64>(unit) * kUnitBytes + lane * 16;
+  u8* const to = reinterpret_cast<u8*>(call.y);
+  if (unit % units == 0) {
+    const float* const scales = reinterpret_cast<const float*>(scales_of<V>(call));
+    float* const copied = reinterpret_cast<float*>(to + static_cast<u64>(call.n) * call.k);  // (k is a multiple of 8)
+    for (int row = panel * kUnitRows + lane; row < call.n && row < (panel + 1) * kUnitRows; row += 32) {
+      copied[row] = right ? scales[row] : as_float(0x7fffffff);
+    }
+  }
+  const Quad metadata = load_global(from + kValueBlocks * kBlockBytes);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int rows = 0; rows < 4; rows += 2) {
+      const Quad bytes = load_global(from + (half * 2 + rows / 2) * kBlockBytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // the upper 16 rows and the lower ones, and in them 8 rows below
+        const int row = panel * kUnitRows + (rows + i / 2) * 16 + (lane >> 2) + i % 2 * 8;
+        u32 four[2];  // of the left and of the right 16 columns
+#pragma unroll
+        for (int right_half = 0; right_half < 2; ++right_half) {
+          const u32 word = from_lane(metadata.word[half * 2 + rows / 2], (lane & ~3) | (i / 2 * 2 + right_half));
+          const u32 indices = word >> (i % 2 * 16 + (lane & 3) * 4), pair = bytes.word[i / 2 * 2 + right_half] >> i % 2 * 8;
+          four[right_half] = (pair & 0xff) << ((indices & 3) * 8) | (pair >> 16 & 0xff) << ((indices >> 2 & 3) * 8);
+        }
+        // Two lanes give each other what makes eight columns in a row of both: of the left 16 for the even one.
+        const bool odd = lane & 1;
+        const u32 other = from_lane(odd ? four[0] : four[1], lane ^ 1);
+        const u64 eight = odd ? other | static_cast<u64>(four[1]) << 32 : four[0] | static_cast<u64>(other) << 32;
+        const int column = unit % units * kUnitColumns + half * 32 + (odd ? 16 : 0) + (lane & 2) * 4;
+        if (row < call.n && column < call.k) *reinterpret_cast<u64*>(to + static_cast<u64>(row) * call.k + column) = eight;
+      }
+    }
+  }
+}
+
 // What is compiled is chosen by `plan.py`, which writes such lines under this file.
 #define HALVE_MULTIPLY(Name, T, V, Tiles, Panels, Groups, Stages, Resident)                   \
   HALVE_KERNEL(32 * Panels * Groups, Resident) Name(HALVE_BY_VALUE Arguments call) {          \
@@ -383,3 +429,5 @@ HALVE_DEVICE void expand(const Arguments& call, int warps) {
   }
 #define HALVE_EXPAND(T, V, Warps) \
   HALVE_KERNEL(32 * Warps, 1) expand_weight(HALVE_BY_VALUE Arguments call) { expand<T, V>(call, Warps); }
+#define HALVE_EXPAND_VALUES(V, Warps) \
+  HALVE_KERNEL(32 * Warps, 1) expand_values(HALVE_BY_VALUE Arguments call) { expand_bytes<V>(call, Warps); }
