@@ -43,6 +43,7 @@ SECTIONS = (
     "libraries",
     "host",
     "scaled",
+    "narrow",
     "variants",
     "pruning",
     "triton",

@@ -22,8 +22,9 @@ from compress.columns import prune_columns
 from compress.linalg import inverse_factor
 from compress.packed import LARGEST, PATTERN, PackedWeight, quantize, quantize_rows, unpack, unpack_bits
 from compress.patterns import UnstructuredPattern
-from serve.kernels import ops, plain
+from serve.kernels import narrow, ops, plain
 from serve.kernels.cuda import backend, layout, plan
+from serve.kernels.proof import lost_by
 from serve.kernels.triton import backend as triton
 from serve.kernels.triton import rounding
 
@@ -94,8 +95,11 @@ def rounded_input(x: Tensor, values: torch.dtype) -> Tensor:
     return rounded.double() * scale.double()
 
 
-def check(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None, what: str) -> None:
+def check(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None, what: str, lost: float = 0.0) -> None:
     """Compares y [rows, n] with x [rows, k] times ``dense`` [n, k], in float64, some rows of the weight at a time.
+
+    Args:
+        lost: by the sums besides, as a share of the sum of the sizes of what is added.
 
     Raises:
         WrongError: an output is out of its bound.
@@ -110,7 +114,9 @@ def check(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None, what: str) -
             exact, size = exact + bias[rows].double(), size + bias[rows].double().abs()
         limits = torch.finfo(y.dtype)
         bound = (
-            size * (k / 32 + 8) * 2.0**-22 + exact.abs() * limits.eps / 2 * 1.01 + limits.smallest_normal * limits.eps
+            size * ((k / 32 + 8) * 2.0**-22 + lost)
+            + exact.abs() * limits.eps / 2 * 1.01
+            + limits.smallest_normal * limits.eps
         )
         wrong = ~((y[:, rows].double() - exact).abs() <= bound)
         if bool(wrong.any()):
@@ -453,8 +459,10 @@ def rounded_x() -> None:
 def _check_rounded(x: Tensor, prepared: Tensor, weight: PackedWeight, bias: Tensor | None, what: str) -> None:
     """One product of the operator; of many rows, whose products of values and scales are rounded, torch's of these."""
     y = ops.sparse24_linear(x, prepared, bias, weight.shape[0], True)
-    if len(x) <= plan.MOST_PASSES * plan.MOST_ROWS:
-        return check(y, rounded_input(x, weight.values.dtype), exact(weight), bias, what)
+    values = weight.values.dtype
+    if len(x) <= plan.MOST_PASSES * plan.MOST_ROWS or narrow.takes(x.device, values, x.dtype, *weight.shape):
+        lost = lost_by(values) if values != torch.int8 and len(x) > plan.MOST_ROWS else 0.0
+        return check(y, rounded_input(x, values), exact(weight), bias, what, lost)
     inputs = rounding.by_torch(x, weight.values.dtype, rounding.Form.PRODUCTS)[0]
     if not torch.equal(y, functional.linear(inputs, plain.expand(replace(weight, quantizes_x=False), x.dtype), bias)):
         raise WrongError(f"{what}: not the dense product of values times scales")

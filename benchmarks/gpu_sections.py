@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu, gpu_block, gpu_checks, gpu_variants
+from benchmarks import gpu, gpu_block, gpu_checks, gpu_narrow, gpu_variants
 from benchmarks.gpu_prefill import libraries, prefill
 from benchmarks.gpu_run import ROWS, SHAPES, Run, dense_sides, enough
 from benchmarks.gpu_timing import (
@@ -141,6 +141,12 @@ def scaled(run: Run) -> None:
         del weights, prepared, rights
 
 
+def narrow(run: Run) -> None:
+    """Many rows that are rounded to values of 8 bits: first whether their products are right."""
+    _check(run, [gpu_narrow.of_bytes])
+    gpu_narrow.measure(run)
+
+
 def variants(run: Run) -> None:
     """Every kernel in every cluster, beside the plan's choice."""
     for row in gpu_variants.measured(SHAPES[:5], (1, 16, 64, 32), lambda what: run.has_time(what, 20)):
@@ -240,6 +246,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
         libraries,
         host,
         scaled,
+        narrow,
         variants,
         pruning,
         triton,

@@ -41,6 +41,7 @@ def render(document: dict[str, Any]) -> str:
     for section, title in (
         ("block", "decoder block of Llama-3-8B's shape"),
         ("scaled", "values of 8 bits"),
+        ("narrow", "many rows, of 8 bits"),
         ("prefill", "many rows"),
         ("libraries", "many rows, by libraries"),
         ("triton", "Triton"),
@@ -54,6 +55,9 @@ def render(document: dict[str, Any]) -> str:
                 cells = [f"{row['microseconds'][side]:.1f}" if side in row["microseconds"] else "" for side in sides]
                 gains = ", ".join(f"{side} {gain['median']:.2f}" for side, gain in row["speedup"].items())
                 lines.append(f"| {name} | " + " | ".join([*cells, gains]) + " |")
+    for row in document.get("narrow", []):
+        shown = ", ".join(f"{part} {us:.1f} us" for part, us in row["parts"].items())
+        lines.append(f"Besides the product, {row['n']} x {row['k']}, {row['rows']} rows: {shown}.")
     if "pruning" in document:
         lines += ["", "Pruning a layer by SparseGPT, 2:4:", ""]
         for row in document["pruning"]:

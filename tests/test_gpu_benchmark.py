@@ -262,6 +262,7 @@ def test_where_the_sparse_kernels_do_not_run_the_others_are_measured(faked: pyte
         "prefill",
         "host",
         "scaled",
+        "narrow",
         "variants",
         "rest",
     ]

@@ -17,10 +17,20 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import gpu, gpu_block, gpu_checks, gpu_prefill, gpu_run, gpu_sections, gpu_timing, gpu_variants
-from serve.kernels import ops
+from benchmarks import (
+    gpu,
+    gpu_block,
+    gpu_checks,
+    gpu_narrow,
+    gpu_prefill,
+    gpu_run,
+    gpu_sections,
+    gpu_timing,
+    gpu_variants,
+)
+from serve.kernels import narrow, ops
 from serve.kernels.cpu import build
-from serve.kernels.cuda import backend, cusparselt, driver, layout, plan
+from serve.kernels.cuda import backend, cusparselt, driver, layout, plan, prefill
 from serve.kernels.cuda.driver import Driver
 from serve.kernels.triton import rounding
 from tests.interpreted import interpreted
@@ -146,6 +156,13 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_checks, "ODD", ((9, 72),))
     monkeypatch.setattr(gpu_checks, "ROUNDED", ((1, 8), (7, 264)))
     monkeypatch.setattr(rounding, "kernel_for", lambda device, values: None)
+    monkeypatch.setattr(narrow, "way_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
+    monkeypatch.setattr(prefill, "_proven", lambda index, dtype: library)
+    monkeypatch.setattr(prefill, "LEAST_ROWS", 280)
+    monkeypatch.setattr(gpu_narrow, "CHECKED", ((32, 64), (64, 96)))
+    monkeypatch.setattr(gpu_narrow, "COUNTS", (257, 281))
+    monkeypatch.setattr(gpu_narrow, "ROWS", (300, 270))
+    monkeypatch.setattr(gpu_narrow, "MANY_SHAPES", SHAPES)
     monkeypatch.setattr(gpu_checks, "FIRST", (gpu_checks.packing,))
     monkeypatch.setattr(gpu_checks, "CHECKS", (gpu_checks.packing, gpu_checks.adversarial))
     for name, value in {"HEADS": 4, "KEY_HEADS": 2, "DEPTH": 16, "HIDDEN": 64, "INTERMEDIATE": 128}.items():
@@ -197,6 +214,38 @@ def test_the_check_of_rounded_inputs(machine: pytest.MonkeyPatch, mistake: str) 
         gpu_checks.rounded_x()
 
 
+@pytest.mark.parametrize("mistake", ["the flag", "a scale of x", "a value of the weight", "a sum of the library"])
+def test_the_check_of_bytes(machine: pytest.MonkeyPatch, mistake: str) -> None:
+    round_rows, linear, multiply = rounding.round_rows, backend.linear, cusparselt.CusparseLt.multiply
+    expand_values = backend.Kernels.expand_values
+
+    def of_x(*given: Any) -> Any:
+        rounded, scales = round_rows(*given)
+        scales[-1] *= 1.05
+        return rounded, scales
+
+    def of_weight(*given: Any) -> Any:
+        values, scales = expand_values(*given)
+        values.view(torch.uint8)[-1, -1] ^= 1
+        return values, scales
+
+    def of_library(*given: Any) -> Any:
+        sums = multiply(*given)
+        sums[len(sums) // 2, 3] *= 2
+        return sums
+
+    if mistake == "the flag":
+        machine.setattr(ops, "sparse24_linear", lambda *given: linear(*given[:4]))
+    elif mistake == "a scale of x":
+        machine.setattr(rounding, "round_rows", of_x)
+    elif mistake == "a value of the weight":
+        machine.setattr(backend.Kernels, "expand_values", of_weight)
+    else:
+        machine.setattr(cusparselt.CusparseLt, "multiply", of_library)
+    with pytest.raises(gpu_checks.WrongError):
+        gpu_narrow.of_bytes()
+
+
 def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     order: list[str] = []
     for name in ("_unsearched", "_by_cusparselt"):
@@ -212,13 +261,18 @@ def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert document["left_out"] == []
     no_triton = "WrongError: Triton's kernel that rounds x cannot be used; the log says why"
     assert [(check["name"], check["wrong"]) for check in document["checks"]] == [
-        ("packing", None), ("of_8_bits", None), ("rounding_of_x", no_triton), ("rounded_x", None), ("adversarial", None),
+        ("packing", None), ("of_8_bits", None), ("rounding_of_x", no_triton), ("rounded_x", None), ("of_bytes", None),
+        ("adversarial", None),
     ]  # fmt: skip
     assert [(row["n"], row["k"], row["rows"]) for row in document["scaled"]] == [
         (*s, r) for s in SHAPES for r in (1, 64, 300)
     ]
     of_8_bits = {f"{name}{too}" for name in ("int8", "float8_e4m3fn") for too in ("", ", x too")}
     assert all(set(row["speedup"]) == {"2:4", *of_8_bits} for row in document["scaled"])
+    products = {f"{name}{end}" for name in ("int8", "float8_e4m3fn") for end in ("", " dense")}
+    by_library = {f"{name} {end}" for name in ("int8", "float8_e4m3fn") for end in ("sparse", "by cusparselt")}
+    assert [set(row["speedup"]) - {"2:4"} for row in document["narrow"]] == [products | by_library, products] * 2
+    assert all(len(row["parts"]) == 6 for row in document["narrow"])
     assert {(row["n"], row["k"], row["rows"]) for row in document["decode"]} == {
         (*s, r) for s in SHAPES for r in (1, 64)
     }
