@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from benchmarks.gpu_timing import DTYPE, Call, Weights, copies, cycled, stream, 
 from compress.packed import PackedWeight, unpack
 from serve.kernels import narrow, ops
 from serve.kernels.cuda import backend, cusparselt, prefill
-from serve.kernels.narrow import Operands
 from serve.kernels.proof import LOST, lost_by
 from serve.kernels.triton import rounding
 
@@ -35,7 +35,7 @@ def of_bytes() -> None:
     device = torch.device("cuda")
     for values, dtype in itertools.product(gpu_checks.SCALED, gpu_checks.DTYPES):
         kernels, what = gpu_checks.loaded(dtype, values), f"{values} by itself, for x in {dtype}"
-        if narrow.way_on(device, values, dtype) is None:
+        if narrow.scale_on(device, values, dtype) is None:
             if values != torch.int8 and torch.cuda.get_device_capability() < FLOAT8_SINCE:
                 continue
             raise WrongError(f"{what}: multiplied as 16-bit numbers; the log says why")
@@ -81,7 +81,7 @@ def _products(prepared: Tensor, weight: PackedWeight, dtype: torch.dtype, what: 
 def measure(run: Run) -> None:
     """All of halve's way, x rounded, the weight expanded, multiplied and scaled (``int8``), by torch's dense product, and by cuSPARSELt
     (``int8 by cusparselt``), beside 2:4 and the faster dense product in 16 bits. ``int8 dense`` and ``int8 sparse`` are products of bytes that are
-    there, by torch (of float8 with its scales, if torch has that) and by cuSPARSELt after its search. ``parts``: what halve's way does besides."""
+    there, by torch (of float8 also with the scales inside) and by cuSPARSELt after its search. ``parts``: what halve's way does besides."""
     library = run.attempt("cusparselt", lambda: cusparselt.on_device(torch.cuda.current_device()))
     for n, k in MANY_SHAPES[:3]:
         if not run.has_time(f"narrow {n}x{k}", 20):
@@ -119,21 +119,26 @@ def _sides(
             return ops.sparse24_linear(x, w, None, n, True)
 
     sides = {"": enough([lambda w=w: whole(w, "dense") for w in cycled(of_all)], x)}
-    way = narrow.way_on(x.device, values, DTYPE)
-    if way is None:
+    scale = narrow.scale_on(x.device, values, DTYPE)
+    if scale is None:
         return sides, {}
     bytes_, scales = kernels.expand_values(prepared, n, k, stream())
     rounded, x_scales = rounding.round_rows(x, values, rounding.Form.BYTES)
-    operands = Operands(rounded, x_scales, bytes_, scales, None, DTYPE)
     dense = copies(bytes_)
-    multiply, scale = way.multiply, way.scale
-    calls: list[Call] = [lambda w=w: multiply(replace(operands, weight=w)) for w in cycled(dense)]
-    sides[" dense"] = enough(calls, x)
+    sides[" dense"] = enough([lambda w=w: narrow.multiply(rounded, w) for w in cycled(dense)], x)
+    if values != torch.int8:
+        of_rows: dict[str, Any] = {"scale_a": x_scales[:, None], "scale_b": scales[None, :], "out_dtype": DTYPE}
+        by_rows = torch.ops.aten._scaled_mm.default
+        sides[" dense, scaled by rows"] = enough(
+            [lambda w=w: by_rows(rounded, w.t(), **of_rows) for w in cycled(dense)], x
+        )
     if library is not None and len(x) >= prefill.LEAST_ROWS:
         first = run.attempt(f"{name}, cusparselt", lambda: library.compress(bytes_, stream()))
         if first is not None:
             run.attempt(f"{name}, cusparselt's search", lambda: library.search(rounded, first, n, stream()))
-            calls = [lambda w=w, own=library: own.multiply(rounded, w, None, n, stream()) for w in cycled(copies(first))]
+            calls: list[Call] = [
+                lambda w=w, own=library: own.multiply(rounded, w, None, n, stream()) for w in cycled(copies(first))
+            ]
             sides[" sparse"] = enough(calls, x)
             sides[" by cusparselt"] = enough([lambda w=w: whole(w, "cusparselt") for w in cycled(of_all)], x)
     sums = torch.ones(len(x), n, device="cuda", dtype=cusparselt.RESULTS[values])

@@ -156,7 +156,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_checks, "ODD", ((9, 72),))
     monkeypatch.setattr(gpu_checks, "ROUNDED", ((1, 8), (7, 264)))
     monkeypatch.setattr(rounding, "kernel_for", lambda device, values: None)
-    monkeypatch.setattr(narrow, "way_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
+    monkeypatch.setattr(narrow, "scale_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
     monkeypatch.setattr(prefill, "_proven", lambda index, dtype: library)
     monkeypatch.setattr(prefill, "LEAST_ROWS", 280)
     monkeypatch.setattr(gpu_narrow, "CHECKED", ((32, 64), (64, 96)))
@@ -269,7 +269,9 @@ def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None
     ]
     of_8_bits = {f"{name}{too}" for name in ("int8", "float8_e4m3fn") for too in ("", ", x too")}
     assert all(set(row["speedup"]) == {"2:4", *of_8_bits} for row in document["scaled"])
-    products = {f"{name}{end}" for name in ("int8", "float8_e4m3fn") for end in ("", " dense")}
+    products = {f"{name}{end}" for name in ("int8", "float8_e4m3fn") for end in ("", " dense")} | {
+        "float8_e4m3fn dense, scaled by rows"
+    }
     by_library = {f"{name} {end}" for name in ("int8", "float8_e4m3fn") for end in ("sparse", "by cusparselt")}
     assert [set(row["speedup"]) - {"2:4"} for row in document["narrow"]] == [products | by_library, products] * 2
     assert all(len(row["parts"]) == 6 for row in document["narrow"])

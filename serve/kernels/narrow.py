@@ -1,12 +1,13 @@
 """Products of many rows of x where both its values and the weight's are of 8 bits: multiplied as bytes, which tensor cores do at twice the
 rate of 16-bit numbers, by a weight that is expanded to bytes, half of what 16-bit numbers take.
 
-By torch's dense products: of int8, whose sums are int32; of float8 with the scales inside, or with sums in float32. Or, where
-``HALVE_PREFILL`` asks for it, by cuSPARSELt (`serve.kernels.cuda.prefill`). Sums are multiplied by the scales of their row of x and of their row of the
-weight by a kernel in Triton, or, where that is missing or wrong, by torch's operators.
+By torch's dense products, whose sums are int32 (of int8) or float32 (of float8); or, where ``HALVE_PREFILL`` asks for it, by cuSPARSELt
+(`serve.kernels.cuda.prefill`). Sums are multiplied by the scales of their row of x and of their row of the weight by a kernel in Triton, or, where
+that is missing or wrong, by torch's operators. (torch multiplies float8 with scales for each row inside, too, but not on every GPU, and not every
+shape: pytorch issue 192707, ao issue 4582. `benchmarks.gpu` times it.)
 
-Which of these a GPU has is found by trying them on a small product of which the result is known, before the first one. Where none is right, the
-backends multiply 16-bit products of values and scales as they do by other weights.
+What a GPU can is found by a small product of which the result is known, before the first one. Where that is wrong or refused, or a shape is refused
+later, the backends multiply 16-bit products of values and scales as they do by other weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from compress.errors import one_line
 from serve.kernels.cuda import prefill
-from serve.kernels.proof import Problem, lost_by, problem
+from serve.kernels.proof import Problem, problem
 
 MULTIPLE = 16
 """N and K have to be multiples of this, as cuBLAS asks for."""
@@ -40,6 +41,9 @@ _ACTIVATIONS = (torch.bfloat16, torch.float16)
 _int_mm, _scaled_mm = torch.ops.aten._int_mm.default, torch.ops.aten._scaled_mm.default
 log = logging.getLogger("halve.serve")
 _tried: set[tuple[int, torch.dtype, torch.dtype]] = set()
+_refused: set[tuple[torch.dtype, int, int]] = set()
+_NOT_SUPPORTED = "CUBLAS_STATUS_NOT_SUPPORTED"
+"""What cuBLAS says of a shape that it has nothing for, before anything is launched."""
 
 Scale = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
 """(sums [rows, n], scales of x [rows] and of the weight [n], bias, y [rows, n]): writes y."""
@@ -56,65 +60,60 @@ class Operands:
     bias: Tensor | None
     dtype: torch.dtype
 
-    def rows(self, part: slice) -> Operands:
-        """Some rows of x."""
-        return Operands(self.x[part], self.x_scales[part], self.weight, self.scales, self.bias, self.dtype)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a GPU does it for a dtype of values and one of x.
-
-    Attributes:
-        multiply: torch's dense product: sums [rows, n], without scales and bias, or,
-        finishes: if it does it all, the result.
-        scale: finishes sums.
-    """
-
-    multiply: Callable[[Operands], Tensor]
-    finishes: bool
-    scale: Scale
-
 
 def takes(device: torch.device, values: torch.dtype, dtype: torch.dtype, n: int, k: int) -> bool:
     """Whether `linear` multiplies by a weight [n, k] there, x having been rounded from that dtype."""
     if not n or n % MULTIPLE or k % MULTIPLE or (values == torch.int8 and k > _MOST_INPUTS):
         return False
-    return way_on(device, values, dtype) is not None
+    return (values, n, k) not in _refused and scale_on(device, values, dtype) is not None
 
 
 def prove(device: torch.device, values: torch.dtype) -> None:
     """Finds out what is right: not in a product, which may be captured in a graph."""
     for dtype in _ACTIVATIONS:
-        way_on(device, values, dtype)
+        scale_on(device, values, dtype)
     prefill.prove(device, values)
 
 
-def linear(operands: Operands, stream: int) -> Tensor:
-    """x times the transposed weight, times the scales, plus bias -> [rows, n], on the current stream, where `takes` says that it can.
+def linear(operands: Operands, stream: int) -> Tensor | None:
+    """x times the transposed weight, times the scales, plus bias -> [rows, n], on the current stream, where `takes` says that it can; None where
+    torch has no product of that shape after all, which `takes` knows from then on.
 
     Raises:
-        RuntimeError: a library refused.
+        RuntimeError: a library failed.
     """
-    way = way_on(operands.x.device, operands.weight.dtype, operands.dtype)
-    assert way is not None
-    (rows, _), n = operands.x.shape, len(operands.weight)
+    values, (n, k), rows = operands.weight.dtype, operands.weight.shape, len(operands.x)
+    scale = scale_on(operands.x.device, values, operands.dtype)
+    assert scale is not None
     by_library = prefill.multiplier(operands.weight, rows, stream)
-    if by_library is None and way.finishes:
-        return way.multiply(operands)
     y = operands.x.new_empty(rows, n, dtype=operands.dtype)
     # Parts of the same size, more or less: torch refuses less than 17 rows of int8.
     parts = -(-rows // max(_LEAST_ROWS, MOST_SUMS // n))
     for number in range(parts):
         part = slice(rows * number // parts, rows * (number + 1) // parts)
-        own = operands.rows(part)
-        sums = way.multiply(own) if by_library is None else by_library(own.x, None)
-        way.scale(sums, own.x_scales, own.scales, own.bias, y[part])
+        x = operands.x[part]
+        try:
+            sums = multiply(x, operands.weight) if by_library is None else by_library(x, None)
+        except RuntimeError as error:
+            if _NOT_SUPPORTED not in str(error):
+                raise
+            _refused.add((values, n, k))
+            _warn(f"weights [{n}, {k}] of {_name(values)} are multiplied as 16-bit numbers: {one_line(error)}")
+            return None
+        scale(sums, operands.x_scales[part], operands.scales, operands.bias, y[part])
     return y
 
 
-def way_on(device: torch.device, values: torch.dtype, dtype: torch.dtype) -> Way | None:
-    """The way of a GPU; None where there is none."""
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """torch's dense product of x [rows, k] and the transposed weight [n, k], in bytes -> sums [rows, n]: int32 of int8, float32 of float8."""
+    if x.dtype == torch.int8:
+        return _int_mm(x, weight.t())
+    one = torch.ones((), dtype=torch.float32, device=x.device)
+    return _scaled_mm(x, weight.t(), one, one, out_dtype=torch.float32)
+
+
+def scale_on(device: torch.device, values: torch.dtype, dtype: torch.dtype) -> Scale | None:
+    """What finishes sums on a GPU that multiplies such values; None where they are not multiplied."""
     if device.type != "cuda":
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -124,14 +123,14 @@ def way_on(device: torch.device, values: torch.dtype, dtype: torch.dtype) -> Way
 
 
 @cache
-def _proven(index: int, values: torch.dtype, dtype: torch.dtype) -> Way | None:
-    """The way, once its product was right; the reason why there is none is logged once."""
+def _proven(index: int, values: torch.dtype, dtype: torch.dtype) -> Scale | None:
+    """The same, once all was right; the reason why it is not is logged once."""
     _tried.add((index, values, dtype))
     with torch.cuda.device(index):
-        way = find(torch.device("cuda", index), values, dtype)
-    if isinstance(way, Way):
-        return way
-    _warn(f"many rows of {str(values).removeprefix('torch.')} are multiplied as 16-bit numbers: {way}")
+        found = find(torch.device("cuda", index), values, dtype)
+    if not isinstance(found, str):
+        return found
+    _warn(f"many rows of {_name(values)} are multiplied as 16-bit numbers: {found}")
     return None
 
 
@@ -141,54 +140,22 @@ def _warn(line: str) -> None:
     log.warning("%s", line)
 
 
-def find(device: torch.device, values: torch.dtype, dtype: torch.dtype) -> Way | str:
-    """The first way that is right on the current device, or why none is."""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def find(device: torch.device, values: torch.dtype, dtype: torch.dtype) -> Scale | str:
+    """What finishes sums of such values on the current device, or why they are not multiplied there."""
     known = problem(136, 64, 160, dtype, values).rounded()
     x, weight = (operand.to(device) for operand in known.in_bytes())
-    assert known.x_scale is not None
-    operands = Operands(x, known.x_scale.to(device), weight, known.scales.to(device), known.bias.to(device), dtype)
-    scale = _scale_on(operands, known)
-    refusal = "there is none"
-    for multiply, finishes in _candidates(values, dtype):
-        try:
-            y = multiply(operands)
-            if known.is_solved_by(y, lost_by(values)) if finishes else known.is_solved_by_sums(y):
-                return Way(multiply, finishes, scale)
-            refusal = "its product is wrong on this device; please report it, with `halve doctor`"
-        except torch.OutOfMemoryError:
-            raise
-        except (
-            RuntimeError,
-            ValueError,
-            NotImplementedError,
-        ) as error:  # as torch has it where a GPU or a build cannot
-            refusal = f"{type(error).__name__}: {one_line(error)}"
-    return refusal
-
-
-def _candidates(values: torch.dtype, dtype: torch.dtype) -> list[tuple[Callable[[Operands], Tensor], bool]]:
-    """`Way.multiply` and `Way.finishes`, the best one first."""
-    if values == torch.int8:
-        return [(_int8_sums, False)]
-    by_rows = [(_float8_by_rows, True)] if dtype == torch.bfloat16 else []  # (the only dtype that torch gives)
-    return [*by_rows, (_float8_sums, False)]
-
-
-def _int8_sums(operands: Operands) -> Tensor:
-    return _int_mm(operands.x, operands.weight.t())
-
-
-def _float8_by_rows(operands: Operands) -> Tensor:
-    return _scaled_mm(
-        *(operands.x, operands.weight.t(), operands.x_scales[:, None], operands.scales[None, :]),
-        bias=operands.bias,
-        out_dtype=operands.dtype,
-    )
-
-
-def _float8_sums(operands: Operands) -> Tensor:
-    one = torch.ones((), dtype=torch.float32, device=operands.x.device)
-    return _scaled_mm(operands.x, operands.weight.t(), one, one, out_dtype=torch.float32)
+    try:
+        if not known.is_solved_by_sums(multiply(x, weight)):
+            return "torch's product is wrong on this device; please report it, with `halve doctor`"
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # as torch has it where a GPU or a build cannot
+        return f"{type(error).__name__}: {one_line(error)}"
+    return _scale_on(device, known)
 
 
 def scale_by_torch(sums: Tensor, x_scales: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -212,13 +179,13 @@ def scale_by(module: ModuleType) -> Scale:
     return scale
 
 
-def _scale_on(operands: Operands, known: Problem) -> Scale:
-    """By Triton's kernel, if it is right, with a bias and without."""
-    if operands.x.device.type != "cuda":
+def _scale_on(device: torch.device, known: Problem) -> Scale:
+    """Triton's kernel, if it is right, with a bias and without."""
+    if device.type != "cuda":
         return scale_by_torch
     try:
         scale = scale_by(importlib.import_module("serve.kernels.triton.kernels"))
-        refusal = wrong(scale, operands, known)
+        refusal = wrong(scale, device, known)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton, its compilers and the driver raise what they like
@@ -230,13 +197,14 @@ def _scale_on(operands: Operands, known: Problem) -> Scale:
     return scale_by_torch
 
 
-def wrong(scale: Scale, operands: Operands, known: Problem) -> str | None:
-    """What finishes sums otherwise than it should on the device of the operands, or None."""
+def wrong(scale: Scale, device: torch.device, known: Problem) -> str | None:
+    """What finishes sums otherwise than it should on the device, or None."""
+    assert known.x_scale is not None
     sums = known.x.double() @ known.in_bytes()[1].double().T
-    given = sums.to(torch.int32 if operands.weight.dtype == torch.int8 else torch.float32).to(operands.x.device)
-    for bias in (operands.bias, None):
-        y = given.new_full(given.shape, torch.nan, dtype=operands.dtype)
-        scale(given, operands.x_scales, operands.scales, bias, y)
-        if not (known if bias is not None else replace(known, bias=torch.zeros_like(known.bias))).is_solved_by(y):
+    given = sums.to(torch.int32 if known.packed.values.dtype == torch.int8 else torch.float32).to(device)
+    for bias in (known.bias, torch.zeros_like(known.bias)):
+        y = given.new_full(given.shape, torch.nan, dtype=bias.dtype)
+        scale(given, known.x_scale.to(device), known.scales.to(device), bias.to(device) if bias.any() else None, y)
+        if not replace(known, bias=bias).is_solved_by(y):
             return "it is wrong on this device; please report it, with `halve doctor`"
     return None

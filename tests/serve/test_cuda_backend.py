@@ -256,7 +256,7 @@ class TestScaled:
         self, scaled: Emulator, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Where the GPU multiplies values of 8 bits: as exact as few rows, by one launch of the driver."""
-        monkeypatch.setattr(narrow, "way_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
+        monkeypatch.setattr(narrow, "scale_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
         n, k = 80, 272
         assert scaled.values is not None
         x, weight, bias = normal(*shape, k, dtype=dtype), scaled_weight(n, k, scaled.values), normal(n, dtype=dtype)
@@ -277,11 +277,29 @@ class TestScaled:
     def test_shapes_that_are_not_multiplied_as_bytes(
         self, scaled: Emulator, n: int, k: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(narrow, "way_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
+        monkeypatch.setattr(narrow, "scale_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
         assert scaled.values is not None
         x, weight = normal(257, k, dtype=torch.bfloat16), scaled_weight(n, k, scaled.values)
         y = backend.linear(x, layout.prepare(weight), None, n, quantizes_x=True)
         assert torch.equal(y, functional.linear(products_of(x, scaled.values), unpack(weight, torch.bfloat16)))
+
+    def test_a_shape_that_torch_refuses_is_multiplied_as_numbers(
+        self, scaled: Emulator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(x: Tensor, weight: Tensor) -> Tensor:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul")
+
+        monkeypatch.setattr(narrow, "scale_on", lambda *of: narrow.scale_by_torch)
+        monkeypatch.setattr(narrow, "multiply", refuse)
+        monkeypatch.setattr(narrow, "_refused", set())
+        assert scaled.values is not None
+        x, weight = normal(257, 80, dtype=torch.bfloat16), scaled_weight(32, 80, scaled.values)
+        wanted = functional.linear(products_of(x, scaled.values), unpack(weight, torch.bfloat16))
+        prepared, before = layout.prepare(weight), number(scaled, "launches").value
+        for launches in (2, 1):  # the first time both ways
+            assert torch.equal(backend.linear(x, prepared, None, 32, quantizes_x=True), wanted)
+            assert number(scaled, "launches").value - before == launches
+            before += launches
 
     def test_many_rows_are_near_what_few_are(self, scaled: Emulator) -> None:
         """Also where float16 ends: scales that are put back are never beyond what x has."""

@@ -232,7 +232,7 @@ class TestPrefill:
         self, library: CusparseLt, path: Path, values: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Many of them by the library, in parts that are compressed for once; fewer by torch."""
-        monkeypatch.setattr(narrow, "way_on", lambda device, *of: narrow.find(torch.tensor(0).device, *of))
+        monkeypatch.setattr(narrow, "scale_on", lambda device, *of: narrow.find(torch.tensor(0).device, *of))
         monkeypatch.setattr(narrow, "MOST_SUMS", 1024 * 32)
         weight, bias = scaled_weight(32, 64, values), normal(32, dtype=BFLOAT16)
         assert weight.scale is not None
@@ -242,7 +242,9 @@ class TestPrefill:
             rounded, scales = quantize_rows(x, values)
             of = Operands(rounded, scales[:, 0], of_bytes(32, 64, values), weight.scale[:, 0], bias, BFLOAT16)
             before = count(path, "products")
-            assert not expected_rounded(x, weight, bias).wrong(narrow.linear(of, STREAM)).any()
+            y = narrow.linear(of, STREAM)
+            assert y is not None
+            assert not expected_rounded(x, weight, bias).wrong(y).any()
             assert count(path, "products") - before == parts
         assert count(path, "algorithm") == 17
 

@@ -328,7 +328,7 @@ class TestRoundedInputs:
 
     def test_many_rows_of_bytes(self, fake: Kernels, values: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the GPU multiplies values of 8 bits: as exact as few rows."""
-        monkeypatch.setattr(narrow, "way_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
+        monkeypatch.setattr(narrow, "scale_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
         n, k, rows = 48, 80, backend.MOST_ROWS + 1
         weight, bias = scaled_weight(n, k, values), normal(n, dtype=torch.float16)
@@ -339,6 +339,15 @@ class TestRoundedInputs:
             y = ops._sparse24_linear_cuda(x, prepared, added, n, quantizes_x=True)
             assert not expected_rounded(x, weight, added).wrong(y).any()
             assert y.isnan().any(1).nonzero().flatten().tolist() == [200]
+
+        def refuse(x: Tensor, weight: Tensor) -> Tensor:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul")
+
+        monkeypatch.setattr(narrow, "multiply", refuse)
+        monkeypatch.setattr(narrow, "_refused", set())
+        y = ops._sparse24_linear_cuda(x, prepared, bias, n, quantizes_x=True)
+        wanted = functional.linear(products_of(x, values), unpack(weight, torch.float16), bias)
+        assert torch.equal(y.nan_to_num(7), wanted.nan_to_num(7))
 
     def test_views(self, fake: Kernels, values: torch.dtype) -> None:
         weight, wide = scaled_weight(20, 40, values), normal(9 * 80 + 1, dtype=torch.bfloat16)

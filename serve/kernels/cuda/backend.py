@@ -417,7 +417,9 @@ def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, 
     if quantizes_x:
         assert kernels.values is not None
         if rows > MOST_PASSES * MOST_ROWS and narrow.takes(x.device, kernels.values, x.dtype, n, k):
-            return _of_bytes(kernels, aligned(x).view(rows, k), prepared, bias, n, stream).view(*shape[:-1], n)
+            y = _of_bytes(kernels, aligned(x).view(rows, k), prepared, bias, n, stream)
+            if y is not None:
+                return y.view(*shape[:-1], n)
         # By a dense product of 16-bit numbers there is nothing to scale the sums by, and in float16 they might be infinite.
         form = rounding.Form.PRODUCTS if rows > MOST_PASSES * MOST_ROWS else rounding.Form.NUMBERS
         x, scales = rounding.round_rows(aligned(x).view(rows, k), kernels.values, form)
@@ -441,8 +443,8 @@ def _linear(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, 
     return y
 
 
-def _of_bytes(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, stream: int) -> Tensor:
-    """x [rows, k], many of them, rounded to values of 8 bits and multiplied as such -> [rows, n]."""
+def _of_bytes(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, stream: int) -> Tensor | None:
+    """x [rows, k], many of them, rounded to values of 8 bits and multiplied as such -> [rows, n], or None, see `narrow.linear`."""
     assert kernels.values is not None
     rounded, x_scales = rounding.round_rows(x, kernels.values, rounding.Form.BYTES)
     try:

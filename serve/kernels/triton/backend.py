@@ -310,7 +310,9 @@ def _linear(
             rounded, scales = rounding.round_rows(aligned(x).view(-1, k), rounded_to, rounding.Form.BYTES)
             weight, own = kernels.expand_values(prepared, n, k, rounded_to)
             added, stream = None if bias is None else aligned(bias), torch._C._cuda_getCurrentRawStream(x.device.index)
-            return narrow.linear(narrow.Operands(rounded, scales, weight, own, added, x.dtype), stream).view(y.shape)
+            found = narrow.linear(narrow.Operands(rounded, scales, weight, own, added, x.dtype), stream)
+            if found is not None:
+                return found.view(y.shape)
         # By a dense product of 16-bit numbers there is nothing to scale the sums by, and in float16 they might be infinite.
         form = rounding.Form.PRODUCTS if many else rounding.Form.NUMBERS
         rounded, scales = rounding.round_rows(aligned(x).view(-1, k), rounded_to, form)
