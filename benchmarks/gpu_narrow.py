@@ -20,6 +20,7 @@ from serve.kernels import narrow, ops
 from serve.kernels.cuda import backend, cusparselt, prefill
 from serve.kernels.proof import LOST, lost_by
 from serve.kernels.triton import rounding
+from serve.support import FLOAT8_SINCE
 
 CHECKED = ((16, 16), (208, 528), (96, 1056), (1024, 14336))
 """Weights [N, K]."""
@@ -27,7 +28,6 @@ COUNTS = (257, 1000, 2049)
 """Rows of x that are checked, and"""
 ROWS = (2048, 8192, 512)
 """that are timed."""
-FLOAT8_SINCE = (8, 9)
 
 
 def of_bytes() -> None:

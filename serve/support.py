@@ -79,6 +79,9 @@ KERNELS = {
 }
 """The best first; the last one runs everywhere."""
 
+FLOAT8_SINCE: Version = (8, 9)
+"""The compute capability whose tensor cores multiply float8."""
+
 AMD_MATRIX_UNITS = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """How the names of AMD's architectures begin for which Triton multiplies on matrix units."""
 

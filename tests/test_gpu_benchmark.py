@@ -32,6 +32,7 @@ def document() -> dict[str, Any]:
         "libraries": [{"n": 64, "k": 128, "rows": 2048, "sm_mhz": 1980, **times}, {"n": 64, "k": 128, "rows": 128, "sm_mhz": 345, **times}],
         "triton": [{"n": 64, "k": 128, "rows": 16, **times}],
         "scaled": [{"n": 64, "k": 256, "rows": 4, "microseconds": {"int8": 1.5, "dense": 3.0}, "speedup": {"int8": gain["2:4"]}}],
+        "narrow": [{"n": 64, "k": 96, "rows": 2048, "microseconds": {"int8": 1.5, "dense": 3.0}, "speedup": {"int8": gain["2:4"]}, "parts": {"int8, expanding": 7.5, "int8, scaling": 9.0}}],
         "pruning": [{"n": 64, "k": 128, "seconds": {"fused": 0.25, "torch": 0.5}, "peak_bytes": 3e9}],
         "host": [{"microseconds": {"operator": 9.0}}],
         "unsearched": [{"n": 64, "k": 128, "rows": 2048, "microseconds": 55.5}],
@@ -171,6 +172,8 @@ def test_the_table_says_all_that_was_measured() -> None:
         "| 64 x 128, 2048 rows | 2.0 | 3.0 | 2:4 1.50 |",
         "| 64 x 128, 16 rows | 2.0 | 3.0 | 2:4 1.50 |",
         "| 64 x 256, 4 rows | 1.5 | 3.0 | int8 1.50 |",
+        "| 64 x 96, 2048 rows | 1.5 | 3.0 | int8 1.50 |",
+        "Besides the product, 64 x 96, 2048 rows: int8, expanding 7.5 us, int8, scaling 9.0 us.",
         "- 64 x 128: fused 0.250 s, torch 0.500 s; peak memory 3.0 GB",
         "operator 9.0 us",
         "| 64 x 128 | 1 | a in 1 | 3.00 | b in 2 | 2.00 | a in 1 3.00 |",
@@ -262,8 +265,8 @@ def test_where_the_sparse_kernels_do_not_run_the_others_are_measured(faked: pyte
         "prefill",
         "host",
         "scaled",
-        "narrow",
         "variants",
+        "narrow",
         "rest",
     ]
 

@@ -110,7 +110,7 @@ def advise(
     entries: list[Entry] = []
     if refusal is None:
         if place.gpu is not None:
-            roofline = gpus.Roofline(place.gpu, value_bytes=shape.value_dtype.itemsize)
+            roofline = gpus.Roofline(place.gpu, values=shape.value_dtype, quantizes_x=shape.quantizes_x)
             timed = _from_roofline(roofline, shape, load)
             speeds = _estimated(shape, load, roofline)
             notes += [*roofline.ASSUMPTIONS, "how long pruning takes was never checked on a GPU: expect more"]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from compress.errors import UsageError, did_you_mean
 from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS
 from serve.measure.kernel_entries import Shape
-from serve.support import capability_refusal
+from serve.support import FLOAT8_SINCE, capability_refusal
 
 
 @dataclass(frozen=True)
@@ -94,24 +96,32 @@ class Roofline:
 
     ``bandwidth_reached`` 0.85: cuBLAS moves bfloat16 weights at 0.81 to 0.88 of the peak when it decodes; halve's sparse kernel
     is taken to do so too, which was not measured yet. ``flops_reached`` 0.7: of a large product. The launches and what a CPU
-    does between them are left out, as they are with CUDA graphs. ``value_bytes``: of a packed value; None: as of any other number.
+    does between them are left out, as they are with CUDA graphs. ``values``: of what dtype packed ones are; None: as other numbers.
+    ``quantizes_x``: whether x is rounded to that dtype, too. Tensor cores multiply bytes at twice the rate of 16-bit numbers, at least.
     """
 
     gpu: Gpu
     bandwidth_reached: float = 0.85
     flops_reached: float = 0.7
-    value_bytes: int | None = None
+    values: torch.dtype | None = None
+    quantizes_x: bool = False
 
     ASSUMPTIONS = (
         "kernels move bytes at 0.85 of the peak and compute at 0.7 of it, sparse ones like dense ones",
         f"halve reads a packed weight once for each {MOST_ROWS} rows of x; above {MOST_PASSES * MOST_ROWS} it expands it and "
-        "multiplies densely",
+        "multiplies densely, in bytes where x is rounded to 8 bits, too",
         "launches cost nothing, as with CUDA graphs; norms and activations are left out",
     )
 
-    def seconds(self, moved: float, operations: float, *, sparse: bool = False) -> float:
-        """For so many bytes and operations (counted as if dense)."""
-        peak = self.gpu.flops * (2 if sparse else 1)
+    @property
+    def multiplies_bytes(self) -> bool:
+        """Whether many rows are multiplied as bytes there: float8 since compute capability 8.9."""
+        able = self.values == torch.int8 or self.gpu.capability >= FLOAT8_SINCE
+        return self.quantizes_x and self.gpu.sparse and able
+
+    def seconds(self, moved: float, operations: float, *, twice: bool = False) -> float:
+        """For so many bytes and operations (counted as if dense); ``twice``: at that rate, of sparse weights or of bytes."""
+        peak = self.gpu.flops * (2 if twice else 1)
         return max(moved / (self.gpu.bandwidth * self.bandwidth_reached), operations / (peak * self.flops_reached))
 
     def layer(self, shape: Shape, rows: int, itemsize: int, *, packed: bool) -> float:
@@ -121,9 +131,16 @@ class Roofline:
         operations = 2 * rows * shape.n * shape.k
         if not packed:
             return self.seconds(dense_bytes + activations, operations)
-        packed_bytes = shape.n * shape.k * ((self.value_bytes or itemsize) / 2 + 1 / 8)
+        packed_bytes = shape.n * shape.k * ((self.values.itemsize if self.values else itemsize) / 2 + 1 / 8)
         if self.gpu.sparse and rows <= MOST_PASSES * MOST_ROWS:
             passes = -(-rows // MOST_ROWS)
-            return self.seconds(passes * packed_bytes + activations, operations, sparse=True)
+            return self.seconds(passes * packed_bytes + activations, operations, twice=True)
+        if self.multiplies_bytes:
+            # x is read and written as bytes, the weight expanded to bytes, sums of 4 bytes are written, read, and become y.
+            besides = (
+                rows * shape.k * (itemsize + 1) + packed_bytes + shape.n * shape.k + rows * shape.n * (4 + itemsize)
+            )
+            product = self.seconds(rows * (shape.k + 4 * shape.n) + shape.n * shape.k, operations, twice=True)
+            return self.seconds(besides, 0) + product
         expanding = self.seconds(packed_bytes + dense_bytes, 0)
         return expanding + self.seconds(dense_bytes + activations, operations)

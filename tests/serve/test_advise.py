@@ -169,6 +169,23 @@ def test_a_layer_on_the_roofline_by_hand() -> None:
     assert roofline.layer(shape, 4096, 2, packed=True) == pytest.approx(product + dense * 25 / 16 / rate)
 
 
+def test_a_layer_of_8_bits_on_the_roofline_by_hand() -> None:
+    """Few rows move its bytes; many, where x is rounded, too, are multiplied as bytes, which float8 is not before Ada."""
+    shape, numbers = Shape(4096, 4096), 4096 * 4096
+    int8 = Roofline(GPUS["h100"], values=torch.int8, quantizes_x=True)
+    rate, product = 3350e9 * 0.85, 2 * 4096**3 / (989.5e12 * 0.7)
+    assert int8.layer(shape, 1, 2, packed=True) == pytest.approx((numbers * 5 / 8 + 16_384) / rate)
+    moved = numbers * (5 / 8 + 1 + 3 + 6)  # weight read and written, x, sums
+    assert int8.layer(shape, 4096, 2, packed=True) == pytest.approx(product / 2 + moved / rate)
+    assert int8.layer(shape, 4096, 2, packed=False) == pytest.approx(product)
+    as_it_is = Roofline(GPUS["h100"], values=torch.int8)
+    in_16_bits = product + numbers * (5 / 8 + 2) / rate
+    assert as_it_is.layer(shape, 4096, 2, packed=True) == pytest.approx(in_16_bits)
+    float8 = {"values": torch.float8_e4m3fn, "quantizes_x": True}
+    assert [Roofline(GPUS[name], **float8).multiplies_bytes for name in ("a100", "l4", "h100")] == [False, True, True]
+    assert not Roofline(GPUS["v100"], values=torch.int8, quantizes_x=True).multiplies_bytes
+
+
 def test_decoding_on_the_roofline_by_hand(tmp_path: Path) -> None:
     """All weights but the embedding, keys and values of the context; activations are under a hundredth of that."""
     document = advise(llama(tmp_path), device="h200", prompt=1024, output=256)
