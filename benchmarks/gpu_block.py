@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import gpu_checks
+from benchmarks import gpu_problems
 from benchmarks.gpu_run import Run
 from benchmarks.gpu_timing import DTYPE, LIBRARIES, Call, by, stream
 from serve.kernels import ops, plain
@@ -53,7 +53,7 @@ class Block:
 
     def __init__(self, form: str, case: Case, library: cusparselt.CusparseLt | None = None) -> None:
         self.form, self.case, self.library = form, case, library
-        packed = [gpu_checks.random_weight(n, k, DTYPE, seed) for seed, (n, k) in enumerate(SHAPES)]
+        packed = [gpu_problems.random_weight(n, k, DTYPE, seed) for seed, (n, k) in enumerate(SHAPES)]
         if form == "2:4":
             self.weights = [backend.prepare(weight) for weight in packed]
         else:
@@ -62,7 +62,7 @@ class Block:
             assert library is not None
             self.weights = [library.compress(weight, stream()) for weight in self.weights]
             for weight, (n, k) in zip(self.weights, SHAPES, strict=True):
-                x = gpu_checks.random_input(case.sequences * case.tokens, k, DTYPE)
+                x = gpu_problems.random_input(case.sequences * case.tokens, k, DTYPE)
                 library.search(x, weight, n, stream())
         self.norm = torch.ones(HIDDEN, device="cuda", dtype=DTYPE)
         shape = (case.sequences, KEY_HEADS, case.cached, DEPTH)

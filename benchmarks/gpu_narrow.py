@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_checks
+from benchmarks import gpu_problems
 from benchmarks.gpu_block import asking
-from benchmarks.gpu_checks import WrongError
+from benchmarks.gpu_problems import WrongError
 from benchmarks.gpu_run import MANY_SHAPES, Run, dense_sides, enough
 from benchmarks.gpu_timing import DTYPE, Call, Weights, copies, cycled, stream, times
 from compress.packed import PackedWeight, unpack
@@ -33,14 +33,14 @@ ROWS = (2048, 8192, 512)
 def of_bytes() -> None:
     """Rows that are multiplied as bytes: the expanded values to the bit, and products by torch and, where it is there, by cuSPARSELt."""
     device = torch.device("cuda")
-    for values, dtype in itertools.product(gpu_checks.SCALED, gpu_checks.DTYPES):
-        kernels, what = gpu_checks.loaded(dtype, values), f"{values} by itself, for x in {dtype}"
+    for values, dtype in itertools.product(gpu_problems.SCALED, gpu_problems.DTYPES):
+        kernels, what = gpu_problems.loaded(dtype, values), f"{values} by itself, for x in {dtype}"
         if narrow.scale_on(device, values, dtype) is None:
             if values != torch.int8 and torch.cuda.get_device_capability() < FLOAT8_SINCE:
                 continue
             raise WrongError(f"{what}: multiplied as 16-bit numbers; the log says why")
         for n, k in CHECKED:
-            weight = replace(gpu_checks.random_scaled(n, k, values, n), quantizes_x=True)
+            weight = replace(gpu_problems.random_scaled(n, k, values, n), quantizes_x=True)
             prepared = backend.prepare(weight)
             own, scales = kernels.expand_values(prepared, n, k, stream())
             right = unpack(PackedWeight(weight.values.view(torch.uint8), weight.mask))
@@ -55,14 +55,14 @@ def of_bytes() -> None:
 def _products(prepared: Tensor, weight: PackedWeight, dtype: torch.dtype, what: str) -> None:
     """By the operator: some numbers of rows, rows that are not finite, the same result every time, also from a graph."""
     (n, k), values = weight.shape, weight.values.dtype
-    dense, bias, lost = gpu_checks.exact(weight), gpu_checks.random_input(1, n, dtype)[0], lost_by(values)
+    dense, bias, lost = gpu_problems.exact(weight), gpu_problems.random_input(1, n, dtype)[0], lost_by(values)
     for count in COUNTS:
-        x, added = gpu_checks.uneven_input(count, k, dtype, count), bias if count % 2 else None
-        gpu_checks.poison(count * n, dtype)
+        x, added = gpu_problems.uneven_input(count, k, dtype, count), bias if count % 2 else None
+        gpu_problems.poison(count * n, dtype)
         y = ops.sparse24_linear(x, prepared, added, n, True)
         shown = f"{count} rows, [{n}, {k}], {what}"
-        gpu_checks.check(
-            y, gpu_checks.rounded_input(x, values), dense, added, shown, lost=0.0 if lost == LOST else lost
+        gpu_problems.check(
+            y, gpu_problems.rounded_input(x, values), dense, added, shown, lost=0.0 if lost == LOST else lost
         )
         if not torch.equal(y, ops.sparse24_linear(x, prepared, added, n, True)):
             raise WrongError(f"{shown}: another result than before")
@@ -88,10 +88,11 @@ def measure(run: Run) -> None:
             continue
         weights = Weights(n, k)
         packed = {
-            values: replace(gpu_checks.random_scaled(n, k, values), quantizes_x=True) for values in gpu_checks.SCALED
+            values: replace(gpu_problems.random_scaled(n, k, values), quantizes_x=True)
+            for values in gpu_problems.SCALED
         }
         for rows in ROWS:
-            what, x = f"narrow {n}x{k}, {rows} rows", gpu_checks.random_input(rows, k, DTYPE)
+            what, x = f"narrow {n}x{k}, {rows} rows", gpu_problems.random_input(rows, k, DTYPE)
             sides = {"2:4": enough(weights.sparse_calls(x), x), **dense_sides(weights, x)}
             parts: dict[str, float] = {}
             for values, weight in packed.items():
@@ -111,7 +112,7 @@ def _sides(
     """What is compared for one weight, by the ends of their names; and microseconds of the parts."""
     (n, k), values = weight.shape, weight.values.dtype
     name = f"{str(values).removeprefix('torch.')}, {len(x)} rows, [{n}, {k}]"
-    prepared, kernels = backend.prepare(weight), gpu_checks.loaded(DTYPE, values)
+    prepared, kernels = backend.prepare(weight), gpu_problems.loaded(DTYPE, values)
     of_all = copies(prepared)
 
     def whole(w: Tensor, wish: str) -> Tensor:

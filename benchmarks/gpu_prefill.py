@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import gpu_block, gpu_checks
+from benchmarks import gpu_block, gpu_problems
 from benchmarks.gpu_run import MANY_SHAPES, Run, dense_sides, enough
 from benchmarks.gpu_timing import DTYPE, Call, Weights, cycled, stream, times
 from serve.kernels.cuda import backend, cusparselt, plan
@@ -20,13 +20,13 @@ ROWS = (2048, 8192, 128, 256, 512)
 def prefill(run: Run) -> None:
     """halve's own ways. ``2:4``: its operator, which passes over the weight some times, and for more rows expands it and multiplies
     densely; ``expanded``: that from the first row on."""
-    kernels = gpu_checks.loaded(DTYPE)
+    kernels = gpu_problems.loaded(DTYPE)
     for n, k in MANY_SHAPES:
         if not run.has_time(f"prefill {n}x{k}", 10):
             continue
         weights = Weights(n, k)
         for rows in ROWS:
-            x, what = gpu_checks.random_input(rows, k, DTYPE), f"prefill {n}x{k}, {rows} rows"
+            x, what = gpu_problems.random_input(rows, k, DTYPE), f"prefill {n}x{k}, {rows} rows"
             sides, calls = dense_sides(weights, x), weights.sparse_calls(x)
             # (What is expanded is multiplied by torch, whose roundings are not ours to judge.)
             passes = rows <= plan.MOST_PASSES * plan.MOST_ROWS
@@ -48,7 +48,7 @@ def libraries(run: Run) -> None:
     unsearched``: with the library's first. ``cusparselt from ours``: from the weight as decoding has it, expanded and compressed
     anew at each call, so that only one form is kept. ``torch``: its own operator. Then a block of a prompt by the library, from either.
     """
-    kernels = None if run.unproven else gpu_checks.loaded(DTYPE)
+    kernels = None if run.unproven else gpu_problems.loaded(DTYPE)
     library = run.attempt("cusparselt", lambda: cusparselt.on_device(torch.cuda.current_device()))
     if library is not None:
         run.document["cusparselt"] = ".".join(map(str, library.version()))
@@ -77,7 +77,7 @@ def _by_libraries(
         compressed = [] if first is None else [first, *(first.clone() for _ in range(count - 1))]
     semi = run.attempt(f"{what}, torch", lambda: [torch.sparse.to_sparse_semi_structured(dense) for _ in range(count)])
     launches = len(cycled(weights.prepared))
-    inputs = {rows: gpu_checks.random_input(rows, k, DTYPE) for rows in ROWS}
+    inputs = {rows: gpu_problems.random_input(rows, k, DTYPE) for rows in ROWS}
     if library is not None and compressed:
         for rows, x in inputs.items():  # all of them before any search, which changes what is done with other rows, too
             _unsearched(run, f"{what}, {rows} rows", library, weights, compressed, x)

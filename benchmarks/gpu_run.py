@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, gpu_checks
+from benchmarks import gpu, gpu_problems
 from benchmarks.gpu_timing import LIBRARIES, Call, Weights, captured, clock, faster_dense, summary, times
 from compress.errors import one_line
 from serve.kernels.cuda import compiler
@@ -85,7 +85,7 @@ class Run:
         def checked() -> bool:
             y = call()
             for some in (slice(16), slice(-16, None)):
-                gpu_checks.check(y[some], x[some], dense, None, what)
+                gpu_problems.check(y[some], x[some], dense, None, what)
             return True
 
         return bool(self.attempt(what, checked))

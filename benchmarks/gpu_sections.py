@@ -12,7 +12,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu, gpu_block, gpu_checks, gpu_narrow, gpu_variants
+from benchmarks import (
+    gpu,
+    gpu_block,
+    gpu_checks,
+    gpu_checks_scaled,
+    gpu_checks_triton,
+    gpu_narrow,
+    gpu_problems,
+    gpu_variants,
+)
 from benchmarks.gpu_prefill import libraries, prefill
 from benchmarks.gpu_run import ROWS, SHAPES, Run, dense_sides, enough
 from benchmarks.gpu_timing import (
@@ -48,13 +57,13 @@ PRUNED = ((6144, 4096), (28672, 4096), (4096, 14336))
 
 def proof(run: Run) -> None:
     """Compiles and loads the kernels of both dtypes, which prove themselves; how long that takes."""
-    for dtype in gpu_checks.DTYPES:
+    for dtype in gpu_problems.DTYPES:
         began = time.monotonic()
         if refusal := backend.why_not(torch.device("cuda"), dtype):
             run.document["refused"] = refusal
             run.document["broken"]["cuda"] = refusal
             return
-        kernels = gpu_checks.loaded(dtype)
+        kernels = gpu_problems.loaded(dtype)
         row = {"dtype": str(dtype), "seconds": round(time.monotonic() - began, 2), "overlap": kernels.overlap}
         run.add("proof", row)
 
@@ -66,7 +75,7 @@ def checks(run: Run) -> None:
 
 def rest(run: Run) -> None:
     """The checks that take longer."""
-    done = (*gpu_checks.FIRST, gpu_checks.of_8_bits, gpu_checks.rounded_x)
+    done = (*gpu_checks.FIRST, gpu_checks_scaled.of_8_bits, gpu_checks_scaled.rounded_x)
     _check(run, [check for check in gpu_checks.CHECKS if check not in done])
 
 
@@ -89,13 +98,13 @@ def bandwidth(run: Run) -> None:
 
 def decode(run: Run) -> None:
     """Few rows, against the faster dense product; ``waiting``: launches that do not overlap."""
-    kernels = gpu_checks.loaded(DTYPE)
+    kernels = gpu_problems.loaded(DTYPE)
     for n, k in SHAPES:
         if not run.has_time(f"decode {n}x{k}", 8):
             continue
         weights = Weights(n, k)
         for rows in ROWS:
-            x = gpu_checks.random_input(rows, k, DTYPE)
+            x = gpu_problems.random_input(rows, k, DTYPE)
             what, sides = f"decode {n}x{k}, {rows} rows", dense_sides(weights, x)
             calls = weights.sparse_calls(x)
             if run.right(f"{what}, 2:4", calls[0], x, weights.dense[0]):
@@ -113,18 +122,18 @@ def decode(run: Run) -> None:
 def scaled(run: Run) -> None:
     """Rows by weights with values of 8 bits, x as it is (``int8``) and rounded to such values, too (``int8, x too``), beside those with 16 and
     the faster dense product: first whether they are right."""
-    _check(run, [gpu_checks.of_8_bits, gpu_checks.rounding_of_x, gpu_checks.rounded_x])
+    _check(run, [gpu_checks_scaled.of_8_bits, gpu_checks_scaled.rounding_of_x, gpu_checks_scaled.rounded_x])
     for n, k in SHAPES[:3]:
         if not run.has_time(f"scaled {n}x{k}", 15):
             continue
         weights = Weights(n, k)
         prepared, rights = {}, {}
-        for values in gpu_checks.SCALED:
-            weight = gpu_checks.random_scaled(n, k, values)
+        for values in gpu_problems.SCALED:
+            weight = gpu_problems.random_scaled(n, k, values)
             prepared[values], rights[values] = copies(backend.prepare(weight)), plain.expand(weight)
             rounding.prove(torch.device("cuda"), values)
         for rows in (*ROWS[:3], MANY_OF_8_BITS):
-            x = gpu_checks.random_input(rows, k, DTYPE)
+            x = gpu_problems.random_input(rows, k, DTYPE)
             what, sides = f"scaled {n}x{k}, {rows} rows", dense_sides(weights, x)
             sides = {"2:4": enough(weights.sparse_calls(x), x), **sides}
             # (What is expanded is multiplied by torch, whose roundings are not ours to judge.)
@@ -133,7 +142,7 @@ def scaled(run: Run) -> None:
                 calls: list[Call] = [
                     lambda w=w, x=x, n=n, too=too: ops.sparse24_linear(x, w, None, n, too) for w in cycled(own)
                 ]
-                inputs = gpu_checks.rounded_input(x, values) if too else x
+                inputs = gpu_problems.rounded_input(x, values) if too else x
                 name = str(values).removeprefix("torch.") + (", x too" if too else "")
                 if not passes or run.right(f"{what}, {name}", calls[0], inputs, rights[values]):
                     sides[name] = enough(calls, x)
@@ -164,17 +173,17 @@ def triton(run: Run) -> None:
         weights = Weights(n, k)
         prepared = copies(triton_backend.prepare(weights.packed))
         for rows in (1, 16, 64, 256, 512, 2048):
-            x = gpu_checks.random_input(rows, k, DTYPE)
+            x = gpu_problems.random_input(rows, k, DTYPE)
             calls: list[Call] = [lambda w=w, x=x, n=n: ops.sparse24_linear(x, w, None, n) for w in cycled(prepared)]
             what, sides = f"triton {n}x{k}, {rows} rows", dense_sides(weights, x)
             if rows > triton_backend.MOST_ROWS or run.right(what, calls[0], x, weights.dense[0]):
                 sides = {"triton": enough(calls, x), **sides}
             run.add("triton", {"n": n, "k": k, "rows": rows, **run.compare(what, sides, 7)})
         del weights, prepared
-    small = triton_backend.prepare(gpu_checks.random_weight(256, 256, DTYPE))
-    x = gpu_checks.random_input(1, 256, DTYPE)
+    small = triton_backend.prepare(gpu_problems.random_weight(256, 256, DTYPE))
+    x = gpu_problems.random_input(1, 256, DTYPE)
     run.add("host", {"microseconds": {"triton": host_microseconds(lambda: ops.sparse24_linear(x, small, None, 256))}})
-    _check(run, [gpu_checks.in_triton, gpu_checks.in_triton_of_8_bits])
+    _check(run, [gpu_checks_triton.in_triton, gpu_checks_triton.in_triton_of_8_bits])
 
 
 def pruning(run: Run) -> None:
@@ -185,7 +194,7 @@ def pruning(run: Run) -> None:
     for n, k in PRUNED:
         if not run.has_time(f"pruning {n}x{k}", 20):
             continue
-        columns, gram, upper = gpu_checks.pruning_problem(n, k)
+        columns, gram, upper = gpu_checks_triton.pruning_problem(n, k)
         torch.cuda.reset_peak_memory_stats()
         found = {"factorization": seconds(lambda gram=gram: inverse_factor(gram, 0.01))}
         for name, how in (("fused", kernels), ("torch", None)):
@@ -196,17 +205,17 @@ def pruning(run: Run) -> None:
         run.add("pruning", {"n": n, "k": k, "seconds": found, "peak_bytes": torch.cuda.max_memory_allocated()})
         del columns, gram, upper
     if kernels is not None:
-        _check(run, [gpu_checks.pruning])
+        _check(run, [gpu_checks_triton.pruning])
 
 
 def host(run: Run) -> None:
     """How long a call keeps the processor, without graphs, on a layer so small that the GPU keeps up: halve's operator, the launch
     alone, torch's dense linear, the library's product, and the plan that it needs for each number of rows that is new."""
-    kernels = gpu_checks.loaded(DTYPE)
+    kernels = gpu_problems.loaded(DTYPE)
     weights = Weights(256, 256)
     library = run.attempt("cusparselt", lambda: cusparselt.on_device(torch.cuda.current_device()))
     for rows in (1, 300, 2048):
-        x = gpu_checks.random_input(rows, 256, DTYPE)
+        x = gpu_problems.random_input(rows, 256, DTYPE)
         sides = {"operator": weights.sparse_calls(x)[0], "dense": weights.dense_calls(x)[0]}
         if rows <= plan.MOST_ROWS:
             sides["launch"] = weights.direct_calls(kernels, x)[0]

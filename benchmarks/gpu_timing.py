@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import gpu_checks
+from benchmarks import gpu_problems
 from serve.kernels import ops, plain
 from serve.kernels.cuda import backend
 
@@ -91,7 +91,7 @@ class Weights:
 
     def __init__(self, n: int, k: int, dtype: torch.dtype = DTYPE) -> None:
         self.n, self.k = n, k
-        packed = gpu_checks.random_weight(n, k, dtype)
+        packed = gpu_problems.random_weight(n, k, dtype)
         self.packed = packed
         self.bytes = {"2:4": packed.nbytes, "dense": n * k * dtype.itemsize}
         prepared, dense = backend.prepare(packed), plain.expand(packed)

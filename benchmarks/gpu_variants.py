@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_checks
+from benchmarks import gpu_problems
 from benchmarks.gpu_timing import DTYPE, Weights, times
 from compress.errors import one_line
 from serve.kernels.cuda import backend, driver, plan
@@ -56,7 +56,7 @@ def measured(
             continue
         weights = Weights(n, k)
         for count in rows:
-            x = gpu_checks.random_input(count, k, DTYPE)
+            x = gpu_problems.random_input(count, k, DTYPE)
             form, splits = plan.choose(usual, count, n, k, kernels.device)
             row = {"n": n, "k": k, "rows": count, "chosen": _name(form, splits)}
             yield {**row, **_times(kernels, weights, x)}
@@ -75,10 +75,10 @@ def _times(kernels: backend.Kernels, weights: Weights, x: Tensor) -> dict[str, A
         for splits in kernels.active[form]:
             how = {"form": form, "splits": splits, "overlap": overlap}
             try:
-                y = gpu_checks.product(kernels, x, weights.prepared[0], None, weights.n, **how)
-                gpu_checks.check(y[-1:], x[-1:], weights.dense[0], None, _name(form, splits))
+                y = gpu_problems.product(kernels, x, weights.prepared[0], None, weights.n, **how)
+                gpu_problems.check(y[-1:], x[-1:], weights.dense[0], None, _name(form, splits))
                 samples = times({"it": weights.direct_calls(kernels, x, **how)}, 5)["it"]
-            except (gpu_checks.WrongError, driver.DriverError) as error:
+            except (gpu_problems.WrongError, driver.DriverError) as error:
                 wrong[_name(form, splits)] = one_line(error)
             else:
                 found[_name(form, splits)] = statistics.median(samples)

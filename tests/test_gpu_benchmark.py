@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_pruning, gpu_run, gpu_sections, gpu_table, gpu_timing
+from benchmarks import gpu, gpu_checks, gpu_problems, gpu_pruning, gpu_run, gpu_sections, gpu_table, gpu_timing
 from serve.kernels.cuda import backend
 from serve.kernels.cuda.driver import DriverError
 from tests.runs import ROOT, beside
@@ -305,7 +305,7 @@ def test_what_is_optional_may_break(faked: pytest.MonkeyPatch, tmp_path: Path) -
     run = gpu_run.Run(tmp_path, time.time() + 60)
 
     def refuses() -> None:
-        raise gpu_checks.WrongError("3 outputs are wrong")
+        raise gpu_problems.WrongError("3 outputs are wrong")
 
     assert run.attempt("prefill 64x64, cusparselt", refuses) is None
     assert run.attempt("prefill 64x64, torch", lambda: 7) == 7

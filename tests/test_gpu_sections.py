@@ -21,8 +21,10 @@ from benchmarks import (
     gpu,
     gpu_block,
     gpu_checks,
+    gpu_checks_scaled,
     gpu_narrow,
     gpu_prefill,
+    gpu_problems,
     gpu_run,
     gpu_sections,
     gpu_timing,
@@ -152,9 +154,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_sections, "COPIED_BYTES", 1 << 16)
     for name in ("host_microseconds", "seconds"):
         monkeypatch.setattr(gpu_sections, name, lambda call: (call(), 1.0)[1])
-    monkeypatch.setattr(gpu_checks, "DEEP", (70, 200))
-    monkeypatch.setattr(gpu_checks, "ODD", ((9, 72),))
-    monkeypatch.setattr(gpu_checks, "ROUNDED", ((1, 8), (7, 264)))
+    monkeypatch.setattr(gpu_checks_scaled, "DEEP", (70, 200))
+    monkeypatch.setattr(gpu_checks_scaled, "ODD", ((9, 72),))
+    monkeypatch.setattr(gpu_checks_scaled, "ROUNDED", ((1, 8), (7, 264)))
     monkeypatch.setattr(rounding, "kernel_for", lambda device, values: None)
     monkeypatch.setattr(narrow, "scale_on", lambda device, *of: narrow.find(torch.device("cpu"), *of))
     monkeypatch.setattr(prefill, "_proven", lambda index, dtype: library)
@@ -189,10 +191,10 @@ def test_the_check_of_rounding(machine: pytest.MonkeyPatch, mistake: bool) -> No
         machine.setattr(rounding, "kernel_for", lambda device, values: module)
         machine.setattr(rounding, "launch", mistaken)
         if mistake:
-            with pytest.raises(gpu_checks.WrongError, match=r"x \[7, 264\].*Triton on the GPU has other bits"):
-                gpu_checks.rounding_of_x()
+            with pytest.raises(gpu_problems.WrongError, match=r"x \[7, 264\].*Triton on the GPU has other bits"):
+                gpu_checks_scaled.rounding_of_x()
         else:
-            gpu_checks.rounding_of_x()
+            gpu_checks_scaled.rounding_of_x()
 
 
 @pytest.mark.parametrize("mistake", ["the flag", "a scale of x", "the dense x"])
@@ -210,8 +212,8 @@ def test_the_check_of_rounded_inputs(machine: pytest.MonkeyPatch, mistake: str) 
     machine.setattr(rounding, "round_rows", mistaken)
     if mistake == "the flag":
         machine.setattr(ops, "sparse24_linear", lambda *given: linear(*given[:4]))
-    with pytest.raises(gpu_checks.WrongError):
-        gpu_checks.rounded_x()
+    with pytest.raises(gpu_problems.WrongError):
+        gpu_checks_scaled.rounded_x()
 
 
 @pytest.mark.parametrize("mistake", ["the flag", "a scale of x", "a value of the weight", "a sum of the library"])
@@ -242,7 +244,7 @@ def test_the_check_of_bytes(machine: pytest.MonkeyPatch, mistake: str) -> None:
         machine.setattr(backend.Kernels, "expand_values", of_weight)
     else:
         machine.setattr(cusparselt.CusparseLt, "multiply", of_library)
-    with pytest.raises(gpu_checks.WrongError):
+    with pytest.raises(gpu_problems.WrongError):
         gpu_narrow.of_bytes()
 
 
