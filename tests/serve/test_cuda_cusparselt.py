@@ -171,7 +171,7 @@ class TestPlans:
 
     def test_refusals(self, path: Path) -> None:
         library = CusparseLt(str(path))
-        assert library.version() == (0, 8, 1)
+        assert library.version() == (0, 10, 1)
         with pytest.raises(CusparseLtError, match="cusparseLtMatmul refused: invalid value"):
             library.multiply(normal(8, 16, dtype=BFLOAT16), torch.zeros(600, dtype=torch.uint8), None, 16, 0)
         with pytest.raises(CusparseLtError, match="multiples of 16 outputs and inputs, not 24 and 32"):

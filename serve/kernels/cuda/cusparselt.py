@@ -53,7 +53,7 @@ _ALIGNMENT = 16
 _ROOM = 16384
 _SIGNATURES = {
     "cusparseLtInit": (c_void_p,),
-    "cusparseLtGetVersion": (c_void_p, POINTER(c_int)),
+    "cusparseLtGetProperty": (c_int, POINTER(c_int)),
     "cusparseLtDenseDescriptorInit": (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_uint32, c_int, c_int),
     "cusparseLtStructuredDescriptorInit": (
         *(c_void_p, c_void_p, c_int64, c_int64, c_int64, c_uint32, c_int, c_int),
@@ -285,9 +285,12 @@ class CusparseLt:
             self.call(_DESTROY_SELECTION, address)
 
     def version(self) -> tuple[int, int, int]:
-        number = c_int()
-        self.call("cusparseLtGetVersion", self.handle.address, byref(number))
-        return number.value // 1000, number.value // 100 % 10, number.value % 100
+        """Major, minor and patch. (In one number, as the library has it, too, 0.10 is 1.0.)"""
+        parts = (c_int(), c_int(), c_int())
+        for which, part in enumerate(parts):  # MAJOR_VERSION, MINOR_VERSION, PATCH_LEVEL
+            self.call("cusparseLtGetProperty", which, byref(part))
+        major, minor, patch = (part.value for part in parts)
+        return major, minor, patch
 
     def compress(self, dense: Tensor, stream: int) -> Tensor:
         """A 2:4 weight [n, k] in the library's own form, [bytes] uint8.
