@@ -221,8 +221,15 @@ class EndpointRunner:
 def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in url
-    except ValueError:  # of a port or an IPv6 address
+        host = (parts.hostname or "").encode("idna")
+        return (
+            parts.scheme in ("http", "https")
+            and bool(host)
+            and parts.port != 0
+            and url.isprintable()
+            and " " not in url
+        )
+    except ValueError:  # of a port, an IPv6 address or a name with an empty part
         return False
 
 
