@@ -118,6 +118,8 @@ def main() -> None:
     path = RESULTS / f"{arguments.name}.json"
     document = json.loads(path.read_text()) if path.is_file() else {"model": arguments.model.name, "runs": {}}
     if not arguments.render:
+        if document["model"] != arguments.model.name:
+            parser.error(f"{path} is of {document['model']}, not of {arguments.model.name}; give another --name")
         if not (arguments.model / "config.json").is_file() and arguments.model.name == "smollm2-135m":
             from benchmarks.demo import prepare_smollm2
 

@@ -219,7 +219,8 @@ def run(arguments: argparse.Namespace) -> None:
         model = arguments.model or prepare_smollm2(ROOT / "runs" / "smollm2-135m")
         if document.setdefault("protocol", asdict(protocol)) != asdict(protocol):
             raise HalveError(f"{path} was made with another protocol; remove it or give another --name")
-        document.setdefault("model", model.name)
+        if document.setdefault("model", model.name) != model.name:
+            raise HalveError(f"{path} is of {document['model']}, not of {model.name}; give another --name")
         document.setdefault("cells", {})
         if "dense" not in document:
             settings = {"length": protocol.window_length, "windows": protocol.windows, "device": "cpu"}

@@ -13,7 +13,8 @@ same time; they take turns, and the one that waits is idle. In a round each gets
 
 Figures are medians over rounds, ratios medians of the ratios within a round, with the smallest and the largest. What was measured
 in fewer than three rounds is told without a ratio. Threads: "default" is
-what vLLM takes by itself (it leaves one core to its server); a number binds the engine to as many cores.
+what vLLM takes by itself (it leaves one core to its server); a number binds the engine to as many cores. vLLM's cache of prefixes
+is off: the generator warms up with the first prompt of a load, which would then be no work.
 
 `vllm bench latency` runs each model alone in a process of its own, in turn, the same number of tokens.
 """
@@ -136,6 +137,16 @@ def memory(server: VllmServer) -> int:
     return sum(process.memory_full_info().pss for process in processes)
 
 
+def server_of(model: Path, loads: dict[str, dict[str, int]]) -> VllmServer:
+    return VllmServer(
+        str(model),
+        max_model_len=context(loads),
+        max_num_seqs=16,
+        timeout=1200,
+        extra=["--no-enable-prefix-caching"],
+    )
+
+
 def measure(model: Path, threads: str, rounds: int, loads: dict[str, dict[str, int]]) -> dict[str, Any]:
     """Both sides with so many threads."""
     cores = sorted(os.sched_getaffinity(0))
@@ -148,9 +159,7 @@ def measure(model: Path, threads: str, rounds: int, loads: dict[str, dict[str, i
         stack.callback(vllm.close)
         servers = {}
         for side in SIDES:
-            servers[side] = stack.enter_context(
-                VllmServer(str(model / side), max_model_len=context(loads), max_num_seqs=16, timeout=1200)
-            )
+            servers[side] = stack.enter_context(server_of(model / side, loads))
             lines = servers[side].log.splitlines()
             found["said"][side] = [line.partition("] ")[2] for line in lines if "halve:" in line]
         for number in range(rounds + 1):
@@ -223,6 +232,7 @@ def render(document: dict[str, Any]) -> str:
             lines += ["", f"{what}, threads {latency['threads']}: dense {dense:.2f} s, 2:4 {sparse:.2f} s ({fast})."]
         else:
             lines.append(f"| {latency['threads']} | {what}: seconds | {dense:.2f} | {sparse:.2f} | {fast} |")
+    lines += cached_prompts(document)
     last = list(document["threads"].values())[-1]
     held = last["memory"]
     lines += [
@@ -233,6 +243,25 @@ def render(document: dict[str, Any]) -> str:
         *(f"- {line}" for line in last["said"]["sparse"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def cached_prompts(document: dict[str, Any]) -> list[str]:
+    """What has to be known of figures that were measured while vLLM kept prefixes."""
+    if not document.get("prefix_caching", True):
+        return []
+    lines = []
+    for threads, found in document["threads"].items():
+        slowest = {
+            side: [1e3 * max(answers["prefill"][side]["ttfts"]) for answers in found["rounds"]] for side in SIDES
+        }
+        dense, sparse = (statistics.median(slowest[side]) for side in SIDES)
+        lines.append(f"threads {threads}: dense {dense:.1f} ms, 2:4 {sparse:.1f} ms, {times_as_fast(slowest)}")
+    return [
+        "",
+        "Measured with vLLM's cache of prefixes, which the generator's warm-up fills with the first prompt of each load. So the times to "
+        "the first token are the mean of a prompt that was there and of one that was not, and of the eight prompts at once some were no "
+        f"work. The slower prompt of each round alone: {'; '.join(lines)}. The script turns the cache off now.",
+    ]
 
 
 def pruned_share(document: dict[str, Any]) -> float | None:
@@ -261,6 +290,7 @@ def main() -> None:
         "loads": loads,
         "environment": environment(),
         "cache_gib": int(os.environ[CACHE_VARIABLE]),
+        "prefix_caching": False,
         "threads": {},
     }
     for threads in arguments.threads:

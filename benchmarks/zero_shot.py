@@ -43,6 +43,8 @@ def main() -> None:
     document: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if document.get("limit") != arguments.limit:
         document = {"limit": arguments.limit, "model": arguments.dense.name, "checkpoints": {}}
+    if document["model"] != arguments.dense.name:
+        parser.error(f"{path} is of {document['model']}, not of {arguments.dense.name}; give another --name")
     for name, directory in checkpoints.items():
         if name in document["checkpoints"]:
             continue

@@ -25,6 +25,8 @@ from serve.measure.requests import TIMES, described, percentile, samples_of, too
 from serve.measure.statistics import STATISTICS, value_of
 
 Better = Literal["higher", "lower"]
+UNDER_LOAD = {"bytes.kv_cache", "peak_process_bytes", "peak_gpu_bytes"}
+"""Sizes that depend on the load and on what else the machine holds, so that no two measurements of one model are alike."""
 
 
 class DocumentError(UsageError):
@@ -279,7 +281,7 @@ def _bench_figures(
         elif isinstance(value, dict):
             yield from _bench_figures(value, pairing, path, f"{name}.")
         elif _is_number(value):
-            yield name, Figure(float(value), _better(name))
+            yield name, Figure(float(value), _better(name), sampled=name in UNDER_LOAD)
 
 
 def _load_figures(rounds: list[_Round], pairing: str, damaged: str) -> tuple[dict[str, Figure], dict[str, str]]:

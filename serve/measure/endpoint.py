@@ -23,6 +23,8 @@ from serve.loopback import is_loopback
 from serve.measure.scoring import Done, Scored, finite
 
 Result = TypeVar("Result")
+# Else an endpoint that takes up what generation_config.json recommends, as halve and vLLM do, would not answer greedily.
+_NO_PENALTIES = {"frequency_penalty": 0, "presence_penalty": 0, "extra_body": {"repetition_penalty": 1}}
 _RETRIES = 2  # of connections that break and of "busy" (429, 5xx); an answer that is wrong is not asked for again
 
 
@@ -150,7 +152,7 @@ class EndpointRunner:
     ) -> list[str]:
         async def one(number: int) -> str:
             ids, most, stop = jobs[number]
-            return (await self._complete(ids, max_tokens=most, stop=list(stop) or None)).text
+            return (await self._complete(ids, max_tokens=most, stop=list(stop) or None, **_NO_PENALTIES)).text
 
         return self._all(one, len(jobs), done)
 
@@ -221,8 +223,15 @@ class EndpointRunner:
 def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in url
-    except ValueError:  # of a port or an IPv6 address
+        host = (parts.hostname or "").encode("idna")
+        return (
+            parts.scheme in ("http", "https")
+            and bool(host)
+            and parts.port != 0
+            and url.isprintable()
+            and " " not in url
+        )
+    except ValueError:  # of a port, an IPv6 address or a name with an empty part
         return False
 
 

@@ -105,6 +105,19 @@ def test_several_loads_carry_their_names(write: Any) -> None:
     assert "rate=2.5.output_tokens_per_second" in found["figures"]
 
 
+def test_memory_that_was_read_once_is_no_difference(write: Any) -> None:
+    """A few pages more, or what a server that starts second finds free; bytes on the disk are exact."""
+    document = bench(1)
+    for number, model in enumerate(document["models"].values()):
+        model["peak_process_bytes"] = model["peak_gpu_bytes"] = 600_000_000 + 4096 * number
+        model["bytes"] = {"disk": 9 - number, "kv_cache": 1_000_000_000 - 4096 * number}
+    names = ["peak_process_bytes", "peak_gpu_bytes", "bytes.kv_cache", "bytes.disk"]
+    found = compare(write(document), gates=["peak_process_bytes<=1.01x"])
+    assert [found["figures"][name]["verdict"] for name in names] == [*["unknown"] * 3, "better"]
+    assert found["figures"]["peak_process_bytes"]["ratio"] == 600_004_096 / 600_000_000
+    assert found["ok"]
+
+
 def verdicts(document: dict[str, Any], names: list[str], path: Path) -> list[str]:
     """Of the sparse side of a document beside its dense one."""
     path.write_text(json.dumps(document))

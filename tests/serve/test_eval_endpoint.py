@@ -128,11 +128,23 @@ def test_nobody_there() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "localhost:8000", "ftp://x/v1", "8000", "http://", "http://[::1/v1", "http://a b/v1", "http://host:port/v1"],
+    [
+        *(
+            "",
+            "localhost:8000",
+            "ftp://x/v1",
+            "8000",
+            "http://",
+            "http://[::1/v1",
+            "http://a b/v1",
+            "http://host:port/v1",
+        ),
+        *("http://127.0..1/v1", "http://hö..x/v1", "http://host/v1\t", "http://a\x00b/v1"),
+    ],
 )
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(UsageError, match="is not the address of an endpoint"):
-        EndpointRunner(url, max_length=8)
+        EndpointRunner(url, max_length=8).__enter__()
 
 
 def test_another_model(fake: Fake) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from scipy import stats
 from serve.loading import load_model
 from serve.measure import tasks
 from serve.measure.agreement import Agreement
+from serve.measure.endpoint import EndpointRunner
 from serve.measure.environment import processor
 from serve.measure.evaluation import Endpoint, evaluate
 from serve.measure.harness import HalveLM
@@ -256,6 +258,22 @@ def test_what_generates_answers(models: tuple[Path, Path]) -> None:
     assert answers[0] == text
     assert answers[1] == text[: text.index(stop)]
     assert isinstance(answers[2], str)
+
+
+def test_answers_through_the_endpoint_are_greedy_whatever_the_checkpoint_recommends(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recommending = Path(shutil.copytree(models[0], tmp_path / "recommending"))
+    advice = {"repetition_penalty": 1.8, "presence_penalty": 1.5, "frequency_penalty": 1.5, "temperature": 0.7}
+    (recommending / "generation_config.json").write_text(json.dumps(advice))
+    job = (tiny_models.tokenizer()(tiny_models.TEXT[:200]).input_ids, 24, ())
+    with EngineRunner(models[0], device="cpu") as runner:
+        [expected] = runner.generate([job])
+    with (
+        BackgroundServer(str(recommending), device="cpu") as server,
+        EndpointRunner(server.base_url, max_length=512) as runner,
+    ):
+        assert runner.generate([job]) == [expected]
 
 
 def test_whole_texts_are_scored_in_windows(models: tuple[Path, Path]) -> None:

@@ -26,8 +26,9 @@ def test_what_keeps_it_from_starting_is_said(tmp_path, model_dir):
         taken.listen()
         with pytest.raises(UsageError, match=r"Port \d+ of 127\.0\.0\.1 cannot be used"):
             run(str(model_dir), port=taken.getsockname()[1])
-    with pytest.raises(UsageError, match="not an address"):
-        run(str(model_dir), host="no such host", port=0)
+    for host in ("no such host", "127.0..1", "a" * 70):
+        with pytest.raises(UsageError, match="not an address"):
+            run(str(model_dir), host=host, port=0)
     with pytest.raises(UsageError, match="not a port"):
         run(str(model_dir), port=70000)
 

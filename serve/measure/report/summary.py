@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.measure.documents import UNDER_LOAD
 from serve.measure.report.checkpoint import Checkpoint, Layer
 from serve.measure.report.results import Result
 from serve.measure.report.rows import Row, row_of
 from serve.measure.report.speed import latencies, load_of
-
-_UNDER_LOAD = {"bytes.kv_cache", "peak_process_bytes", "peak_gpu_bytes"}
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def sizes(results: Iterable[Result]) -> list[Row]:
     rows: dict[str, Row] = {}
     for result in results:
         for name, label in labels.items():
-            load = load_of(result) if name in _UNDER_LOAD else ""
+            load = load_of(result) if name in UNDER_LOAD else ""
             row = row_of(result, name, label, "bytes", load)
             if row and row.value and (name not in rows or (rows[name].dense is None and row.dense is not None)):
                 rows[name] = row
