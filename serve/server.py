@@ -100,10 +100,7 @@ def _bind(host: str, port: int) -> socket.socket:
         raise UsageError(f"--port {port} is not a port; they go from 0 (a free one) to 65535.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (
-        OSError,
-        UnicodeError,
-    ) as error:  # (a name with an empty or too long part is no name for a resolver to ask for)
+    except (OSError, UnicodeError) as error:  # (the latter where a part of a name is empty or too long to be asked for)
         raise UsageError(f"--host {host!r} is not an address: {error}.") from error
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
