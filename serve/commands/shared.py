@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from compress.errors import UsageError
+from serve.terminate import unwinding
 
 Against = Annotated[
     str | None,
@@ -38,7 +39,7 @@ def dense_model(against: str | None) -> Iterator[Path | None]:
         return
     from compress.sources import resolve
 
-    with tempfile.TemporaryDirectory(prefix="halve-against-") as scratch:
+    with unwinding(), tempfile.TemporaryDirectory(prefix="halve-against-") as scratch:
         yield resolve(against, Path(scratch) / Path(against).stem)
 
 

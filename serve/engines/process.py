@@ -6,19 +6,18 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple, Self
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import psutil
 
 from compress.errors import HalveError
+from serve import terminate
 
 GRACE_SECONDS = 20  # from the request to stop until it is killed
 _POLL_SECONDS = 0.05
@@ -47,7 +46,7 @@ class ServerProcess(ABC):
     def __init__(self, command: Sequence[str], environment: dict[str, str], *, name: str, timeout: float) -> None:
         self._command, self._environment, self._name, self._timeout = list(command), environment, name, timeout
         self._file: Path | None = None
-        self._before: _Handler = None
+        self._before: terminate.Handler = None
         self._said = ""
         self.base_url = ""
         self.model = ""
@@ -74,7 +73,7 @@ class ServerProcess(ABC):
             return []
 
     def __enter__(self) -> Self:
-        self._before = _unwind_on_terminate()
+        self._before = terminate.unwind()
         descriptor, name = tempfile.mkstemp(prefix="halve-server-", suffix=".log")
         self._file = Path(name)
         with os.fdopen(descriptor, "wb") as log:  # the process keeps its own
@@ -89,7 +88,7 @@ class ServerProcess(ABC):
                 )
             except BaseException:
                 self._close_log()
-                _restore(self._before)
+                terminate.restore(self._before)
                 raise
         try:
             self._wait_until_ready()
@@ -132,34 +131,10 @@ class ServerProcess(ABC):
             assert self._process.stdin is not None
             self._process.stdin.close()
             self._close_log()
-            _restore(self._before)
+            terminate.restore(self._before)
         return code
 
     def _close_log(self) -> None:
         if self._file is not None:
             self._said, file, self._file = self.log, self._file, None
             file.unlink(missing_ok=True)
-
-
-_Handler = Callable[[int, FrameType | None], Any] | int | None
-
-
-def _unwind_on_terminate() -> _Handler:
-    """Lets SIGTERM raise SystemExit, unless somebody handles it already; returns what is to be restored, None for nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        return None  # (only the main thread may set handlers, and only it gets them)
-    before = signal.getsignal(signal.SIGTERM)
-    if before != signal.SIG_DFL:
-        return None
-    signal.signal(signal.SIGTERM, _unwind)
-    return before
-
-
-def _restore(before: _Handler) -> None:
-    if before is not None:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _unwind(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the clean-up
-    sys.exit(128 + number)

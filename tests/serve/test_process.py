@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -29,6 +30,24 @@ class Deaf(ServerProcess):
 worker = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); time.sleep(600)"
 with Deaf([sys.executable, "-c", worker], dict(os.environ), name="deaf", timeout=600):
     time.sleep(600)
+"""
+
+
+CONVERTING = """
+import sys, time
+from pathlib import Path
+from compress import sources
+from serve.commands.shared import dense_model
+
+def resolve(against, place):
+    place.mkdir()
+    (place / "model.safetensors").write_text("half of it")
+    print(place.parent, flush=True)
+    time.sleep(600)
+
+sources.resolve = resolve
+with dense_model("model.gguf"):
+    pass
 """
 
 
@@ -58,6 +77,21 @@ def test_terminated_parent_leaves_no_server(moment: str) -> None:
             parent.kill()
     gone, left = psutil.wait_procs([server, *workers], timeout=10)
     assert (len(gone), left) == (2, [])
+
+
+def test_terminated_while_a_model_is_converted_for_it_leaves_no_file() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CONVERTING], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as parent:
+        try:
+            assert parent.stdout is not None
+            scratch = Path(parent.stdout.readline().strip())
+            assert scratch.is_dir()
+            parent.send_signal(signal.SIGTERM)
+            assert parent.wait(60) == 128 + signal.SIGTERM
+        finally:
+            parent.kill()
+    assert not scratch.exists()
 
 
 def test_a_second_interruption_leaves_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
