@@ -232,7 +232,6 @@ def render(document: dict[str, Any]) -> str:
             lines += ["", f"{what}, threads {latency['threads']}: dense {dense:.2f} s, 2:4 {sparse:.2f} s ({fast})."]
         else:
             lines.append(f"| {latency['threads']} | {what}: seconds | {dense:.2f} | {sparse:.2f} | {fast} |")
-    lines += cached_prompts(document)
     last = list(document["threads"].values())[-1]
     held = last["memory"]
     lines += [
@@ -243,25 +242,6 @@ def render(document: dict[str, Any]) -> str:
         *(f"- {line}" for line in last["said"]["sparse"]),
     ]
     return "\n".join(lines) + "\n"
-
-
-def cached_prompts(document: dict[str, Any]) -> list[str]:
-    """What has to be known of figures that were measured while vLLM kept prefixes."""
-    if not document.get("prefix_caching", True):
-        return []
-    lines = []
-    for threads, found in document["threads"].items():
-        slowest = {
-            side: [1e3 * max(answers["prefill"][side]["ttfts"]) for answers in found["rounds"]] for side in SIDES
-        }
-        dense, sparse = (statistics.median(slowest[side]) for side in SIDES)
-        lines.append(f"threads {threads}: dense {dense:.1f} ms, 2:4 {sparse:.1f} ms, {times_as_fast(slowest)}")
-    return [
-        "",
-        "Measured with vLLM's cache of prefixes, which the generator's warm-up fills with the first prompt of each load. So the times to "
-        "the first token are the mean of a prompt that was there and of one that was not, and of the eight prompts at once some were no "
-        f"work. The slower prompt of each round alone: {'; '.join(lines)}. The script turns the cache off now.",
-    ]
 
 
 def pruned_share(document: dict[str, Any]) -> float | None:
@@ -290,7 +270,6 @@ def main() -> None:
         "loads": loads,
         "environment": environment(),
         "cache_gib": int(os.environ[CACHE_VARIABLE]),
-        "prefix_caching": False,
         "threads": {},
     }
     for threads in arguments.threads:

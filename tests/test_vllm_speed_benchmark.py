@@ -33,7 +33,6 @@ def document(rounds: int, latency: int) -> dict[str, Any]:
         "vllm": ["vllm", "1"],
         "loads": LOADS,
         "cache_gib": 1,
-        "prefix_caching": False,
         "threads": {"2": {**found, **summary(found, LOADS)}},
         "latency": {"dense": [4.0] * latency, "sparse": [2.0] * latency, "threads": "2"},
     }
@@ -59,16 +58,6 @@ def test_no_prompt_is_in_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine, "_require_vllm", lambda: "vllm")
     model = tiny_models.build("llama", tmp_path / "dense", layers=1)
     assert "--no-enable-prefix-caching" in server_of(model, LOADS)._command
-    assert "cache of prefixes" not in render(document(5, 3))
-
-
-def test_what_was_measured_with_a_cache_says_so() -> None:
-    kept = document(3, 3)
-    del kept["prefix_caching"]
-    for number, answers in enumerate(kept["threads"]["2"]["rounds"]):
-        answers["prefill"]["dense"]["ttfts"] = [0.1, 4.0 + number][:: 1 - 2 * (number % 2)]
-        answers["prefill"]["sparse"]["ttfts"] = [0.1, 2.0]
-    assert "dense 5000.0 ms, 2:4 2000.0 ms, 2.50 (2.00 to 3.00, 3 rounds)" in render(kept)
 
 
 def test_the_page_is_what_was_measured() -> None:
