@@ -42,8 +42,12 @@ _int_mm, _scaled_mm = torch.ops.aten._int_mm.default, torch.ops.aten._scaled_mm.
 log = logging.getLogger("halve.serve")
 _tried: set[tuple[int, torch.dtype, torch.dtype]] = set()
 _refused: set[tuple[torch.dtype, int, int]] = set()
-_NOT_SUPPORTED = "CUBLAS_STATUS_NOT_SUPPORTED"
-"""What cuBLAS says of a shape that it has nothing for, before anything is launched."""
+_NOT_SUPPORTED = (
+    "CUBLAS_STATUS_NOT_SUPPORTED",
+    "HIPBLAS_STATUS_NOT_SUPPORTED",
+    "could not find valid hipblaslt solution",
+)
+"""What torch says, one of these, of a shape that cuBLAS or hipBLASLt has nothing for, before anything is launched."""
 
 Scale = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
 """(sums [rows, n], scales of x [rows] and of the weight [n], bias, y [rows, n]): writes y."""
@@ -95,7 +99,7 @@ def linear(operands: Operands, stream: int) -> Tensor | None:
         try:
             sums = multiply(x, operands.weight) if by_library is None else by_library(x, None)
         except RuntimeError as error:
-            if _NOT_SUPPORTED not in str(error):
+            if not any(said in str(error) for said in _NOT_SUPPORTED):
                 raise
             _refused.add((values, n, k))
             _warn(f"weights [{n}, {k}] of {_name(values)} are multiplied as 16-bit numbers: {one_line(error)}")

@@ -231,13 +231,21 @@ class TestWhatIsTaken:
             assert narrow.takes(CUDA, values, torch.bfloat16, 16, most)
             assert narrow.takes(CUDA, values, torch.bfloat16, 16, most + 16) == more
 
+    @pytest.mark.parametrize(
+        "refusal",
+        [
+            "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`",
+            "CUDA error: HIPBLAS_STATUS_NOT_SUPPORTED when calling `HIPBLAS_STATUS_NOT_SUPPORTED`",
+            "could not find valid hipblaslt solution",
+        ],
+    )
     def test_a_shape_that_is_refused_is_not_tried_again(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, refusal: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """And another one is; what else fails is an error."""
         given = operands(normal(20, 32, dtype=torch.bfloat16), scaled_weight(16, 32, torch.float8_e4m3fn), None)
         monkeypatch.setattr(narrow, "scale_on", lambda *of: narrow.scale_by_torch)
-        said = "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`\nand more"
+        said = f"{refusal}\nand more"
 
         def refuse(*given: Any, **how: Any) -> Tensor:
             raise RuntimeError(said)
@@ -247,7 +255,7 @@ class TestWhatIsTaken:
         with caplog.at_level(logging.WARNING, "halve.serve"):
             assert narrow.linear(given, 0) is None
         [line] = [record.getMessage() for record in caplog.records]
-        assert line.startswith("weights [16, 32] of float8_e4m3fn are multiplied as 16-bit numbers: CUDA error: CUBLAS")
+        assert line == f"weights [16, 32] of float8_e4m3fn are multiplied as 16-bit numbers: {refusal} and more"
         assert not narrow.takes(CUDA, torch.float8_e4m3fn, torch.float16, 16, 32)
         assert narrow.takes(CUDA, torch.float8_e4m3fn, torch.bfloat16, 32, 32)
         assert narrow.takes(CUDA, torch.int8, torch.bfloat16, 16, 32)
