@@ -13,6 +13,7 @@ later, the backends multiply 16-bit products of values and scales as they do by 
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -91,10 +92,12 @@ def linear(operands: Operands, stream: int) -> Tensor | None:
     assert scale is not None
     by_library = prefill.multiplier(operands.weight, rows, stream)
     y = operands.x.new_empty(rows, n, dtype=operands.dtype)
-    # Parts of the same size, more or less: torch refuses less than 17 rows of int8.
+    # Parts of the same size, more or less: torch refuses less than 17 rows of int8. Each begins where its scales are at a multiple of 16 bytes:
+    # for others Triton compiles another kernel, which nothing has tried, and maybe while a graph is captured.
     parts = -(-rows // max(_LEAST_ROWS, MOST_SUMS // n))
-    for number in range(parts):
-        part = slice(rows * number // parts, rows * (number + 1) // parts)
+    starts = [rows * number // parts // 16 * 16 for number in range(parts)]
+    for start, end in itertools.pairwise([*starts, rows]):
+        part = slice(start, end)
         x = operands.x[part]
         try:
             sums = multiply(x, operands.weight) if by_library is None else by_library(x, None)
