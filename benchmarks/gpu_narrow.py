@@ -105,6 +105,14 @@ def measure(run: Run) -> None:
         del weights, packed
 
 
+def _compressed(library: cusparselt.CusparseLt, dense: Tensor, rows: int) -> Tensor:
+    """The weight in the library's own form, where it multiplies so many rows by it. Raises WrongError: torch would do it instead."""
+    with asking(prefill="cusparselt"):
+        if prefill.library_for(dense, rows) is None:
+            raise WrongError("halve does not multiply by it; the log says why")
+    return library.compress(dense, stream())
+
+
 def _sides(
     run: Run, weight: PackedWeight, x: Tensor, library: cusparselt.CusparseLt | None
 ) -> tuple[dict[str, list[Call]], dict[str, float]]:
@@ -133,7 +141,7 @@ def _sides(
             [lambda w=w: by_rows(rounded, w.t(), **of_rows) for w in cycled(dense)], x
         )
     if library is not None and len(x) >= prefill.LEAST_ROWS:
-        first = run.attempt(f"{name}, cusparselt", lambda: library.compress(bytes_, stream()))
+        first = run.attempt(f"{name}, cusparselt", lambda: _compressed(library, bytes_, len(x)))
         if first is not None:
             run.attempt(f"{name}, cusparselt's search", lambda: library.search(rounded, first, n, stream()))
             calls: list[Call] = [

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -244,6 +245,21 @@ def test_the_check_of_bytes(machine: pytest.MonkeyPatch, mistake: str) -> None:
         machine.setattr(cusparselt.CusparseLt, "multiply", of_library)
     with pytest.raises(gpu_checks.WrongError):
         gpu_narrow.of_bytes()
+
+
+def test_a_library_that_is_wrong_is_not_timed(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where it is asked for torch multiplies instead, which is no time of the library's."""
+    machine.setattr(prefill, "_proven", lambda index, dtype: None)
+    run = gpu_run.Run(tmp_path, math.inf)
+    gpu_narrow.measure(run)
+    assert {side.partition(" ")[2] for row in run.document["narrow"] for side in row["microseconds"]} == {
+        "", "dense", "dense, scaled by rows",
+    }  # fmt: skip
+    assert run.document["broken"] == {
+        f"{name}, 300 rows, [{n}, {k}], cusparselt": "WrongError: halve does not multiply by it; the log says why"
+        for name in ("int8", "float8_e4m3fn")
+        for n, k in SHAPES
+    }
 
 
 def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
