@@ -215,6 +215,19 @@ def test_the_check_of_rounded_inputs(machine: pytest.MonkeyPatch, mistake: str) 
         gpu_checks.rounded_x()
 
 
+@pytest.mark.parametrize(("rows", "found"), [(70, True), (300, False)])
+def test_only_products_of_bytes_may_lose_more(machine: pytest.MonkeyPatch, rows: int, found: bool) -> None:
+    """By tensor cores that keep less of sums of float8: those are multiplied as numbers where rows are few."""
+    weight = gpu_checks.random_scaled(32, 64, torch.float8_e4m3fn)
+    x, bias = gpu_checks.uneven_input(rows, 64, torch.float16), gpu_checks.random_input(1, 32, torch.float16)[0]
+    inputs, dense = gpu_checks.rounded_input(x, torch.float8_e4m3fn), gpu_checks.exact(weight).double()
+    size = inputs.abs() @ dense.abs().T + bias.double().abs()
+    y = (inputs @ dense.T + bias.double() + size * 2.0**-11).to(torch.float16)
+    machine.setattr(ops, "sparse24_linear", lambda *given: y)
+    with pytest.raises(gpu_checks.WrongError) if found else contextlib.nullcontext():
+        gpu_checks._check_rounded(x, torch.empty(0), weight, bias, "it")
+
+
 @pytest.mark.parametrize("mistake", ["the flag", "a scale of x", "a value of the weight", "a sum of the library"])
 def test_the_check_of_bytes(machine: pytest.MonkeyPatch, mistake: str) -> None:
     round_rows, linear, multiply = rounding.round_rows, backend.linear, cusparselt.CusparseLt.multiply
