@@ -61,6 +61,8 @@ def _products(prepared: Tensor, weight: PackedWeight, dtype: torch.dtype, what: 
         gpu_checks.poison(count * n, dtype)
         y = ops.sparse24_linear(x, prepared, added, n, True)
         shown = f"{count} rows, [{n}, {k}], {what}"
+        if not narrow.takes(x.device, values, dtype, n, k):
+            raise WrongError(f"{shown}: multiplied as 16-bit numbers; the log says why")
         gpu_checks.check(
             y, gpu_checks.rounded_input(x, values), dense, added, shown, lost=0.0 if lost == LOST else lost
         )

@@ -260,6 +260,21 @@ def test_the_check_of_bytes(machine: pytest.MonkeyPatch, mistake: str) -> None:
         gpu_narrow.of_bytes()
 
 
+def test_the_check_of_bytes_says_what_torch_refuses(machine: pytest.MonkeyPatch) -> None:
+    """And not that what is rounded otherwise then is wrong."""
+
+    def refuse(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if len(x) != 257:  # the proof's
+            return multiply(x, weight)
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul")
+
+    multiply = narrow.multiply
+    machine.setattr(narrow, "multiply", refuse)
+    machine.setattr(narrow, "_refused", set())
+    with pytest.raises(gpu_checks.WrongError, match=r"257 rows, \[32, 64\].*multiplied as 16-bit numbers"):
+        gpu_narrow.of_bytes()
+
+
 def test_a_library_that_is_wrong_is_not_timed(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where it is asked for torch multiplies instead, which is no time of the library's."""
     machine.setattr(prefill, "_proven", lambda index, dtype: None)
