@@ -134,8 +134,9 @@ def _check_rounded(x: Tensor, prepared: Tensor, weight: PackedWeight, bias: Tens
     """One product of the operator; of many rows, whose products of values and scales are rounded, torch's of these."""
     y = ops.sparse24_linear(x, prepared, bias, weight.shape[0], True)
     values = weight.values.dtype
-    if len(x) <= plan.MOST_PASSES * plan.MOST_ROWS or narrow.takes(x.device, values, x.dtype, *weight.shape):
-        lost = lost_by(values) if values != torch.int8 and len(x) > plan.MOST_ROWS else 0.0
+    few = len(x) <= plan.MOST_PASSES * plan.MOST_ROWS
+    if few or narrow.takes(x.device, values, x.dtype, *weight.shape):
+        lost = 0.0 if few or values == torch.int8 else lost_by(values)
         return check(y, rounded_input(x, values), exact(weight), bias, what, lost)
     inputs = rounding.by_torch(x, weight.values.dtype, rounding.Form.PRODUCTS)[0]
     if not torch.equal(y, functional.linear(inputs, plain.expand(replace(weight, quantizes_x=False), x.dtype), bias)):

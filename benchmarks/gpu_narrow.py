@@ -61,6 +61,8 @@ def _products(prepared: Tensor, weight: PackedWeight, dtype: torch.dtype, what: 
         gpu_problems.poison(count * n, dtype)
         y = ops.sparse24_linear(x, prepared, added, n, True)
         shown = f"{count} rows, [{n}, {k}], {what}"
+        if not narrow.takes(x.device, values, dtype, n, k):
+            raise WrongError(f"{shown}: multiplied as 16-bit numbers; the log says why")
         gpu_problems.check(
             y, gpu_problems.rounded_input(x, values), dense, added, shown, lost=0.0 if lost == LOST else lost
         )
@@ -106,6 +108,14 @@ def measure(run: Run) -> None:
         del weights, packed
 
 
+def _compressed(library: cusparselt.CusparseLt, dense: Tensor, rows: int) -> Tensor:
+    """The weight in the library's own form, where it multiplies so many rows by it. Raises WrongError: torch would do it instead."""
+    with asking(prefill="cusparselt"):
+        if prefill.library_for(dense, rows) is None:
+            raise WrongError("halve does not multiply by it; the log says why")
+    return library.compress(dense, stream())
+
+
 def _sides(
     run: Run, weight: PackedWeight, x: Tensor, library: cusparselt.CusparseLt | None
 ) -> tuple[dict[str, list[Call]], dict[str, float]]:
@@ -134,7 +144,7 @@ def _sides(
             [lambda w=w: by_rows(rounded, w.t(), **of_rows) for w in cycled(dense)], x
         )
     if library is not None and len(x) >= prefill.LEAST_ROWS:
-        first = run.attempt(f"{name}, cusparselt", lambda: library.compress(bytes_, stream()))
+        first = run.attempt(f"{name}, cusparselt", lambda: _compressed(library, bytes_, len(x)))
         if first is not None:
             run.attempt(f"{name}, cusparselt's search", lambda: library.search(rounded, first, n, stream()))
             calls: list[Call] = [

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -216,6 +217,19 @@ def test_the_check_of_rounded_inputs(machine: pytest.MonkeyPatch, mistake: str) 
         gpu_checks_scaled.rounded_x()
 
 
+@pytest.mark.parametrize(("rows", "found"), [(70, True), (300, False)])
+def test_only_products_of_bytes_may_lose_more(machine: pytest.MonkeyPatch, rows: int, found: bool) -> None:
+    """By tensor cores that keep less of sums of float8: those are multiplied as numbers where rows are few."""
+    weight = gpu_problems.random_scaled(32, 64, torch.float8_e4m3fn)
+    x, bias = gpu_problems.uneven_input(rows, 64, torch.float16), gpu_problems.random_input(1, 32, torch.float16)[0]
+    inputs, dense = gpu_problems.rounded_input(x, torch.float8_e4m3fn), gpu_problems.exact(weight).double()
+    size = inputs.abs() @ dense.abs().T + bias.double().abs()
+    y = (inputs @ dense.T + bias.double() + size * 2.0**-11).to(torch.float16)
+    machine.setattr(ops, "sparse24_linear", lambda *given: y)
+    with pytest.raises(gpu_problems.WrongError) if found else contextlib.nullcontext():
+        gpu_checks_scaled._check_rounded(x, torch.empty(0), weight, bias, "it")
+
+
 @pytest.mark.parametrize("mistake", ["the flag", "a scale of x", "a value of the weight", "a sum of the library"])
 def test_the_check_of_bytes(machine: pytest.MonkeyPatch, mistake: str) -> None:
     round_rows, linear, multiply = rounding.round_rows, backend.linear, cusparselt.CusparseLt.multiply
@@ -246,6 +260,36 @@ def test_the_check_of_bytes(machine: pytest.MonkeyPatch, mistake: str) -> None:
         machine.setattr(cusparselt.CusparseLt, "multiply", of_library)
     with pytest.raises(gpu_problems.WrongError):
         gpu_narrow.of_bytes()
+
+
+def test_the_check_of_bytes_says_what_torch_refuses(machine: pytest.MonkeyPatch) -> None:
+    """And not that what is rounded otherwise then is wrong."""
+
+    def refuse(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if len(x) != 257:  # the proof's
+            return multiply(x, weight)
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul")
+
+    multiply = narrow.multiply
+    machine.setattr(narrow, "multiply", refuse)
+    machine.setattr(narrow, "_refused", set())
+    with pytest.raises(gpu_problems.WrongError, match=r"257 rows, \[32, 64\].*multiplied as 16-bit numbers"):
+        gpu_narrow.of_bytes()
+
+
+def test_a_library_that_is_wrong_is_not_timed(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where it is asked for torch multiplies instead, which is no time of the library's."""
+    machine.setattr(prefill, "_proven", lambda index, dtype: None)
+    run = gpu_run.Run(tmp_path, math.inf)
+    gpu_narrow.measure(run)
+    assert {side.partition(" ")[2] for row in run.document["narrow"] for side in row["microseconds"]} == {
+        "", "dense", "dense, scaled by rows",
+    }  # fmt: skip
+    assert run.document["broken"] == {
+        f"{name}, 300 rows, [{n}, {k}], cusparselt": "WrongError: halve does not multiply by it; the log says why"
+        for name in ("int8", "float8_e4m3fn")
+        for n, k in SHAPES
+    }
 
 
 def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ later, the backends multiply 16-bit products of values and scales as they do by 
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,8 +43,12 @@ _int_mm, _scaled_mm = torch.ops.aten._int_mm.default, torch.ops.aten._scaled_mm.
 log = logging.getLogger("halve.serve")
 _tried: set[tuple[int, torch.dtype, torch.dtype]] = set()
 _refused: set[tuple[torch.dtype, int, int]] = set()
-_NOT_SUPPORTED = "CUBLAS_STATUS_NOT_SUPPORTED"
-"""What cuBLAS says of a shape that it has nothing for, before anything is launched."""
+_NOT_SUPPORTED = (
+    "CUBLAS_STATUS_NOT_SUPPORTED",
+    "HIPBLAS_STATUS_NOT_SUPPORTED",
+    "could not find valid hipblaslt solution",
+)
+"""What torch says, one of these, of a shape that cuBLAS or hipBLASLt has nothing for, before anything is launched."""
 
 Scale = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
 """(sums [rows, n], scales of x [rows] and of the weight [n], bias, y [rows, n]): writes y."""
@@ -87,15 +92,17 @@ def linear(operands: Operands, stream: int) -> Tensor | None:
     assert scale is not None
     by_library = prefill.multiplier(operands.weight, rows, stream)
     y = operands.x.new_empty(rows, n, dtype=operands.dtype)
-    # Parts of the same size, more or less: torch refuses less than 17 rows of int8.
+    # Parts of the same size, more or less: torch refuses less than 17 rows of int8. Each begins where its scales are at a multiple of 16 bytes:
+    # for others Triton compiles another kernel, which nothing has tried, and maybe while a graph is captured.
     parts = -(-rows // max(_LEAST_ROWS, MOST_SUMS // n))
-    for number in range(parts):
-        part = slice(rows * number // parts, rows * (number + 1) // parts)
+    starts = [rows * number // parts // 16 * 16 for number in range(parts)]
+    for start, end in itertools.pairwise([*starts, rows]):
+        part = slice(start, end)
         x = operands.x[part]
         try:
             sums = multiply(x, operands.weight) if by_library is None else by_library(x, None)
         except RuntimeError as error:
-            if _NOT_SUPPORTED not in str(error):
+            if not any(said in str(error) for said in _NOT_SUPPORTED):
                 raise
             _refused.add((values, n, k))
             _warn(f"weights [{n}, {k}] of {_name(values)} are multiplied as 16-bit numbers: {one_line(error)}")

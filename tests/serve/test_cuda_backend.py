@@ -273,6 +273,22 @@ class TestScaled:
         other[8] ^= 16  # N, as the header has it
         assert bool(backend.linear(x, other, bias, n, quantizes_x=True).isnan().all())
 
+    def test_a_bias_that_is_part_of_another(self, scaled: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For one that begins between multiples of 16 bytes Triton would compile another kernel in the product."""
+        assert scaled.values is not None
+        given: list[Tensor | None] = []
+
+        def scale(sums: Tensor, x_scales: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor) -> None:
+            given.extend([x_scales, scales, bias, y])
+            narrow.scale_by_torch(sums, x_scales, scales, bias, y)
+
+        monkeypatch.setattr(narrow, "scale_on", lambda *of: scale)
+        x, weight = normal(257, 80, dtype=torch.bfloat16), scaled_weight(32, 80, scaled.values)
+        bias = normal(33, dtype=torch.bfloat16)[1:]
+        y = backend.linear(x, layout.prepare(weight), bias, 32, quantizes_x=True)
+        assert not expected_rounded(x, weight, bias).wrong(y).any()
+        assert [tensor is not None and tensor.data_ptr() % 16 for tensor in given] == [0] * 4
+
     @pytest.mark.parametrize(("n", "k"), [(72, 272), (80, 264)])
     def test_shapes_that_are_not_multiplied_as_bytes(
         self, scaled: Emulator, n: int, k: int, monkeypatch: pytest.MonkeyPatch

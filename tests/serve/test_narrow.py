@@ -81,21 +81,26 @@ class TestProducts:
     def test_parts_of_x_have_the_bits_of_the_whole(
         self, values: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """And their scales begin at multiples of 16 bytes: for others Triton would compile another kernel."""
         given = operands(uneven(300, 64, dtype), scaled_weight(32, 64, values), normal(32, dtype=dtype))
         taken: list[int] = []
         multiply = narrow.multiply
+
+        def scale(sums: Tensor, x_scales: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor) -> None:
+            assert (x_scales.data_ptr() - given.x_scales.data_ptr()) % 16 == 0
+            narrow.scale_by_torch(sums, x_scales, scales, bias, y)
 
         def counted(x: Tensor, weight: Tensor) -> Tensor:
             taken.append(len(x))
             return multiply(x, weight)
 
         monkeypatch.setattr(narrow, "multiply", counted)
-        monkeypatch.setattr(narrow, "scale_on", lambda *of: narrow.scale_by_torch)
+        monkeypatch.setattr(narrow, "scale_on", lambda *of: scale)
         whole = narrow.linear(given, 0)
         monkeypatch.setattr(narrow, "_LEAST_ROWS", 48)
         monkeypatch.setattr(narrow, "MOST_SUMS", 149 * 32)
         parts = narrow.linear(given, 0)
-        assert taken == [300, 100, 100, 100]  # and not 149, 149, 2
+        assert taken == [300, 96, 96, 108]  # and not 149, 149, 2
         assert parts is not None
         assert whole is not None
         assert torch.equal(parts.nan_to_num(7), whole.nan_to_num(7))
@@ -231,13 +236,21 @@ class TestWhatIsTaken:
             assert narrow.takes(CUDA, values, torch.bfloat16, 16, most)
             assert narrow.takes(CUDA, values, torch.bfloat16, 16, most + 16) == more
 
+    @pytest.mark.parametrize(
+        "refusal",
+        [
+            "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`",
+            "CUDA error: HIPBLAS_STATUS_NOT_SUPPORTED when calling `HIPBLAS_STATUS_NOT_SUPPORTED`",
+            "could not find valid hipblaslt solution",
+        ],
+    )
     def test_a_shape_that_is_refused_is_not_tried_again(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, refusal: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """And another one is; what else fails is an error."""
         given = operands(normal(20, 32, dtype=torch.bfloat16), scaled_weight(16, 32, torch.float8_e4m3fn), None)
         monkeypatch.setattr(narrow, "scale_on", lambda *of: narrow.scale_by_torch)
-        said = "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`\nand more"
+        said = f"{refusal}\nand more"
 
         def refuse(*given: Any, **how: Any) -> Tensor:
             raise RuntimeError(said)
@@ -247,7 +260,7 @@ class TestWhatIsTaken:
         with caplog.at_level(logging.WARNING, "halve.serve"):
             assert narrow.linear(given, 0) is None
         [line] = [record.getMessage() for record in caplog.records]
-        assert line.startswith("weights [16, 32] of float8_e4m3fn are multiplied as 16-bit numbers: CUDA error: CUBLAS")
+        assert line == f"weights [16, 32] of float8_e4m3fn are multiplied as 16-bit numbers: {refusal} and more"
         assert not narrow.takes(CUDA, torch.float8_e4m3fn, torch.float16, 16, 32)
         assert narrow.takes(CUDA, torch.float8_e4m3fn, torch.bfloat16, 32, 32)
         assert narrow.takes(CUDA, torch.int8, torch.bfloat16, 16, 32)

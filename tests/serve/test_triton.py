@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import CorruptCheckpointError
 from compress.packed import PackedWeight, quantize_rows, unpack
@@ -348,6 +349,31 @@ class TestRoundedInputs:
         y = ops._sparse24_linear_cuda(x, prepared, bias, n, quantizes_x=True)
         wanted = functional.linear(products_of(x, values), unpack(weight, torch.float16), bias)
         assert torch.equal(y.nan_to_num(7), wanted.nan_to_num(7))
+
+    @pytest.mark.parametrize("in_bytes", [False, True])
+    def test_many_rows_have_room_for_one_result(
+        self, fake: Kernels, values: torch.dtype, in_bytes: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a prompt it is large."""
+        made: list[tuple[Any, torch.Size]] = []
+
+        class Made(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                if func in (torch.ops.aten.new_empty.default, torch.ops.aten.mm.default):
+                    made.append((func, result.shape))
+                return result
+
+        if in_bytes:
+            monkeypatch.setattr(narrow, "scale_on", lambda device, *of: narrow.scale_by_torch)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+        rows, n, k = backend.MOST_ROWS + 1, 48, 80
+        prepared = backend.prepare(dataclasses.replace(scaled_weight(n, k, values), quantizes_x=True))
+        x = normal(rows, k, dtype=torch.float16)
+        with Made():
+            ops._sparse24_linear_cuda(x, prepared, None, n, quantizes_x=True)
+        into = torch.ops.aten.new_empty.default if in_bytes else torch.ops.aten.mm.default
+        assert [func for func, shape in made if shape == (rows, n)] == [into]
 
     def test_views(self, fake: Kernels, values: torch.dtype) -> None:
         weight, wide = scaled_weight(20, 40, values), normal(9 * 80 + 1, dtype=torch.bfloat16)

@@ -451,7 +451,9 @@ def _of_bytes(kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None
         weight, scales = kernels.expand_values(prepared, n, x.shape[1], stream)
     except DriverError as error:
         raise RuntimeError(str(error)) from error
-    return narrow.linear(narrow.Operands(rounded, x_scales, weight, scales, bias, x.dtype), stream)
+    # (the kernel in Triton that reads the bias was compiled, and tried, for an aligned one)
+    added = None if bias is None else aligned(bias)
+    return narrow.linear(narrow.Operands(rounded, x_scales, weight, scales, added, x.dtype), stream)
 
 
 def _described(tensor: Tensor) -> str:

@@ -300,9 +300,8 @@ def linear(x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, quantizes_x
 def _linear(
     kernels: Kernels, x: Tensor, prepared: Tensor, bias: Tensor | None, n: int, rounded_to: torch.dtype | None
 ) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], n)
-    if not y.numel():
-        return y
+    if not x.numel() or not n:
+        return x.new_empty(*x.shape[:-1], n)
     k, scales = x.shape[-1], None
     many = x.numel() > MOST_ROWS * k
     if rounded_to is not None:
@@ -312,7 +311,7 @@ def _linear(
             added, stream = None if bias is None else aligned(bias), torch._C._cuda_getCurrentRawStream(x.device.index)
             found = narrow.linear(narrow.Operands(rounded, scales, weight, own, added, x.dtype), stream)
             if found is not None:
-                return found.view(y.shape)
+                return found.view(*x.shape[:-1], n)
         # By a dense product of 16-bit numbers there is nothing to scale the sums by, and in float16 they might be infinite.
         form = rounding.Form.PRODUCTS if many else rounding.Form.NUMBERS
         rounded, scales = rounding.round_rows(aligned(x).view(-1, k), rounded_to, form)
@@ -321,6 +320,6 @@ def _linear(
         dense = x.new_empty(n, k)
         kernels.expand(prepared, dense)
         return functional.linear(x, dense, bias)
-    added = None if bias is None else aligned(bias)
+    y, added = x.new_empty(*x.shape[:-1], n), None if bias is None else aligned(bias)
     kernels.multiply(aligned(x).view(-1, k), prepared, added, y.view(-1, n), x_scales=scales)
     return y
