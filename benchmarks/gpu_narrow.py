@@ -20,7 +20,7 @@ from serve.kernels import narrow, ops
 from serve.kernels.cuda import backend, cusparselt, prefill
 from serve.kernels.proof import LOST, lost_by
 from serve.kernels.triton import rounding
-from serve.support import FLOAT8_SINCE
+from serve.support import FLOAT8_SINCE, SLOW_INT8
 
 CHECKED = ((16, 16), (208, 528), (96, 1056), (1024, 14336))
 """Weights [N, K]."""
@@ -36,7 +36,8 @@ def of_bytes() -> None:
     for values, dtype in itertools.product(gpu_problems.SCALED, gpu_problems.DTYPES):
         kernels, what = gpu_problems.loaded(dtype, values), f"{values} by itself, for x in {dtype}"
         if narrow.scale_on(device, values, dtype) is None:
-            if values != torch.int8 and torch.cuda.get_device_capability() < FLOAT8_SINCE:
+            capability = torch.cuda.get_device_capability()
+            if capability[0] == SLOW_INT8 if values == torch.int8 else capability < FLOAT8_SINCE:
                 continue
             raise WrongError(f"{what}: multiplied as 16-bit numbers; the log says why")
         for n, k in CHECKED:

@@ -82,6 +82,10 @@ KERNELS = {
 FLOAT8_SINCE: Version = (8, 9)
 """The compute capability whose tensor cores multiply float8."""
 
+SLOW_INT8 = 10
+"""The first number of the compute capability, data-centre Blackwell's, where torch's products of int8 are slower than those of 16 bits (pytorch
+issue 187094)."""
+
 AMD_MATRIX_UNITS = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """How the names of AMD's architectures begin for which Triton multiplies on matrix units."""
 

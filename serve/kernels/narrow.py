@@ -26,6 +26,7 @@ from torch import Tensor
 from compress.errors import one_line
 from serve.kernels.cuda import prefill
 from serve.kernels.proof import Problem, problem
+from serve.support import SLOW_INT8
 
 MULTIPLE = 16
 """N and K have to be multiples of this, as cuBLAS asks for."""
@@ -73,6 +74,11 @@ def takes(device: torch.device, values: torch.dtype, dtype: torch.dtype, n: int,
     return (values, n, k) not in _refused and scale_on(device, values, dtype) is not None
 
 
+def most_rows(n: int) -> int:
+    """Of x, that are multiplied at once by a weight [n, k]."""
+    return max(_LEAST_ROWS, MOST_SUMS // n)
+
+
 def prove(device: torch.device, values: torch.dtype) -> None:
     """Finds out what is right: not in a product, which may be captured in a graph."""
     for dtype in _ACTIVATIONS:
@@ -94,7 +100,7 @@ def linear(operands: Operands, stream: int) -> Tensor | None:
     y = operands.x.new_empty(rows, n, dtype=operands.dtype)
     # Parts of the same size, more or less: torch refuses less than 17 rows of int8. Each begins where its scales are at a multiple of 16 bytes:
     # for others Triton compiles another kernel, which nothing has tried, and maybe while a graph is captured.
-    parts = -(-rows // max(_LEAST_ROWS, MOST_SUMS // n))
+    parts = -(-rows // most_rows(n))
     starts = [rows * number // parts // 16 * 16 for number in range(parts)]
     for start, end in itertools.pairwise([*starts, rows]):
         part = slice(start, end)
@@ -133,8 +139,11 @@ def scale_on(device: torch.device, values: torch.dtype, dtype: torch.dtype) -> S
 def _proven(index: int, values: torch.dtype, dtype: torch.dtype) -> Scale | None:
     """The same, once all was right; the reason why it is not is logged once."""
     _tried.add((index, values, dtype))
-    with torch.cuda.device(index):
-        found = find(torch.device("cuda", index), values, dtype)
+    if values == torch.int8 and torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == SLOW_INT8:
+        found = "torch's products of int8 are slow on such a GPU"
+    else:
+        with torch.cuda.device(index):
+            found = find(torch.device("cuda", index), values, dtype)
     if not isinstance(found, str):
         return found
     _warn(f"many rows of {_name(values)} are multiplied as 16-bit numbers: {found}")

@@ -14,7 +14,7 @@ import torch
 from compress.errors import UsageError, did_you_mean
 from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS
 from serve.measure.kernel_entries import Shape
-from serve.support import FLOAT8_SINCE, capability_refusal
+from serve.support import FLOAT8_SINCE, SLOW_INT8, capability_refusal
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ class Roofline:
 
     @property
     def multiplies_bytes(self) -> bool:
-        """Whether many rows are multiplied as bytes there: float8 since compute capability 8.9."""
-        able = self.values == torch.int8 or self.gpu.capability >= FLOAT8_SINCE
+        """Whether many rows are multiplied as bytes there: float8 since compute capability 8.9, int8 where torch is not slow."""
+        capability = self.gpu.capability
+        able = capability[0] != SLOW_INT8 if self.values == torch.int8 else capability >= FLOAT8_SINCE
         return self.quantizes_x and self.gpu.sparse and able
 
     def seconds(self, moved: float, operations: float, *, twice: bool = False) -> float:

@@ -183,7 +183,8 @@ def test_a_layer_of_8_bits_on_the_roofline_by_hand() -> None:
     assert as_it_is.layer(shape, 4096, 2, packed=True) == pytest.approx(in_16_bits)
     float8 = {"values": torch.float8_e4m3fn, "quantizes_x": True}
     assert [Roofline(GPUS[name], **float8).multiplies_bytes for name in ("a100", "l4", "h100")] == [False, True, True]
-    assert not Roofline(GPUS["v100"], values=torch.int8, quantizes_x=True).multiplies_bytes
+    rest = {"values": torch.int8, "quantizes_x": True}
+    assert [Roofline(GPUS[name], **rest).multiplies_bytes for name in ("v100", "a100", "b200")] == [False, True, False]
 
 
 def test_decoding_on_the_roofline_by_hand(tmp_path: Path) -> None:

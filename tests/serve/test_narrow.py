@@ -177,6 +177,7 @@ class TestProof:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "device", lambda index: _nothing())
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
         with caplog.at_level(logging.WARNING, "halve.serve"):
             narrow.prove(CUDA, values)
         assert not narrow.takes(CUDA, values, torch.bfloat16, 64, 64)
@@ -201,6 +202,23 @@ class TestProof:
 
         for mistake in (another_row, no_bias, some_bias):
             assert "wrong on this device" in str(narrow.wrong(mistake, CPU, known))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_where_torch_is_slow_bytes_are_not_multiplied(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """int8 on data-centre Blackwell."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: _nothing())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(narrow, "find", lambda *of: narrow.scale_by_torch)
+    taken = {values: narrow.takes(CUDA, values, torch.bfloat16, 64, 64) for values in SCALED}
+    assert taken == {torch.int8: capability[0] != 10, torch.float8_e4m3fn: True}
+    assert ("many rows of int8 are multiplied as 16-bit numbers: torch's products" in caplog.text) == (
+        capability[0] == 10
+    )
 
 
 class _nothing:
@@ -267,6 +285,9 @@ class TestWhatIsTaken:
         said = "CUDA error: an illegal memory access was encountered"
         with pytest.raises(RuntimeError, match="illegal memory access"):
             narrow.linear(given, 0)
+
+    def test_no_more_rows_at_once_than_there_is_room_for(self) -> None:
+        assert [narrow.most_rows(n) for n in (16, 4096, 57344, 1 << 20)] == [1 << 22, 16384, 1170, 1024]
 
     def test_not_on_a_processor(self) -> None:
         assert not narrow.takes(CPU, torch.int8, torch.bfloat16, 16, 16)

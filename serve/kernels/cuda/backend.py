@@ -345,7 +345,9 @@ def prepare(weight: PackedWeight, name: str = "weight") -> Tensor:
         if dtype not in LARGEST and isinstance(kernels := _kernels(index, dtype), Kernels):
             prepared = _for_many_rows(kernels, prepared, weight.shape, stream)
         elif weight.quantizes_x and isinstance(kernels := _kernels(index, ACTIVATIONS[0], dtype), Kernels):
-            prefill.search(kernels.expand_values(prepared, *weight.shape, stream)[0], stream)
+            most = narrow.most_rows(weight.shape[0])
+            rows = sorted({min(searched, most) for searched in prefill.SEARCHED_ROWS})
+            prefill.search(kernels.expand_values(prepared, *weight.shape, stream)[0], stream, rows)
     # A kernel may fetch the weight before what stands in front of it on its stream has ended.
     torch.cuda.current_stream(prepared.device).synchronize()
     return prepared
