@@ -20,6 +20,7 @@ from serve.kernels import ops, plain
 from serve.kernels.cpu import backend as cpu
 from serve.kernels.cuda import backend as cuda
 from serve.kernels.triton import backend as triton
+from serve.kernels.ways import Choices
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Backend:
         reason: (dtype, rows of x) -> what it does with so many rows.
         prepare: (packed weight, name of the layer) -> its own form, [bytes] uint8; None where it takes the packed one.
         restore: the inverse of ``prepare``.
+        choices: the ways that it has for some products, of which the fastest is for a measurement to find.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Backend:
     reason: Callable[[torch.dtype, int], str]
     prepare: Callable[[PackedWeight, str], Tensor] | None = None
     restore: Callable[[Tensor], PackedWeight] | None = None
+    choices: Choices | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ PLAIN = Backend(
     reason=lambda dtype, rows: "expands the weight, then multiplies densely",
 )
 CPU = Backend("cpu", cpu.why_not, cpu.reason, cpu.prepare, cpu.restore)
-CUDA = Backend("cuda", cuda.why_not, cuda.reason, cuda.prepare, cuda.restore)
-TRITON = Backend("triton", triton.why_not, triton.reason, triton.prepare, triton.restore)
+CUDA = Backend("cuda", cuda.why_not, cuda.reason, cuda.prepare, cuda.restore, cuda.CHOICES)
+TRITON = Backend("triton", triton.why_not, triton.reason, triton.prepare, triton.restore, triton.CHOICES)
 BACKENDS = tuple({backend.name: backend for backend in (CPU, CUDA, TRITON, PLAIN)}[name] for name in support.KERNELS)
 """In the order of the table of support: the best first; the last one runs everywhere."""
 

@@ -86,6 +86,17 @@ class Failure(OfShape):
     date: str
 
 
+class Way(OfShape):
+    """The way that a backend multiplies up to ``rows`` rows of x by a layer shape, and how many times as fast it is as the guess
+    (`serve.kernels.ways`)."""
+
+    rows: Count
+    backend: str
+    way: str
+    gain: Positive
+    date: str
+
+
 @dataclass(frozen=True)
 class Measured:
     """What `serve.measure.kernel_table.measure` found.
@@ -98,6 +109,7 @@ class Measured:
     entries: list[Entry]
     skipped: list[tuple[Shape, int]]
     failures: Sequence[Failure] = ()
+    ways: Sequence[Way] = ()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

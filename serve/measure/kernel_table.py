@@ -12,11 +12,10 @@ the kernels and not Python's calls.
 from __future__ import annotations
 
 import datetime
-import itertools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,8 +28,10 @@ from compress.packed import LARGEST, PackedWeight, bytes_of, quantize
 from compress.wide import is_emulated
 from serve.kernels import able, choose
 from serve.linear import LinearModule, Sparse24Linear, StreamedLinear, prepare_for_serving, replacement
-from serve.measure.kernel_entries import Entry, Failure, Measured, Shape, Spread, kind_name
+from serve.measure import settling
+from serve.measure.kernel_entries import Entry, Failure, Measured, Shape, Spread, Way, kind_name
 from serve.measure.speed import ratio
+from serve.measure.timers import timers_on
 
 ROWS = (1, 2, 4, 8, 16, 64, 256, 1024)
 """Rows of x: sequences that are decoded at once, or tokens of prompts."""
@@ -54,6 +55,7 @@ def measure(
     value_dtype: torch.dtype | None = None,
     quantizes_x: bool = False,
     leave_out: Collection[tuple[Shape, str]] = (),
+    settled: Collection[tuple[Shape, str, int]] = (),
     progress: Progress = lambda done, total, text: None,
 ) -> Measured:
     """Times sparse against dense.
@@ -64,6 +66,8 @@ def measure(
             `PackedWeight`.
         budget: seconds; each shape gets its share of what is left, and what does not fit is not begun.
         leave_out: backends that are not tried for a shape.
+        settled: shapes, backends and rows of x for which the fastest way is known and taken (`serve.measure.settling`). The others' are found
+            first, in a third of the time that the shape has.
     """
     by_shape: dict[Shape, list[int]] = {}
     for shape, rows in wanted:
@@ -71,6 +75,7 @@ def measure(
     deadline = time.monotonic() + budget
     found = Measured([], [], [])
     failures: list[Failure] = []
+    ways: list[Way] = []
     total, done = sum(map(len, by_shape.values())), 0
     for index, (shape, rows_of_x) in enumerate(by_shape.items()):
         now = time.monotonic()
@@ -80,6 +85,7 @@ def measure(
         share = now + (deadline - now) / (len(by_shape) - index)
         left_out = {name for at, name in leave_out if at == shape}
         sides = _Sides(shape, dtype, value_dtype or dtype, device, left_out, quantizes_x)
+        ways += sides.settle({(name, rows) for at, name, rows in settled if at == shape}, now + (share - now) / 3)
         entries: list[Entry] = []
         for rows in rows_of_x:
             done += 1
@@ -91,7 +97,7 @@ def measure(
         failed = {failure.backend for failure in sides.failures}
         found.entries.extend(entry for entry in entries if entry.backend not in failed)
         failures += sides.failures
-    return replace(found, failures=failures)
+    return replace(found, failures=failures, ways=ways)
 
 
 def copies(shape: Shape, dtype: torch.dtype, values: torch.dtype, device: torch.device) -> int:
@@ -104,10 +110,6 @@ def copies(shape: Shape, dtype: torch.dtype, values: torch.dtype, device: torch.
     sparse = bytes_of(shape.n, shape.k, values)
     turn = sparse if device.type == "cuda" else dense + sparse
     return max(2, -(-2 * last_cache_bytes(device) // turn))
-
-
-LEAST_LAUNCHES = 16
-"""In a graph: fewer would be over before the next one is put behind them."""
 
 
 class _Sides:
@@ -135,10 +137,27 @@ class _Sides:
             prepare_for_serving(prepared)
             self.sides[side] = list(prepared)
 
+    def settle(self, known: Collection[tuple[str, int]], deadline: float) -> list[Way]:
+        """Finds the fastest way of each backend that has several, but for those that are known by the backend and the rows of x."""
+        product = settling.Product(self.device, self.values, self.dtype, self.shape.n, self.shape.k)
+        by_name = {backend.name: backend for backend in able(self.device, self.values, self.dtype)}
+        return [
+            Way(**asdict(self.shape), **asdict(found), dtype=self.kind, backend=name, date=_today())
+            for name in self.backends
+            if (choices := by_name[name].choices) is not None
+            for found in settling.settle(
+                by_name[name],
+                product,
+                self.sides[name],
+                [rows for rows in choices.rows if (name, rows) not in known],
+                deadline,
+            )
+        ]
+
     def measure(self, rows: int, deadline: float) -> list[Entry]:
         """One entry for each backend. One that fails is left out from now on, but for the first, which is needed."""
         x = torch.randn(rows, self.shape.k, device=self.device).to(self.dtype)
-        make = _graph_timers if self.device.type == "cuda" else _call_timers
+        make = timers_on(self.device)
         timers: dict[str, Callable[[], float]] = {}
         for name, copies in list(self.sides.items()):
             try:
@@ -193,56 +212,6 @@ class _Sides:
 
 def _today() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-
-
-def _call_timers(sides: dict[str, list[nn.Module]], x: Tensor) -> dict[str, Callable[[], float]]:
-    """For each side: seconds of one call, of the next copy each time."""
-
-    def timer(copies: list[nn.Module]) -> Callable[[], float]:
-        turns: Iterator[nn.Module] = itertools.cycle(copies)
-        next(turns)(x)  # warm-up
-
-        def call() -> float:
-            layer = next(turns)
-            started = time.perf_counter()
-            layer(x)
-            return time.perf_counter() - started
-
-        return call
-
-    return {name: timer(copies) for name, copies in sides.items()}
-
-
-def _graph_timers(sides: dict[str, list[nn.Module]], x: Tensor) -> dict[str, Callable[[], float]]:
-    """For each side: seconds of one call, the mean over a replay of all copies in turn, by CUDA events. A replay that does not count
-    goes first: what is measured is put behind it while it runs, so that nothing waits for the processor."""
-
-    def timer(copies: list[nn.Module]) -> Callable[[], float]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a warm-up outside of the capture: libraries allocate at their first call
-            for layer in copies[:2]:
-                layer(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        launches = [layer for _ in range(-(-LEAST_LAUNCHES // len(copies))) for layer in copies]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for layer in launches:
-                layer(x)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        graph.replay()
-
-        def replay() -> float:
-            graph.replay()
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end) / 1e3 / len(launches)
-
-        return replay
-
-    return {name: timer(copies) for name, copies in sides.items()}
 
 
 def _dense(shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearModule:

@@ -58,6 +58,7 @@ def kernels(
         for shape, rows in wanted
         if {name for name in names if (shape, name) not in failed} > {entry.backend for entry in found[shape, rows]}
     ]
+    known_ways = [] if fresh else [way for way in tuned.take_ways(device) if way.dtype == dtype]
     if missing and budget > 0:
         new = kernel_table.measure(
             missing,
@@ -67,6 +68,7 @@ def kernels(
             device=device,
             budget=budget,
             leave_out=failed,
+            settled={(way.shape, way.backend, way.rows) for way in known_ways},
             progress=progress,
         )
         for key in {(entry.shape, entry.rows) for entry in new.entries}:
@@ -75,7 +77,10 @@ def kernels(
         for shape, backend in {(failure.shape, failure.backend) for failure in new.failures}:
             for key in wanted:
                 found[key] = [entry for entry in found[key] if (entry.shape, entry.backend) != (shape, backend)]
-        if (new.entries or new.failures) and (problem := table_cache.save(identity, new.entries, new.failures)):
+        known_ways += new.ways
+        if (new.entries or new.failures or new.ways) and (
+            problem := table_cache.save(identity, new.entries, new.failures, new.ways)
+        ):
             said.append(problem)
         if new.skipped:
             said.append(
@@ -85,6 +90,11 @@ def kernels(
     said += [
         f"{f.backend} does not serve {f.shape}: {f.reason} ({f.date})" for f in failures if f.shape in shapes_wanted
     ]
+    of_these = [way for way in known_ways if way.shape in shapes_wanted and way.backend in names]
+    if better := [way.gain for way in of_these if way.gain > 1]:
+        said.append(
+            f"{len(better)} of {len(of_these)} products are cut another way than was guessed, which is up to {max(better):.2f} times as fast"
+        )
     if dates := sorted({entry.date for key, entries in found.items() if key not in missing for entry in entries}):
         said.append(
             f"kernel times of {' to '.join(dict.fromkeys((dates[0], dates[-1])))} are from {table_cache.path_of(identity)}"

@@ -26,7 +26,7 @@ from serve.kernels.cpu import library
 from serve.kernels.cuda import beside, prefill
 from serve.kernels.cuda.cache import directory
 from serve.measure.environment import environment
-from serve.measure.kernel_entries import Entry, Failure, Shape
+from serve.measure.kernel_entries import Entry, Failure, Shape, Way
 
 
 class Identity(BaseModel):
@@ -77,6 +77,7 @@ class KernelTable(BaseModel):
     identity: Identity
     entries: list[Entry]
     failures: list[Failure] = []
+    ways: list[Way] = []
 
 
 def _many_rows(device: torch.device) -> str:
@@ -126,6 +127,11 @@ def failures(identity: Identity) -> list[Failure]:
     return _read(identity)[0].failures
 
 
+def ways(identity: Identity) -> list[Way]:
+    """The ways that were the fastest."""
+    return _read(identity)[0].ways
+
+
 def _read(identity: Identity) -> tuple[KernelTable, str | None]:
     path, nothing = path_of(identity), KernelTable(identity=identity, entries=[])
     try:
@@ -144,8 +150,10 @@ def _read(identity: Identity) -> tuple[KernelTable, str | None]:
     return table, None
 
 
-def save(identity: Identity, entries: Iterable[Entry], failures: Iterable[Failure] = ()) -> str | None:
-    """Adds entries to the table, in the place of older ones for the same shape and backend; gives the reason if that cannot be.
+def save(
+    identity: Identity, entries: Iterable[Entry], failures: Iterable[Failure] = (), ways: Iterable[Way] = ()
+) -> str | None:
+    """Adds entries and ways to the table, in the place of older ones for the same shape and backend; gives the reason if that cannot be.
 
     A backend that failed for a shape keeps no entries of it, until it is measured again.
     """
@@ -160,7 +168,13 @@ def save(identity: Identity, entries: Iterable[Entry], failures: Iterable[Failur
         for key, entry in ({_key(entry): entry for entry in old.entries} | new).items()
         if _side(entry) not in failed
     }
-    table = KernelTable(identity=identity, entries=list(kept.values()), failures=list(failed.values())).model_dump()
+    fastest = {(*_side(way), way.rows): way for way in [*old.ways, *ways]}
+    table = KernelTable(
+        identity=identity,
+        entries=list(kept.values()),
+        failures=list(failed.values()),
+        ways=list(fastest.values()),
+    ).model_dump()
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,5 +215,5 @@ def _key(entry: Entry) -> tuple[Shape, int, str, str]:
     return entry.shape, entry.rows, entry.dtype, entry.backend
 
 
-def _side(measured: Entry | Failure) -> tuple[Shape, str, str]:
+def _side(measured: Entry | Failure | Way) -> tuple[Shape, str, str]:
     return measured.shape, measured.dtype, measured.backend

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from serve.kernels import able, plain
+from serve.kernels import able, plain, ways
 from serve.linear import WHY_DENSE, Sparse24Conv1D, Sparse24Linear
 from serve.measure import table_cache
-from serve.measure.kernel_entries import WINS, Entry, Shape, dtypes_of, kind_name
+from serve.measure.kernel_entries import WINS, Entry, Shape, Way, dtypes_of, kind_name
+from serve.measure.settling import index_of
 
 DECODED_ROWS = 64
 """Most rows of x that count: sequences that are decoded at once. More come with prompts, once an answer."""
@@ -89,7 +90,9 @@ class Decision:
 
 
 def decisions(device: torch.device) -> dict[tuple[Shape, str], Decision]:
-    """For each shape and dtype that the table of the device knows, as far as the backend that is taken first was measured."""
+    """For each shape and dtype that the table of the device knows, as far as the backend that is taken first was measured. The ways that it
+    knows are taken."""
+    take_ways(device)
     if overruled():
         return {}
     entries, why = table_cache.load(table_cache.Identity.of(device))
@@ -100,6 +103,15 @@ def decisions(device: torch.device) -> dict[tuple[Shape, str], Decision]:
         for (shape, dtype), of_shape in _by_shape(entries).items()
     }
     return {key: decision for key, decision in found.items() if decision is not None}
+
+
+def take_ways(device: torch.device) -> list[Way]:
+    """Has backends multiply as the table of the device says (`serve.kernels.ways`), and gives what it says; nothing without one."""
+    found = table_cache.ways(table_cache.Identity.of(device))
+    index = index_of(device)
+    for way in found:
+        ways.of(way.backend, index, *dtypes_of(way.dtype)).take(way.rows, way.n, way.k, way.way)
+    return found
 
 
 def overruled() -> bool:

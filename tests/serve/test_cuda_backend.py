@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.packed import unpack
-from serve.kernels import choose, dispatch, narrow
+from serve.kernels import choose, dispatch, narrow, ways
 from serve.kernels.cpu import build
 from serve.kernels.cuda import backend, beside, compiler, driver, layout, plan
 from serve.kernels.cuda.compiler import CompilerError
@@ -144,11 +144,61 @@ class TestProducts:
     def test_splits_and_overlap(self, fake: Emulator, splits: int) -> None:
         kernels, weight = load(fake, torch.bfloat16), random_weight(70, 520, torch.bfloat16)
         x, y = normal(5, 520, dtype=torch.bfloat16), torch.empty(5, 70, dtype=torch.bfloat16)
+        form = plan.for_rows(kernels.active, 5)[0]
         for overlap in (False, True):
             y.fill_(float("nan"))
-            kernels.multiply(x, layout.prepare(weight), None, y, 0, splits=splits, overlap=overlap)
+            kernels.multiply(x, layout.prepare(weight), None, y, 0, form=form, splits=splits, overlap=overlap)
             assert not expected(x, weight, None, flushes=False).wrong(y).any()
             assert number(fake, "last_overlap").value == overlap
+
+    @pytest.mark.parametrize("rows", [1, 8, 9, 30, 64, 70])
+    def test_the_way_that_was_measured(self, fake: Emulator, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Is taken, each of them, from the next product on; for its rows and its shape alone, and as long as it is there."""
+        n, k = 70, 520
+        kernels = load(fake, torch.bfloat16)
+        monkeypatch.setattr(backend, "_kernels", lambda index, dtype: kernels)
+        class_of = min(count for count in backend.CHOICES.rows if min(rows, 64) <= count)
+        names = backend.CHOICES.names(torch.device("cuda", 0), torch.bfloat16, torch.bfloat16, class_of, n, k)
+        forms = plan.for_rows(kernels.active, class_of)
+        assert sorted(names) == sorted(plan.way_name(form, cut) for form in forms for cut in kernels.active[form])
+        x, weight = normal(rows, k, dtype=torch.bfloat16), random_weight(n, k, torch.bfloat16)
+        prepared = layout.prepare(weight)
+        launched: list[str] = []
+        by_function = {function: name for name, function in kernels.functions.items()}
+        launch = kernels.driver.launch
+
+        def seen(function: int, how: driver.Config, stream: int, arguments: backend.Arguments) -> None:
+            launched.append(f"{by_function[function]} in {arguments.splits}")
+            launch(function, how, stream, arguments)
+
+        monkeypatch.setattr(kernels.driver, "launch", seen)
+
+        def way() -> str:
+            launched.clear()
+            y = backend.linear(x, prepared, None, n)
+            assert not expected(x, weight, None, flushes=False).wrong(y).any()
+            return launched[0]
+
+        assert way() == names[0]
+        for name in reversed(names):
+            kernels.measured.take(class_of, n, k, name)
+            assert way() == name
+        assert names[0] != names[-1]
+        kernels.measured.take(class_of, n, k, names[-1])
+        for other in backend.CHOICES.rows:
+            if other != class_of:
+                kernels.measured.take(other, n, k, "another kernel")
+        kernels.measured.take(class_of, k, n, names[0])
+        assert way() == names[-1]
+        kernels.measured.take(class_of, n, k, "of another version in 3")
+        assert way() == names[0]
+        kernels.measured.take(class_of, n, k, names[-1])
+        kernels.measured.take(class_of, n, k, None)
+        assert way() == names[0]
+
+    def test_a_sum_is_not_cut_into_more_than_there_is(self, fake: Emulator) -> None:
+        names = backend.CHOICES.names(torch.device("cuda", 0), torch.bfloat16, torch.bfloat16, 8, 640, 128)
+        assert {name.rpartition(" ")[2] for name in names} == {"1", "2"}
 
     def test_what_does_not_belong_together(self, fake: Emulator) -> None:
         x, prepared = normal(3, 40, dtype=torch.bfloat16), layout.prepare(random_weight(70, 40, torch.bfloat16))
@@ -179,6 +229,7 @@ class TestProducts:
 
     def test_no_kernels(self, fake: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backend, "_kernels", lambda index, dtype: "NVRTC is not there")
+        assert backend.CHOICES.names(torch.device("cuda", 0), torch.bfloat16, torch.bfloat16, 8, 64, 64) == []
         with pytest.raises(RuntimeError, match="NVRTC is not there"):
             backend.linear(
                 normal(1, 8, dtype=torch.bfloat16), layout.prepare(random_weight(5, 8, torch.bfloat16)), None, 5
@@ -605,8 +656,12 @@ class TestWhyNot:
     def test_of_8_bits_every_dtype_of_x_is_proven(self, hopper: pytest.MonkeyPatch, values: torch.dtype) -> None:
         loaded: list[tuple[torch.dtype, torch.dtype | None]] = []
 
-        def load(device: Device, dtype: torch.dtype, of: Any, values: torch.dtype | None) -> backend.Kernels:
+        def load(
+            device: Device, dtype: torch.dtype, of: Any, values: torch.dtype | None, measured: ways.Ways
+        ) -> backend.Kernels:
             loaded.append((dtype, values))
+            assert values is not None
+            assert measured is ways.of("cuda", 0, values, dtype)
             return backend.Kernels(of, device, dtype, {}, {}, values=values)
 
         hopper.setattr(driver, "default", lambda: None)

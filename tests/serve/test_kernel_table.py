@@ -15,7 +15,7 @@ from compress.packed import unpack, validate
 from serve.kernels import dispatch
 from serve.kernels.cpu import library
 from serve.linear import Sparse24Conv1D, Sparse24Linear, StreamedLinear
-from serve.measure import kernel_table, table_cache
+from serve.measure import kernel_table, table_cache, timers
 from serve.measure.kernel_entries import Entry, Failure, Measured, Shape, Spread, wins_at
 from serve.measure.kernel_table import measure
 from serve.measure.table_cache import Identity
@@ -66,10 +66,10 @@ def test_measures_every_shape_and_row_count_that_is_asked_for() -> None:
 def test_the_ratio_is_dense_over_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sides that take known times are measured as such."""
 
-    def timers(sides: Any, x: torch.Tensor) -> dict[str, Any]:
+    def known(sides: Any, x: torch.Tensor) -> dict[str, Any]:
         return {name: lambda name=name: 0.006 if name == "dense" else 0.004 for name in sides}
 
-    monkeypatch.setattr(kernel_table, "_call_timers", timers)
+    monkeypatch.setattr(timers, "call_timers", known)
     [found] = measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60).entries
     assert found.ratio.median == pytest.approx(1.5)
     assert (found.dense_seconds, found.sparse_seconds) == (0.006, 0.004)
@@ -78,7 +78,7 @@ def test_the_ratio_is_dense_over_sparse(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_there_is_no_time_for_is_named() -> None:
     wanted = [(SMALL, 1), (SMALL, 2), (Shape(32, 64), 1)]
-    assert measure(wanted, dtype=torch.float32, device=CPU, budget=0) == Measured([], wanted, [])
+    assert measure(wanted, dtype=torch.float32, device=CPU, budget=0) == Measured([], wanted, [], [])
 
 
 @needs_kernels
@@ -88,12 +88,12 @@ def test_every_backend_that_can_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.CPU, other, dispatch.PLAIN))
     seen: dict[str, set[str]] = {}
 
-    def timers(sides: dict[str, list[Any]], x: torch.Tensor) -> dict[str, Any]:
+    def known(sides: dict[str, list[Any]], x: torch.Tensor) -> dict[str, Any]:
         packed = {name: {layer._backend.name for layer in copies} for name, copies in sides.items() if name != "dense"}
         seen.update(packed)
         return {name: lambda name=name: {"dense": 6.0, "cpu": 4.0, "triton": 3.0}[name] for name in sides}
 
-    monkeypatch.setattr(kernel_table, "_call_timers", timers)
+    monkeypatch.setattr(timers, "call_timers", known)
     wanted = [(SMALL, 1), (SMALL, 8)]
     entries = measure(wanted, dtype=torch.bfloat16, device=CPU, budget=60).entries
     assert [(e.rows, e.backend, e.ratio.median) for e in entries] == [
@@ -111,14 +111,14 @@ def test_every_backend_that_can_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_backend_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The first is needed, another is not."""
     monkeypatch.setattr(dispatch, "BACKENDS", (dispatch.CPU, replace(dispatch.CPU, name="triton"), dispatch.PLAIN))
-    fails, made = "triton", kernel_table._call_timers
+    fails, made = "triton", timers.call_timers
 
-    def timers(sides: dict[str, list[Any]], x: torch.Tensor) -> dict[str, Any]:
+    def known(sides: dict[str, list[Any]], x: torch.Tensor) -> dict[str, Any]:
         if fails in sides:
             raise Exception("out of resource: shared memory\nand more")  # as Triton's own
         return made(sides, x)
 
-    monkeypatch.setattr(kernel_table, "_call_timers", timers)
+    monkeypatch.setattr(timers, "call_timers", known)
     found = measure([(SMALL, 1), (SMALL, 2)], dtype=torch.bfloat16, device=CPU, budget=60)
     assert [(e.rows, e.backend) for e in found.entries] == [(1, "cpu"), (2, "cpu")]
     [failure] = found.failures
@@ -135,11 +135,11 @@ def test_a_backend_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplo
             raise torch.OutOfMemoryError("CUDA out of memory")
         return made(sides, x)
 
-    monkeypatch.setattr(kernel_table, "_call_timers", full)  # which passes, so it is not kept
+    monkeypatch.setattr(timers, "call_timers", full)  # which passes, so it is not kept
     found = measure([(SMALL, 1), (SMALL, 2)], dtype=torch.bfloat16, device=CPU, budget=60)
     assert [(e.rows, e.backend) for e in found.entries] == [(1, "cpu"), (1, "triton"), (2, "cpu")]
     assert not found.failures
-    monkeypatch.setattr(kernel_table, "_call_timers", timers)
+    monkeypatch.setattr(timers, "call_timers", known)
     fails = "cpu"
     with pytest.raises(Exception, match="out of resource"):
         measure([(SMALL, 1)], dtype=torch.bfloat16, device=CPU, budget=60)
@@ -202,7 +202,7 @@ def test_replays_that_are_measured_stand_behind_others(monkeypatch: pytest.Monke
         monkeypatch.setattr(torch.cuda, name, lambda what: contextlib.nullcontext())
     calls: list[int] = []
     layers: Any = [lambda x, i=i: calls.append(i) for i in range(3)]
-    timer = kernel_table._graph_timers({"dense": layers}, torch.zeros(1))["dense"]
+    timer = timers.graph_timers({"dense": layers}, torch.zeros(1))["dense"]
     assert calls == [0, 1, *[0, 1, 2] * 6]  # two to warm up, then 16 and more
     said.clear()
     assert timer() == pytest.approx(0.032 / 18)

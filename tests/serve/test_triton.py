@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compress.errors import CorruptCheckpointError
 from compress.packed import PackedWeight, quantize_rows, unpack
 from serve import support
-from serve.kernels import choose, dispatch, narrow, ops
+from serve.kernels import choose, dispatch, narrow, ops, ways
 from serve.kernels.cuda import layout as cuda_layout
 from serve.kernels.triton import backend, layout, rounding
 from serve.kernels.triton.backend import Kernels
@@ -408,6 +408,51 @@ def test_the_number_of_splits(rows: int, n: int, k: int) -> None:
     assert found == 1 or -(-k // cut.depth) >= 4 * found
     if rows == 1 and (n, k) == (4096, 4096):
         assert found == 4  # a small weight would leave half of the processors idle
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+def test_the_number_of_splits_that_was_measured(
+    module: types.ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each that does not cut the sum into more than there is, for its tile and its shape alone; more rows are blocks of several."""
+    kernels, n, k, dtype = Kernels(module, 1), 200, 640, torch.bfloat16
+    monkeypatch.setattr(backend, "_kernels", lambda index, values: kernels)
+    names = backend.CHOICES.names(torch.device("cuda", 0), dtype, dtype, rows, n, k)
+    steps = -(-k // backend.tiles(rows).depth)
+    assert names == [f"{number} splits" for number in (1, 2, 4, 8, 16) if number <= steps]
+    found, taken = ways.of("triton", None, dtype, dtype), []
+
+    class Module:
+        def __getattr__(self, name: str) -> Any:
+            return Kernel() if name == "multiply" else getattr(module, name)
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            taken.append(grid[2])
+            return module.multiply[grid]
+
+    seen = Kernels(Module(), 1)  # pyright: ignore[reportArgumentType]
+    x, weight = normal(rows, k, dtype=dtype), random_weight(n, k, dtype)
+    found.take(rows, k, n, "2 splits")
+    try:
+        for name in [*names, "3 splits", None]:
+            found.take(rows, n, k, name)
+            y = product(seen, x, weight, None)
+            assert not expected(x, weight, None, flushes=False).wrong(y).any()
+        assert taken == [*(int(name.split()[0]) for name in names), 1, 1]
+        found.take(128, n, k, "4 splits")
+        assert seen._measured(normal(129, k, dtype=dtype), weight, n, backend.tiles(129)) == 0
+    finally:
+        ways.of.cache_clear()
+    guessed = Kernels(module, 132)
+    monkeypatch.setattr(backend, "_kernels", lambda index, values: guessed)
+    cut = backend.splits(backend.tiles(rows), rows, n, 4096, 132)
+    assert cut > 1
+    names = backend.CHOICES.names(torch.device("cuda", 0), dtype, dtype, rows, n, 4096)
+    assert names[0] == f"{cut} splits"
+    assert len(names) == 5
+    monkeypatch.setattr(backend, "_kernels", lambda index, values: "there is no Triton")
+    assert backend.CHOICES.names(torch.device("cuda", 0), dtype, dtype, rows, n, k) == []
 
 
 class TestOperator:

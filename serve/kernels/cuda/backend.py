@@ -31,7 +31,7 @@ from torch import Tensor
 from compress.errors import one_line
 from compress.packed import LARGEST, PackedWeight, pack, quantize
 from serve import support
-from serve.kernels import narrow
+from serve.kernels import narrow, ways
 from serve.kernels.aligned import aligned
 from serve.kernels.cuda import beside, compiler, driver, layout, plan, prefill
 from serve.kernels.cuda import cache as disk
@@ -78,6 +78,7 @@ class Kernels:
         functions: the driver's, by name.
         active: which forms there are, and in which clusters.
         overlap: whether a kernel may begin before the one in front of it has ended (`driver.config`).
+        measured: which of them, in which clusters, were measured to be the fastest, and what launches are made of them.
     """
 
     driver: Driver
@@ -87,7 +88,7 @@ class Kernels:
     active: Active
     overlap: bool = False
     values: torch.dtype | None = None
-    _configs: dict[tuple[int, int, int, Form | None, int, bool], tuple[int, Config, int]] = field(default_factory=dict)
+    measured: ways.Ways = field(default_factory=ways.Ways)
 
     @property
     def code(self) -> int:
@@ -112,7 +113,7 @@ class Kernels:
         Args:
             x_scales: [rows] float32 in a row, that x is to be multiplied by, if its values and the weight's are of 8 bits.
             form: one of `active` that takes so many rows, with ``splits``, into how many blocks the sum along K is cut; left out:
-                what `plan.choose` says.
+                what was measured, or else what `plan.choose` says.
             overlap: None: as ``self.overlap`` says.
 
         Raises:
@@ -121,9 +122,9 @@ class Kernels:
         rows, k = x.shape
         n = y.shape[1]
         key = (rows, n, k, form, splits, self.overlap if overlap is None else overlap)
-        found = self._configs.get(key)
+        found = self.measured.made.get(key)
         if found is None:
-            found = self._configs[key] = self._configured(*key)
+            found = self.measured.made[key] = self._configured(*key)
         function, how, cut = found
         arguments = Arguments(
             *(prepared.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
@@ -155,10 +156,19 @@ class Kernels:
         self, rows: int, n: int, k: int, form: Form | None, splits: int, overlap: bool
     ) -> tuple[int, Config, int]:
         if form is None:
-            form, splits = plan.choose(self.active, rows, n, k, self.device)
+            form, splits = self._cut(rows, n, k)
         grid = form.row_blocks(n) * splits
         how = driver.config(grid, form.threads, form.shared_bytes, cluster=splits, overlap=overlap)
         return self.functions[form.name], how, splits
+
+    def _cut(self, rows: int, n: int, k: int) -> tuple[Form, int]:
+        """The kernel, and into how many blocks the sum along K is cut."""
+        forms = plan.for_rows(self.active, rows)
+        if wanted := self.measured.find(8 * forms[0].tiles, n, k):
+            ways = {plan.way_name(form, splits): (form, splits) for form in forms for splits in self.active[form]}
+            if wanted in ways:
+                return ways[wanted]
+        return plan.choose(self.active, rows, n, k, self.device)
 
 
 def load(
@@ -167,12 +177,14 @@ def load(
     with_driver: Driver,
     forms: Sequence[Form] | None = None,
     values: torch.dtype | None = None,
+    measured: ways.Ways | None = None,
 ) -> Kernels:
     """Finds or compiles the kernels for a dtype of x, and loads them into the calling thread's context.
 
     Args:
         forms: other ones than `plan.forms` says.
         values: of the weight, where they are of 8 bits.
+        measured: where it looks for which of them are the fastest; None: it guesses.
 
     Raises:
         CompilerError: there is no compiler, or it refused.
@@ -192,7 +204,7 @@ def load(
             how = driver.config(splits, form.threads, form.shared_bytes, cluster=splits)
             if clusters := with_driver.clusters_at_once(function, how):
                 active[form][splits] = clusters
-    return Kernels(with_driver, device, dtype, functions, active, values=values)
+    return Kernels(with_driver, device, dtype, functions, active, values=values, measured=measured or ways.Ways())
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -225,7 +237,8 @@ def _kernels(index: int, dtype: torch.dtype, values: torch.dtype | None = None) 
         with torch.cuda.device(index):
             torch.cuda.current_stream().synchronize()  # makes torch's context the thread's
             device = Device((properties.major, properties.minor), properties.multi_processor_count)
-            kernels = load(device, dtype, driver.default(), values=values)
+            measured = ways.of("cuda", index, values or dtype, dtype)
+            kernels = load(device, dtype, driver.default(), values=values, measured=measured)
             where, stream = torch.device("cuda", index), torch._C._cuda_getCurrentRawStream(index)
             if problem := wrong(kernels, where, stream):
                 return problem
@@ -312,6 +325,18 @@ def overlaps_rightly(kernels: Kernels, device: torch.device, stream: int) -> boo
                 logger.warning("launches that overlap compute wrongly on this device, so they wait for each other")
                 return False
     return True
+
+
+def _way_names(device: torch.device, values: torch.dtype, dtype: torch.dtype, rows: int, n: int, k: int) -> list[str]:
+    """See `ways.Choices`; none where there are no kernels."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    kernels = _kernels(index, dtype) if values == dtype else _kernels(index, dtype, values)
+    if isinstance(kernels, str):
+        return []
+    return [plan.way_name(*way) for way in plan.ranked(kernels.active, rows, n, k, kernels.device)]
+
+
+CHOICES = ways.Choices(tuple(8 * tiles for tiles in plan.TILES), _way_names)
 
 
 def reason(dtype: torch.dtype, rows: int) -> str:

@@ -43,6 +43,8 @@ _RESERVED_KIB = 1
 
 _PANELS = {1: 1, 2: 1, 4: 2, 8: 4}
 """By tiles, panels that share x in a block: more rows of x are more bytes from the second cache for each weight."""
+TILES = tuple(_PANELS)
+"""Of 8 rows of x, that kernels take."""
 _WARPS = 8
 """Of a processor, in all of its blocks."""
 _MOST_STAGES = {layout.UNIT_BYTES: 5, layout.SCALED_UNIT_BYTES: 8}
@@ -179,11 +181,21 @@ def choose(active: Active, rows: int, n: int, k: int, device: Device) -> tuple[F
     """The kernel for a product, and into how many blocks, a cluster, its sum along K is cut: those that `microseconds` takes to be
     the fastest. Of equals, the fewer blocks.
     """
+    return ranked(active, rows, n, k, device)[0]
+
+
+def ranked(active: Active, rows: int, n: int, k: int, device: Device) -> list[tuple[Form, int]]:
+    """All kernels for a product with all numbers of blocks, the one first that `choose` takes."""
     units = ceil_div(k, UNIT)
     ways = [(form, splits) for form in for_rows(active, rows) for splits in active[form] if splits <= max(units, 1)]
-    return min(
+    return sorted(
         ways, key=lambda way: (microseconds(*way, active[way[0]][way[1]], n, k, device), way[1], way[0].resident)
     )
+
+
+def way_name(form: Form, splits: int) -> str:
+    """Of a kernel with a number of blocks, in tables (`serve.kernels.ways`)."""
+    return f"{form.name} in {splits}"
 
 
 def microseconds(form: Form, splits: int, clusters: int, n: int, k: int, device: Device) -> float:

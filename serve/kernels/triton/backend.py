@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from compress.packed import LARGEST, PackedWeight
 from serve import support
-from serve.kernels import narrow
+from serve.kernels import narrow, ways
 from serve.kernels.aligned import aligned
 from serve.kernels.proof import problem
 from serve.kernels.triton import layout, rounding
@@ -39,6 +39,8 @@ _SIZE = 1024
 _MOST_SPLITS = 16
 _LEAST_STEPS = 4
 """Along K for a block, fewer of which do not pay."""
+_WAYS = {f"{number} splits": number for number in (1, 2, 4, 8, _MOST_SPLITS)}
+"""By their names in tables (`serve.kernels.ways`)."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,13 @@ class Kernels:
 
         Args:
             x_scales: [rows] float32, that x is to be multiplied by, if its values and the weight's are of 8 bits.
-            number_of_splits: of the sum along K; 0: what `splits` says.
+            number_of_splits: of the sum along K; 0: what was measured, or else what `splits` says.
         """
         (rows, k), n = x.shape, y.shape[1]
         weight, unit = layout.parts(prepared, n, k, x.dtype), _unit(k)
         code, values, scales = _operands(weight)
         cut = tiles(rows, amd=self.amd, scaled=weight.scale is not None)
-        split = number_of_splits or splits(cut, rows, n, k, self.processors)
+        split = number_of_splits or self._measured(x, weight, n, cut) or splits(cut, rows, n, k, self.processors)
         sums = y if split == 1 else x.new_empty(split, rows, n, dtype=torch.float32)
         added = x if bias is None else bias  # (a pointer is needed, and not looked at)
         of_x = scales if x_scales is None else x_scales
@@ -126,6 +128,13 @@ class Kernels:
                 SIZE=_SIZE,
                 CODE=code,
             )
+
+    def _measured(self, x: Tensor, weight: PackedWeight, n: int, cut: Tiles) -> int:
+        """Into how many blocks the sum was measured to be cut best, 0 where it was not."""
+        rows, k = x.shape
+        if rows > cut.rows:
+            return 0
+        return _WAYS.get(ways.of("triton", x.device.index, weight.values.dtype, x.dtype).find(cut.rows, n, k) or "", 0)
 
     def expand(self, prepared: Tensor, dense: Tensor) -> None:
         """Writes the dense weight [n, k], to the bit as `compress.packed.unpack` does."""
@@ -244,6 +253,20 @@ def wrong(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str | N
             if not is_right:
                 return "Triton's kernel that expands weights is wrong on this device; please report it, with `halve doctor`"
     return None
+
+
+def _way_names(device: torch.device, values: torch.dtype, dtype: torch.dtype, rows: int, n: int, k: int) -> list[str]:
+    """See `ways.Choices`; none where there are no kernels."""
+    kernels = _kernels(torch.cuda.current_device() if device.index is None else device.index, values)
+    if isinstance(kernels, str):
+        return []
+    cut = tiles(rows, amd=kernels.amd, scaled=values in LARGEST)
+    guessed = splits(cut, rows, n, k, kernels.processors)
+    names = [name for name, number in _WAYS.items() if number <= max(1, -(-k // cut.depth))]
+    return sorted(names, key=lambda name: _WAYS[name] != guessed)
+
+
+CHOICES = ways.Choices((16, 32, 64, 128), _way_names)
 
 
 def reason(dtype: torch.dtype, rows: int) -> str:
