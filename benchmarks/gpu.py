@@ -38,6 +38,7 @@ SECTIONS = (
     "checks",
     "bandwidth",
     "decode",
+    "tuned",
     "block",
     "prefill",
     "libraries",

@@ -7,8 +7,9 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,15 +41,18 @@ from compress.columns import prune_columns
 from compress.errors import one_line
 from compress.linalg import inverse_factor
 from compress.packed import PATTERN
-from serve.kernels import ops, plain
+from serve.kernels import dispatch, ops, plain, ways
 from serve.kernels.cuda import backend, cusparselt, plan
 from serve.kernels.triton import backend as triton_backend
 from serve.kernels.triton import rounding
+from serve.measure import settling
 
 # --- Sections -------------------------------------------------------------------------------------------------------
 
 
 COPIED_BYTES = 1 << 30
+SETTLING_SECONDS = 6.0
+"""For one shape."""
 MANY_OF_8_BITS = 2048
 """Rows of x: of a prompt, where values are of 8 bits."""
 PRUNED = ((6144, 4096), (28672, 4096), (4096, 14336))
@@ -99,24 +103,65 @@ def bandwidth(run: Run) -> None:
 def decode(run: Run) -> None:
     """Few rows, against the faster dense product; ``waiting``: launches that do not overlap."""
     kernels = gpu_problems.loaded(DTYPE)
-    for n, k in SHAPES:
-        if not run.has_time(f"decode {n}x{k}", 8):
-            continue
-        weights = Weights(n, k)
+    for weights in _in_turn(run, "decode"):
         for rows in ROWS:
-            x = gpu_problems.random_input(rows, k, DTYPE)
-            what, sides = f"decode {n}x{k}, {rows} rows", dense_sides(weights, x)
-            calls = weights.sparse_calls(x)
-            if run.right(f"{what}, 2:4", calls[0], x, weights.dense[0]):
-                sides = {"2:4": calls, **sides}
-                if kernels.overlap:
-                    sides["2:4 waiting"] = weights.direct_calls(kernels, x, overlap=False)
-            found = run.compare(what, sides)
-            rates = {name: weights.bytes[name.split()[0]] / 1e3 / us for name, us in found["microseconds"].items()}
-            copy = run.document.get("copy_gigabytes_per_second")
-            share = rates["2:4"] / copy if copy and "2:4" in rates else None
-            run.add("decode", {"n": n, "k": k, "rows": rows, **found, "gigabytes_per_second": rates, "of_copy": share})
-        del weights
+            _few_rows(run, "decode", weights, rows, kernels if kernels.overlap else None)
+
+
+def tuned(run: Run) -> None:
+    """The same by the ways that are found to be the fastest, as `halve tune` does it. The sections that follow take them, too."""
+    choices = dispatch.CUDA.choices
+    assert choices is not None
+    for weights in _in_turn(run, "tuned"):
+        layers = [lambda x, w=w, n=weights.n: ops.sparse24_linear(x, w, None, n) for w in weights.prepared]
+        product = settling.Product(torch.device("cuda"), DTYPE, DTYPE, weights.n, weights.k)
+        began = time.monotonic()
+        found = settling.settle(dispatch.CUDA, product, layers, choices.rows, began + SETTLING_SECONDS)
+        run.document.setdefault("ways", []).extend([weights.n, weights.k, one.rows, one.way] for one in found)
+        took = round(time.monotonic() - began, 2)
+        for rows in ROWS:
+            most = next(most for most in choices.rows if rows <= most)
+            one = next((one for one in found if one.rows == most), None)
+            way = {} if one is None else {"way": one.way, "gain": one.gain}
+            _few_rows(run, "tuned", weights, rows, more={"settling_seconds": took, **way})
+
+
+def take_ways(run: Run) -> None:
+    """Those that another process has found."""
+    for n, k, rows, way in run.document.get("ways", []):
+        ways.of("cuda", settling.index_of(torch.device("cuda")), DTYPE, DTYPE).take(rows, n, k, way)
+
+
+def _in_turn(run: Run, section: str) -> Iterator[Weights]:
+    """Of each of `SHAPES` that there is time for."""
+    for n, k in SHAPES:
+        if run.has_time(f"{section} {n}x{k}", 8):
+            yield Weights(n, k)
+
+
+def _few_rows(
+    run: Run,
+    section: str,
+    weights: Weights,
+    rows: int,
+    waiting: backend.Kernels | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """A row of a section; ``waiting``: kernels whose launches are also timed without overlap."""
+    n, k = weights.n, weights.k
+    x = gpu_problems.random_input(rows, k, DTYPE)
+    what, sides = f"{section} {n}x{k}, {rows} rows", dense_sides(weights, x)
+    calls = weights.sparse_calls(x)
+    if run.right(f"{what}, 2:4", calls[0], x, weights.dense[0]):
+        sides = {"2:4": calls, **sides}
+        if waiting is not None:
+            sides["2:4 waiting"] = weights.direct_calls(waiting, x, overlap=False)
+    found = run.compare(what, sides)
+    rates = {name: weights.bytes[name.split()[0]] / 1e3 / us for name, us in found["microseconds"].items()}
+    copy = run.document.get("copy_gigabytes_per_second")
+    share = rates["2:4"] / copy if copy and "2:4" in rates else None
+    shown = {"gigabytes_per_second": rates, "of_copy": share, **(more or {})}
+    run.add(section, {"n": n, "k": k, "rows": rows, **found, **shown})
 
 
 def scaled(run: Run) -> None:
@@ -250,6 +295,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
         checks,
         bandwidth,
         decode,
+        tuned,
         block,
         prefill,
         libraries,
@@ -282,6 +328,7 @@ def main() -> int:
         return gpu.NO_GPU
     torch.backends.cuda.matmul.allow_tf32 = False
     run = Run(Path(directory), float(until))
+    take_ways(run)
     with torch.inference_mode():
         for name in names:
             if run.unproven and name not in gpu.ON_ANY_GPU:

@@ -24,20 +24,9 @@ def render(document: dict[str, Any]) -> str:
         lines.append(f"Kernels for {row['dtype']}: compiled, loaded and proven in {row['seconds']:.1f} s; {overlap}.")
     if copy := document.get("copy_gigabytes_per_second"):
         lines.append(f"A copy within the memory reaches {copy:.0f} GB/s (both ways counted).")
-    if "decode" in document:
-        lines += [
-            "",
-            "| layer | rows of x | 2:4, us | dense, us | faster | quartiles | without overlap | 2:4, GB/s | of a copy | dense, GB/s |",
-            "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
-        ]
-        for row in document["decode"]:
-            us, gain, rate = row["microseconds"], row["speedup"], row["gigabytes_per_second"]
-            ours, waiting = gain.get("2:4"), gain.get("2:4 waiting")
-            cells = [f"{row['n']} x {row['k']}", row["rows"], _shown(us.get("2:4")), _shown(us.get("dense"))]
-            cells += [f"{ours['median']:.2f}", f"{ours['p25']:.2f} to {ours['p75']:.2f}"] if ours else ["", ""]
-            cells += [f"{waiting['median']:.2f}" if waiting else "", _shown(rate.get("2:4"), 0)]
-            cells += [f"{row['of_copy']:.0%}" if row["of_copy"] else "", _shown(rate.get("dense"), 0)]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+    for section in ("decode", "tuned"):
+        if section in document:
+            lines += few_rows(document[section], section)
     for section, title in (
         ("block", "decoder block of Llama-3-8B's shape"),
         ("scaled", "values of 8 bits"),
@@ -91,6 +80,29 @@ def _has_clock(row: Any) -> bool:
 def _shown(figure: float | None, digits: int = 2) -> str:
     """A side that broke has none."""
     return "" if figure is None else f"{figure:.{digits}f}"
+
+
+def few_rows(rows: Sequence[dict[str, Any]], section: str) -> list[str]:
+    """Few rows of x, as Markdown: by the ways that are guessed (``decode``), or by those that were found (``tuned``)."""
+    more = "without overlap" if section == "decode" else "way"
+    lines = [
+        "",
+        f"| layer, {section} | rows of x | 2:4, us | dense, us | faster | quartiles | {more} | 2:4, GB/s | of a copy | dense, GB/s |",
+        f"|---|---:|---:|---:|---:|---|---{':' if section == 'decode' else ''}|---:|---:|---:|",
+    ]
+    for row in rows:
+        us, gain, rate = row["microseconds"], row["speedup"], row["gigabytes_per_second"]
+        ours, waiting = gain.get("2:4"), gain.get("2:4 waiting")
+        cells = [f"{row['n']} x {row['k']}", row["rows"], _shown(us.get("2:4")), _shown(us.get("dense"))]
+        cells += [f"{ours['median']:.2f}", f"{ours['p25']:.2f} to {ours['p75']:.2f}"] if ours else ["", ""]
+        if section == "decode":
+            cells.append(f"{waiting['median']:.2f}" if waiting else "")
+        else:
+            cells.append(f"{row['way']} ({row['gain']:.2f} of the guess)" if "way" in row else "no time to find it")
+        cells.append(_shown(rate.get("2:4"), 0))
+        cells += [f"{row['of_copy']:.0%}" if row["of_copy"] else "", _shown(rate.get("dense"), 0)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def variants(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -26,6 +26,8 @@ def document() -> dict[str, Any]:
         "checks": [{"name": "rows", "wrong": None}, {"name": "edges", "wrong": "3 outputs are wrong"}],
         "copy_gigabytes_per_second": 1000.0,
         "decode": [{"n": 64, "k": 128, "rows": 1, **times, "of_copy": 0.75, "gigabytes_per_second": {"2:4": 750, "dense": 800}}],
+        "tuned": [{"n": 64, "k": 128, "rows": 1, **times, "of_copy": 0.75, "gigabytes_per_second": {"2:4": 750, "dense": 800}, "settling_seconds": 1.0, "way": "multiply_a in 2", "gain": 1.25}],
+        "ways": [[64, 128, 8, "multiply_a in 2"]],
         "proof": [{"dtype": "torch.bfloat16", "seconds": 9.25, "overlap": True}],
         "block": [{"name": "1 sequence, 1 token", **times}],
         "prefill": [{"n": 64, "k": 128, "rows": 2048, **times}],
@@ -166,6 +168,7 @@ def test_the_table_says_all_that_was_measured() -> None:
         "1 of 2 right",
         "WRONG edges: 3 outputs are wrong",
         "| 64 x 128 | 1 | 2.00 | 3.00 | 1.50 | 1.40 to 1.60 |  | 750 | 75% | 800 |",
+        "| 64 x 128 | 1 | 2.00 | 3.00 | 1.50 | 1.40 to 1.60 | multiply_a in 2 (1.25 of the guess) | 750 | 75% | 800 |",
         "| 1 sequence, 1 token | 2.0 | 3.0 | 2:4 1.50 |",
         "Kernels for torch.bfloat16: compiled, loaded and proven in 9.2 s; launches overlap.",
         "before its search: 64 x 128, 2048 rows: 55.5 us",
@@ -199,8 +202,13 @@ def test_a_table_is_made_of_sides_that_broke_too() -> None:
     for side in ("2:4", "dense"):
         row = {**whole["decode"][0], "speedup": {}, "of_copy": None}
         row["microseconds"], row["gigabytes_per_second"] = {side: 2.0}, {side: 750.0}
-        text = gpu_table.render({**whole, "decode": [row]})
-        assert "| 64 x 128 | 1 | 2.00 |  |  |  |  | 750 |  |  |" in text or "| 64 x 128 | 1 |  | 2.00 |" in text
+        for section, how in (("decode", ""), ("tuned", "no time to find it")):
+            text = gpu_table.render(
+                {name: value for name, value in whole.items() if name != "tuned"} | {section: [row]}
+            )
+            assert (
+                f"| 64 x 128 | 1 | 2.00 |  |  |  | {how} | 750 |  |  |" in text or "| 64 x 128 | 1 |  | 2.00 |" in text
+            )
 
 
 def test_ratios_are_within_a_round() -> None:
@@ -261,6 +269,7 @@ def test_where_the_sparse_kernels_do_not_run_the_others_are_measured(faked: pyte
     assert gpu.read(tmp_path)["left_out"] == [
         "checks",
         "decode",
+        "tuned",
         "block",
         "prefill",
         "host",

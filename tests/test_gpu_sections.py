@@ -31,11 +31,12 @@ from benchmarks import (
     gpu_timing,
     gpu_variants,
 )
-from serve.kernels import narrow, ops
+from serve.kernels import dispatch, narrow, ops, ways
 from serve.kernels.cpu import build
 from serve.kernels.cuda import backend, cusparselt, driver, layout, plan, prefill
 from serve.kernels.cuda.driver import Driver
 from serve.kernels.triton import rounding
+from serve.measure import settling, timers
 from tests.interpreted import interpreted
 from tests.serve.cuda_emulation import DTYPES, NAMES, compile_emulator, needs_compiler
 
@@ -107,6 +108,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
         kernels[dtype, None].overlap = True
         for values, its in scaled_emulators.items():
             kernels[dtype, values] = load(device, dtype, Driver(str(its.path)), SCALED_FORMS, values)
+    ways.of.cache_clear()
+    kernels[gpu_timing.DTYPE, None].measured = ways.of("cuda", None, gpu_timing.DTYPE, gpu_timing.DTYPE)
     ctypes.c_int.in_dll(emulator.library, "emulated_blocks_at_once").value = 8
     library = cusparselt.CusparseLt(str(directory / "libcusparseLt.so.0"))
 
@@ -141,8 +144,10 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     monkeypatch.setattr(ops, "sparse24_linear", backend.linear)
     monkeypatch.setattr(gpu_sections.fused, "on", lambda device, kind: None)
     monkeypatch.setattr(gpu_sections.triton_backend, "why_not", lambda device, dtype: "there is no Triton")
+    monkeypatch.setattr(settling, "timers_on", lambda device: timers.graph_timers)
     # Everything small.
-    monkeypatch.setattr(gpu_timing, "LEAST_LAUNCHES", 2)
+    for module in (gpu_timing, timers):
+        monkeypatch.setattr(module, "LEAST_LAUNCHES", 2)
     monkeypatch.setattr(gpu_timing, "COPIES_BYTES", 1 << 12)
     monkeypatch.setattr(gpu_timing, "WARM_SECONDS", 0.0)
     for module in (gpu_run, gpu_sections):
@@ -175,6 +180,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_block, "CASES", cases)
     with OnTheProcessor():
         yield monkeypatch
+    ways.of.cache_clear()
     ctypes.c_int.in_dll(emulator.library, "emulated_blocks_at_once").value = 264
 
 
@@ -325,6 +331,12 @@ def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None
         (*s, r) for s in SHAPES for r in (1, 64)
     }
     assert all(set(row["speedup"]) == {"2:4", "2:4 waiting"} for row in document["decode"])
+    assert [(row["n"], row["k"], row["rows"]) for row in document["tuned"]] == [
+        (*s, r) for s in SHAPES for r in (1, 64)
+    ]
+    assert all(set(row["speedup"]) == {"2:4"} and row["gain"] == 1.0 for row in document["tuned"])
+    assert dispatch.CUDA.choices is not None
+    assert [tuple(way[:3]) for way in document["ways"]] == [(*s, r) for s in SHAPES for r in dispatch.CUDA.choices.rows]
     assert set(document["prefill"][0]["speedup"]) == {"2:4", "expanded"}
     assert all(set(row["speedup"]) == {"torch", "cusparselt", "cusparselt from ours"} for row in document["libraries"])
     assert [(row["name"], set(row["speedup"])) for row in document["block"]] == [
@@ -346,3 +358,30 @@ def test_every_section_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None
     page = (tmp_path / "gpu.md").read_text()
     assert "| 128 x 128 | 1 | multiply_" in page
     assert document["copy_gigabytes_per_second"] == pytest.approx(2 * 65536 * 4 / 1e6)
+
+
+def test_the_sections_that_follow_take_the_ways_that_were_found(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of the process that found them, and those of the next one."""
+    (n, k), *_ = SHAPES
+
+    class Elapsed(Event):
+        def elapsed_time(self, other: Any) -> float:
+            return 0.5 if taken.find(8, n, k) == wanted else 1.0
+
+    kernels = gpu_problems.loaded(gpu_timing.DTYPE)
+    taken = kernels.measured
+    *_, wanted = backend.CHOICES.names(torch.device("cuda"), gpu_timing.DTYPE, gpu_timing.DTYPE, 8, n, k)
+    machine.setattr(torch.cuda, "Event", Elapsed)
+    run = gpu_run.Run(tmp_path, math.inf)
+    machine.setattr(gpu_sections, "SHAPES", SHAPES[:1])
+    gpu_sections.tuned(run)
+    first, *_ = run.document["tuned"]
+    assert (first["way"], first["gain"]) == (wanted, 2.0)
+    assert taken.find(8, n, k) == wanted
+    form, splits = kernels._cut(1, n, k)
+    assert plan.way_name(form, splits) == wanted
+    for rows in backend.CHOICES.rows:
+        taken.take(rows, n, k, None)
+    gpu_sections.take_ways(gpu_run.Run(tmp_path, math.inf))
+    assert taken.find(8, n, k) == wanted
+    assert f"| {wanted} (2.00 of the guess) |" in (tmp_path / "gpu.md").read_text()
