@@ -257,15 +257,18 @@ def pack(
     ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Store a dense checkpoint that is 2:4 already in 9/16 of the bytes, to the bit; or in 5/16, rounded."""
+    """Store a checkpoint that is 2:4 already in 9/16 of the bytes, to the bit; or in 5/16, rounded. It may be of compressed-tensors."""
     from compress.convert import pack_checkpoint
 
-    counts = pack_checkpoint(directory, out_directory, value_dtype, activation_dtype)
-    emit(
-        {"out": str(out_directory), **counts},
-        as_json,
-        lambda: say(f"{out_directory}: {counts['packed']} layers packed, {counts['dense']} stay dense"),
-    )
+    notes: list[str] = []
+    counts = pack_checkpoint(directory, out_directory, value_dtype, activation_dtype, notes.append)
+
+    def show() -> None:
+        for note in notes:
+            say(note)
+        say(f"{out_directory}: {counts['packed']} layers packed, {counts['dense']} stay dense")
+
+    emit({"out": str(out_directory), **counts, "notes": notes}, as_json, show)
 
 
 def unpack(

@@ -8,34 +8,44 @@ from __future__ import annotations
 import errno
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress import artefact, packed
+from compress import artefact, packed, stranded
 from compress.checkpoint import PackedConfig, check_files, parse_config
 from compress.errors import CheckError, CorruptCheckpointError, OutputError, SourceError, UsageError
-from compress.files import Entry, TensorFiles, explain_os_error, sibling
+from compress.files import Entry, TensorFiles, TensorInfo, explain_os_error, sibling
 from compress.layout import Layout, LinearInfo
 from compress.packed import DENSE_SUFFIX, MASK_SUFFIX, PACKED_SUFFIXES, SCALE_SUFFIX, VALUES_SUFFIX, PackedWeight
 from compress.records import Records
 from compress.sources import read_config, said_dtype
 
+Note = Callable[[str], None]
+
 
 def pack_checkpoint(
-    source: Path, out: Path, value_dtype: str = "auto", activation_dtype: str = "auto"
+    source: Path,
+    out: Path,
+    value_dtype: str = "auto",
+    activation_dtype: str = "auto",
+    note: Note = lambda text: None,
 ) -> dict[str, int]:
     """Packs every linear of the decoder blocks that is 2:4 already; the others stay as they are.
+
+    A checkpoint of compressed-tensors (see `compress.stranded`) has values of 8 bits as they are, and what of it is not 2:4 becomes dense.
 
     Args:
         value_dtype: what kept values become, ``auto``: they stay as they are; ``int8`` or ``float8_e4m3fn``: see `packed.quantize`, and then
             ``source`` may also be packed, with values that have no scales yet.
         activation_dtype: what the inputs of packed layers are rounded to when they are multiplied: ``auto``: what they are in ``source``;
             ``none``; or that of the values, which may be packed already then.
+        note: called with what a user should know of what was changed.
 
     Returns:
         ``{"packed": layers, "dense": layers}``.
@@ -45,6 +55,9 @@ def pack_checkpoint(
             or no model; UsageError: activations of another dtype than the values.
     """
     config = read_config(source)
+    theirs = stranded.of_config(config)
+    if theirs is not None and stranded.is_theirs(theirs):
+        return _pack_stranded(source, out, config, theirs, value_dtype, activation_dtype, note)
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
         asks = (value_dtype, activation_dtype) != ("auto", "auto")
@@ -89,6 +102,80 @@ def pack_checkpoint(
     )
     _write(source, out, entries, config, Records.of(source, "packed", done, value_dtype, activations))
     return {"packed": len(done), "dense": len(by_key) - len(done)}
+
+
+def _pack_stranded(
+    source: Path,
+    out: Path,
+    config: dict[str, Any],
+    theirs: Mapping[str, Any],
+    value_dtype: str,
+    activation_dtype: str,
+    note: Note,
+) -> dict[str, int]:
+    """A checkpoint of compressed-tensors, with values of 8 bits or of 16, with zeros or as a bitmask."""
+    activations = stranded.activations_of(theirs)
+    files, layout = TensorFiles(source), Layout.of(source)
+    _require_whole(source, files)
+    linears = stranded.Linears(files, layout)
+    looks = {name: weight.look() for name, weight in linears.weights.items()}
+    sparse = {name for name, look in looks.items() if look.is_two_of_four}
+    if not sparse:
+        raise CheckError(f"no layer of {source} is 2:4; `halve compress` prunes the model that it was made of")
+    stored = stranded.value_dtype(linears.weights[name].dtype for name in sparse)
+    name_of_stored = str(stored).removeprefix("torch.")
+    if stored in packed.LARGEST and value_dtype not in ("auto", name_of_stored):
+        raise SourceError(
+            f"the values of {source} are {name_of_stored} already, and to round them once more loses more; leave --value-dtype out"
+        )
+    scaled = None if stored in packed.LARGEST else packed.SCALED_DTYPES.get(value_dtype)
+    said = value_dtype if value_dtype != "auto" or stored not in packed.LARGEST else name_of_stored
+    before = None if activations == "none" or stored not in packed.LARGEST else name_of_stored
+    rounded = _activations(activation_dtype, before, said)
+    if activations == "static" and rounded is not None:
+        note("the inputs of its layers had one scale each, which calibration found; here each token has its own")
+    if lowest := sum(looks[name].lowest for name in sparse):
+        note(f"{lowest} values are -127 in place of -128, which the packed format has not")
+    if lost := sum(look.lost for look in looks.values()):
+        note(
+            f"{lost} rows of weights lack their largest value: when compressed-tensors wrote them as a bitmask, it dropped -128. What is "
+            "lost cannot be found again; the same model quantized anew, and saved without sparsity compression, has it"
+        )
+    floats = packed.FLOAT_DTYPES.get(said_dtype(config) or "", torch.float32)
+    parameters = layout.parameter_keys(files)
+    entries = [_as_it_is(files, key, key in parameters) for key in files if key not in linears.keys]
+    done: dict[str, int] = {}
+    for name, weight in linears.weights.items():
+        if name in sparse and weight.dtype == stored:
+            parts = artefact.entries_of(
+                weight.stem, weight.shape, scaled or stored, lambda w=weight: _scaled(w.packed(), scaled)
+            )
+            done[name] = sum(entry.nbytes for entry in parts)
+            entries += parts
+            continue
+        dtype = floats if weight.dtype in packed.LARGEST else weight.dtype
+        entries.append(Entry(weight.stem + DENSE_SUFFIX, dtype, weight.shape, partial(weight.dense, dtype)))
+    if said_dtype(config) is None:
+        config["dtype"] = str(floats if stored in packed.LARGEST else stored).removeprefix("torch.")
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, dict):
+            holder.pop("quantization_config", None)
+            holder.pop("compression_config", None)
+    config["quantization_config"] = artefact.quantization_config(
+        scaled or stored, layout.linears.keys() - done, rounded
+    )
+    layout.require_tensors(
+        {entry.name: TensorInfo(source, entry.dtype, entry.shape) for entry in entries},
+        done,
+        str(scaled or stored).removeprefix("torch."),
+    )
+    _write(source, out, entries, config, Records.of(source, "packed", done, said, rounded))
+    return {"packed": len(done), "dense": len(linears.weights) - len(done)}
+
+
+def _scaled(weight: PackedWeight, dtype: torch.dtype | None) -> PackedWeight:
+    """With values rounded to 8 bits, if they are to be."""
+    return weight if dtype is None else packed.quantize(weight, dtype)
 
 
 def _activations(activation_dtype: str, before: str | None, value_dtype: str) -> str | None:
@@ -238,8 +325,7 @@ class _Dense:
         return weight.T.contiguous() if self.transposed else weight
 
     def packed(self) -> PackedWeight:
-        weight = packed.pack(self.read(), self.key)
-        return weight if self.scaled is None else packed.quantize(weight, self.scaled)
+        return _scaled(packed.pack(self.read(), self.key), self.scaled)
 
 
 class _Packed:
@@ -264,7 +350,7 @@ class _Packed:
         parts = [self.files.read(self.stem + s) for s in PACKED_SUFFIXES if self.stem + s in self.files]
         weight = PackedWeight(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
         packed.validate(weight, self.stem)
-        return weight if self.scaled is None else packed.quantize(weight, self.scaled)
+        return _scaled(weight, self.scaled)
 
     def read(self) -> Tensor:
         """As the dense checkpoint stores it: [N, K], or [K, N] for a Conv1D."""

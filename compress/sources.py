@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from compress import stranded
 from compress.artefact import companions
 from compress.errors import CorruptCheckpointError, OutputError, SourceError, one_line
 from compress.files import TensorFiles, explain_os_error
@@ -39,6 +40,7 @@ class Source:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = read_config(directory)
+        stranded.require_none(directory, self.config)
         quantization = self.config.get("quantization_config")
         if isinstance(quantization, dict):
             method = quantization.get("quant_method", "an unknown method")

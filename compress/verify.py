@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress import packed
+from compress import packed, stranded
 from compress.artefact import RECIPE_NAME, REPORT_NAME, check_account, read_recipe, read_report
 from compress.checkpoint import parse_config
 from compress.errors import CorruptCheckpointError, RecipeError, SourceError
@@ -65,6 +65,7 @@ def verify(directory: Path, progress: Callable[[int, int, str], None] = lambda d
         NumericalError: names the first parameter that is not finite.
     """
     config = read_config(directory)
+    stranded.require_none(directory, config)
     files = TensorFiles(directory)
     quantization = config.get("quantization_config")
     is_packed = quantization is not None and quantization.get("quant_method") == "halve"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compress import sources
+from compress import sources, stranded
 from compress.architecture import auto_class, load_config, reads_images
 from compress.checkpoint import check_files
 from compress.errors import CorruptCheckpointError, HalveError, SourceError
@@ -27,11 +27,12 @@ def load_model(
     dtype or another one.
 
     Raises:
-        SourceError: it is no model directory; CorruptCheckpointError: a file is damaged.
+        SourceError: it is no model directory, or `halve pack` has to be called first; CorruptCheckpointError: a file is damaged.
     """
     import serve.transformers_plugin  # noqa: F401  registers the packed format
 
     config = read_config(directory)
+    stranded.require_none(directory, config)
     auto = auto_class(load_config(directory))  # notices fields of wrong types, and names them
     files = TensorFiles(directory)  # notices a truncated file, and names it
     if not _is_packed(config):

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from compress import stranded
 from compress.convert import can_pack
 from compress.errors import SourceError, UsageError
 from compress.extras import how_to_install
@@ -150,12 +151,12 @@ def _check(directory: Path) -> bool:
         SourceError: vLLM would not know its ``quant_method``, or halve not its format.
         CorruptCheckpointError: a tensor is missing or a file is damaged.
     """
-    quantization = stored.of_config(read_config(directory))
+    quantization = stranded.of_config(read_config(directory))
     if quantization is None:
         how = stored.DENSE
     elif quantization.get("quant_method") == "halve":
         how = stored.of_halve(quantization)
-    elif stored.is_stranded(quantization):
+    elif stranded.is_stranded(quantization):
         how = stored.of_compressed_tensors(quantization)
     else:
         return False  # another quantization is vLLM's own business

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from compress import stranded
 from compress.errors import SourceError
 from compress.files import TensorFiles
 from serve import support
@@ -76,7 +77,7 @@ class HalveQuantization(QuantizationConfig):
         """Claims 2:4 checkpoints of compressed-tensors."""
         if user_quant not in (None, "halve", "compressed-tensors"):
             return None
-        return "halve" if support.reads("vllm", "bitmask") and stored.is_stranded(hf_quant_cfg) else None
+        return "halve" if support.reads("vllm", "bitmask") and stranded.is_stranded(hf_quant_cfg) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Checks the files of a local checkpoint; those of a hub are not there yet, and checked when they were read."""

@@ -96,31 +96,6 @@ def of_halve(config: Mapping[str, Any]) -> Stored:
     )
 
 
-def of_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the ``config.json`` of a checkpoint says about its quantization, where vLLM looks for it."""
-    text = config.get("text_config")
-    found = config.get("quantization_config") or (
-        text.get("quantization_config") if isinstance(text, Mapping) else None
-    )
-    found = found or config.get("compression_config")
-    return found if isinstance(found, Mapping) else None
-
-
-def is_stranded(config: Mapping[str, Any]) -> bool:
-    """Whether it is a ``quantization_config`` of compressed-tensors with 2:4 sparsity, which vLLM refuses since 0.19.
-
-    Older ones do not name the method, but no other has a ``sparsity_config``.
-    """
-    method = str(config.get("quant_method") or "compressed-tensors").lower().replace("_", "-")
-    sparsity = config.get("sparsity_config")
-    return (
-        method == "compressed-tensors"
-        and isinstance(sparsity, Mapping)
-        and str(sparsity.get("sparsity_structure")).lower() == "2:4"
-        and bool(sparsity.get("targets", ["Linear"]))
-    )
-
-
 def of_compressed_tensors(config: Mapping[str, Any]) -> Stored:
     """From the ``quantization_config`` of a stranded checkpoint. Only data is read, no name in it is ever imported.
 
@@ -130,8 +105,8 @@ def of_compressed_tensors(config: Mapping[str, Any]) -> Stored:
     """
     if config.get("config_groups"):  # (``quantization_status`` is set where nothing is quantized, too)
         raise SourceError(
-            "the checkpoint is 2:4 and quantized (compressed-tensors with config_groups), and halve reads 2:4 checkpoints "
-            "of bfloat16, float16 and float32 values; prune the unquantized model with `halve compress`"
+            "the checkpoint is 2:4 and quantized (compressed-tensors with config_groups), and the plugin reads such ones after "
+            "`halve pack DIR --out PACKED` alone"
         )
     sparsity: Mapping[str, Any] = config["sparsity_config"]
     kind = sparsity.get("format")

@@ -234,7 +234,7 @@ def test_command(halve: Halve, tmp_path: Path) -> None:
     called = halve("unpack", packed, "--out", tmp_path / "dense", "--json")
     assert (called.code, called.document) == (0, {"out": str(tmp_path / "dense"), "unpacked": 4})
     called = halve("pack", tmp_path / "dense", "--out", tmp_path / "again", "--json")
-    assert (called.code, called.document) == (0, {"out": str(tmp_path / "again"), "packed": 4, "dense": 0})
+    assert (called.code, called.document) == (0, {"out": str(tmp_path / "again"), "packed": 4, "dense": 0, "notes": []})
     same_checkpoint(tmp_path / "again", packed)
     called = halve("pack", source, "--out", tmp_path / "none")
     assert called.code == 1

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress import stranded
 from compress.convert import pack_checkpoint
 from compress.errors import CorruptCheckpointError, SourceError, UsageError
 from compress.packed import SCALED_DTYPES
@@ -130,17 +131,17 @@ def compressed_tensors(**sparsity: Any) -> dict[str, Any]:
 
 
 def test_stranded_checkpoints_are_claimed_and_nothing_else() -> None:
-    assert stored.is_stranded(compressed_tensors())
-    assert stored.is_stranded(compressed_tensors(format="sparse-24-bitmask"))
-    assert not stored.is_stranded(compressed_tensors(sparsity_structure="unstructured"))
-    assert not stored.is_stranded(compressed_tensors(targets=[]))
-    assert not stored.is_stranded({"quant_method": "compressed-tensors", "config_groups": {}})
-    assert not stored.is_stranded({"quant_method": "compressed-tensors", "sparsity_config": {}})
-    assert not stored.is_stranded({**compressed_tensors(), "quant_method": "fp8"})
+    assert stranded.is_stranded(compressed_tensors())
+    assert stranded.is_stranded(compressed_tensors(format="sparse-24-bitmask"))
+    assert not stranded.is_stranded(compressed_tensors(sparsity_structure="unstructured"))
+    assert not stranded.is_stranded(compressed_tensors(targets=[]))
+    assert not stranded.is_stranded({"quant_method": "compressed-tensors", "config_groups": {}})
+    assert not stranded.is_stranded({"quant_method": "compressed-tensors", "sparsity_config": {}})
+    assert not stranded.is_stranded({**compressed_tensors(), "quant_method": "fp8"})
     for method in (None, "", "compressed_tensors"):  # as older ones have it, and as vLLM makes of it
-        assert stored.is_stranded({**compressed_tensors(), "quant_method": method})
-    assert stored.is_stranded({"sparsity_config": compressed_tensors()["sparsity_config"]})
-    assert not stored.is_stranded({})
+        assert stranded.is_stranded({**compressed_tensors(), "quant_method": method})
+    assert stranded.is_stranded({"sparsity_config": compressed_tensors()["sparsity_config"]})
+    assert not stranded.is_stranded({})
 
 
 def test_nothing_is_quantized_without_groups() -> None:
@@ -157,12 +158,12 @@ def test_where_a_config_says_how_it_is_stored() -> None:
         {"compression_config": said},
         {"text_config": {"quantization_config": said}},
     ):
-        assert stored.of_config(config) == said
-    assert stored.of_config({"model_type": "llama", "text_config": None}) is None
+        assert stranded.of_config(config) == said
+    assert stranded.of_config({"model_type": "llama", "text_config": None}) is None
 
 
 def test_formats_that_cannot_be_read_are_refused() -> None:
-    with pytest.raises(SourceError, match=r"2:4 and quantized"):
+    with pytest.raises(SourceError, match=r"2:4 and quantized.*`halve pack DIR"):
         stored.of_compressed_tensors({**compressed_tensors(), "config_groups": {"group_0": {}}})
     with pytest.raises(SourceError, match="'marlin-24'"):
         stored.of_compressed_tensors(compressed_tensors(format="marlin-24"))
