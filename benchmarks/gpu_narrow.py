@@ -16,11 +16,11 @@ from benchmarks.gpu_problems import WrongError
 from benchmarks.gpu_run import MANY_SHAPES, Run, dense_sides, enough
 from benchmarks.gpu_timing import DTYPE, Call, Weights, copies, cycled, stream, times
 from compress.packed import PackedWeight, unpack
+from serve import support
 from serve.kernels import narrow, ops
 from serve.kernels.cuda import backend, cusparselt, prefill
 from serve.kernels.proof import LOST, lost_by
 from serve.kernels.triton import rounding
-from serve.support import FLOAT8_SINCE, SLOW_INT8
 
 CHECKED = ((16, 16), (208, 528), (96, 1056), (1024, 14336))
 """Weights [N, K]."""
@@ -36,8 +36,7 @@ def of_bytes() -> None:
     for values, dtype in itertools.product(gpu_problems.SCALED, gpu_problems.DTYPES):
         kernels, what = gpu_problems.loaded(dtype, values), f"{values} by itself, for x in {dtype}"
         if narrow.scale_on(device, values, dtype) is None:
-            capability = torch.cuda.get_device_capability()
-            if capability[0] == SLOW_INT8 if values == torch.int8 else capability < FLOAT8_SINCE:
+            if support.bytes_refusal(str(values).removeprefix("torch."), torch.cuda.get_device_capability()):
                 continue
             raise WrongError(f"{what}: multiplied as 16-bit numbers; the log says why")
         for n, k in CHECKED:

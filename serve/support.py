@@ -155,6 +155,15 @@ def capability_refusal(kernel: str, capability: Version) -> str | None:
     return f"the GPU has compute capability {_dotted(capability)}, and {units} came with {_dotted(first)}"
 
 
+def bytes_refusal(dtype: str, capability: Version) -> str | None:
+    """Why a CUDA device of that compute capability does not multiply many rows as values of 8 bits, or None."""
+    if dtype == "int8":
+        return "torch's products of int8 are slow on such a GPU" if capability[0] == SLOW_INT8 else None
+    if capability < FLOAT8_SINCE:
+        return f"the GPU has compute capability {_dotted(capability)}, and products of float8 came with {_dotted(FLOAT8_SINCE)}"
+    return None
+
+
 def reads(engine: str, form: str) -> bool:
     """Whether an engine reads checkpoints of that format (of `FORMATS`)."""
     return form in ENGINES[engine].kernels

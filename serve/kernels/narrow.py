@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import one_line
+from serve import support
 from serve.kernels.cuda import prefill
 from serve.kernels.proof import Problem, problem
-from serve.support import SLOW_INT8
 
 MULTIPLE = 16
 """N and K have to be multiples of this, as cuBLAS asks for."""
@@ -139,9 +139,11 @@ def scale_on(device: torch.device, values: torch.dtype, dtype: torch.dtype) -> S
 def _proven(index: int, values: torch.dtype, dtype: torch.dtype) -> Scale | None:
     """The same, once all was right; the reason why it is not is logged once."""
     _tried.add((index, values, dtype))
-    if values == torch.int8 and torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == SLOW_INT8:
-        found = "torch's products of int8 are slow on such a GPU"
-    else:
+    # (torch says of AMD's GPUs a number of AMD's)
+    found: Scale | str | None = None
+    if torch.version.hip is None:
+        found = support.bytes_refusal(_name(values), torch.cuda.get_device_capability(index))
+    if found is None:
         with torch.cuda.device(index):
             found = find(torch.device("cuda", index), values, dtype)
     if not isinstance(found, str):

@@ -14,7 +14,7 @@ import torch
 from compress.errors import UsageError, did_you_mean
 from serve.kernels.cuda.plan import MOST_PASSES, MOST_ROWS
 from serve.measure.kernel_entries import Shape
-from serve.support import FLOAT8_SINCE, SLOW_INT8, capability_refusal
+from serve.support import bytes_refusal, capability_refusal
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,9 @@ class Roofline:
 
     @property
     def multiplies_bytes(self) -> bool:
-        """Whether many rows are multiplied as bytes there: float8 since compute capability 8.9, int8 where torch is not slow."""
-        capability = self.gpu.capability
-        able = capability[0] != SLOW_INT8 if self.values == torch.int8 else capability >= FLOAT8_SINCE
-        return self.quantizes_x and self.gpu.sparse and able
+        """Whether many rows are multiplied as bytes there."""
+        values = str(self.values).removeprefix("torch.")
+        return self.quantizes_x and self.gpu.sparse and bytes_refusal(values, self.gpu.capability) is None
 
     def seconds(self, moved: float, operations: float, *, twice: bool = False) -> float:
         """For so many bytes and operations (counted as if dense); ``twice``: at that rate, of sparse weights or of bytes."""

@@ -177,7 +177,7 @@ class TestProof:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "device", lambda index: _nothing())
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
         with caplog.at_level(logging.WARNING, "halve.serve"):
             narrow.prove(CUDA, values)
         assert not narrow.takes(CUDA, values, torch.bfloat16, 64, 64)
@@ -205,17 +205,18 @@ class TestProof:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (10, 3), (12, 0)])
-def test_where_torch_is_slow_bytes_are_not_multiplied(
+def test_where_bytes_are_not_multiplied(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """int8 on data-centre Blackwell."""
+    """int8 on data-centre Blackwell, float8 before Ada."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda index: _nothing())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(narrow, "find", lambda *of: narrow.scale_by_torch)
     taken = {values: narrow.takes(CUDA, values, torch.bfloat16, 64, 64) for values in SCALED}
-    assert taken == {torch.int8: capability[0] != 10, torch.float8_e4m3fn: True}
+    assert taken == {torch.int8: capability[0] != 10, torch.float8_e4m3fn: capability != (8, 0)}
+    assert ("products of float8 came with 8.9" in caplog.text) == (capability == (8, 0))
     assert ("many rows of int8 are multiplied as 16-bit numbers: torch's products" in caplog.text) == (
         capability[0] == 10
     )
