@@ -15,6 +15,7 @@ from serve.commands.bench import bench
 from serve.commands.compare import compare
 from serve.commands.doctor import doctor
 from serve.commands.evaluate import evaluate
+from serve.commands.export import export
 from serve.commands.report import report
 from serve.commands.serve import serve
 from serve.commands.tune import tune
@@ -70,6 +71,7 @@ app.command()(compare)
 app.command(context_settings=TAKES_MORE)(bench)
 app.command()(advise)
 app.command(context_settings=TAKES_MORE)(serve)
+app.command()(export)
 app.command()(doctor)
 app.command()(report)
 app.command()(tune)

@@ -204,6 +204,22 @@ def _vllm_engine() -> Check:
     )
 
 
+def _onnx_engine() -> Check:
+    installed = _installed("onnxruntime")
+    if not installed.works:
+        remedy = f"{how_to_install('onnx')}; on a GPU onnxruntime-gpu in place of onnxruntime"
+        return Check("onnx", False, installed.detail, remedy)
+    import onnxruntime
+
+    providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    return Check(
+        "onnx",
+        True,
+        f"ONNX Runtime {onnxruntime.__version__}, {', '.join(providers)}; serves what `halve export` makes",
+        facts={"version": onnxruntime.__version__, "providers": providers},
+    )
+
+
 def _not_in_this_version(name: str) -> Callable[[], Check]:
     return lambda: Check(name, False, "not in this version", facts={"status": support.ENGINES[name].status})
 
@@ -278,6 +294,7 @@ SECTIONS: dict[str, dict[str, Callable[[], Check]]] = {
     "engines": {
         "transformers": _transformers_engine,
         "vllm": _vllm_engine,
+        "onnx": _onnx_engine,
         **{name: _not_in_this_version(name) for name, engine in support.ENGINES.items() if engine.status != "works"},
     },
     "kernels": {"plain": _plain_backend, "cpu": _cpu_backend, "cuda": _cuda_backend, "triton": _triton_backend},

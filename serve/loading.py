@@ -24,11 +24,20 @@ def load_model(
     directory: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """The model of a local directory, a causal language model or an image classifier, in evaluation mode, in its own
-    dtype or another one.
+    dtype or another one, ready to serve.
 
     Raises:
         SourceError: it is no model directory, or `halve pack` has to be called first; CorruptCheckpointError: a file is damaged.
     """
+    model = read_model(directory, dtype)
+    torch.nn.Module.to(model, torch.device(device))
+    serve_as_measured(model)
+    prepare_for_serving(model)
+    return model.eval().requires_grad_(False)
+
+
+def read_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The same as the files have it, on the processor. Raises as `load_model` does."""
     import serve.transformers_plugin  # noqa: F401  registers the packed format
 
     config = read_config(directory)
@@ -55,9 +64,6 @@ def load_model(
         raise CorruptCheckpointError(
             f"{directory}: {name} is {list(stored)}, and config.json says {list(expected)}; they do not belong together"
         )
-    torch.nn.Module.to(model, torch.device(device))
-    serve_as_measured(model)
-    prepare_for_serving(model)
     return model.eval().requires_grad_(False)
 
 

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -20,6 +20,9 @@ from serve.api import create_app
 from serve.engines.access import KEY_VARIABLE, check_access
 from serve.engines.directory import require_checkpoint
 from serve.engines.process import Address, ServerProcess
+
+if TYPE_CHECKING:
+    from serve.engines.transformers import TransformersEngine
 
 READY = "halve is ready: "
 BACKLOG = 2048  # connections that wait to be accepted; uvicorn's own number
@@ -38,11 +41,12 @@ def run(
     device: str = "auto",
     dtype: str = "auto",
     tune: float | None = 0,
+    engine: str = "auto",
 ) -> None:
     """Serves a checkpoint until SIGINT or SIGTERM, and prints one line when it is ready.
 
     ``port`` 0 takes a free one. The model goes by ``served_model_name``, or else by the directory's name. ``tune``: seconds to
-    measure what `halve tune` does not know, see `serve.measure.first_load`.
+    measure what `halve tune` does not know, see `serve.measure.first_load`. ``engine``: transformers or onnx; auto: what the directory is for.
     Raises a `HalveError` where the model cannot be loaded or the address not be used.
     """
     if not logging.getLogger().handlers:
@@ -53,20 +57,21 @@ def run(
     require_checkpoint(model_dir)
     check_access(host, api_key)
     listener = _bind(host, port)
-    from serve.engines.transformers import TransformersEngine
-    from serve.measure.first_load import measure_unknown
-
-    engine = TransformersEngine(
-        model_dir, max_model_len=max_model_len, max_num_seqs=max_num_seqs, device=device, dtype=dtype
-    )
     try:
-        measure_unknown(Path(model_dir), device=device, seconds=tune, fused=False)
-        engine.load()
+        serving = _load(
+            engine,
+            model_dir,
+            tune=tune,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            device=device,
+            dtype=dtype,
+        )
     except BaseException:
         listener.close()
         raise
     name = served_model_name or Path(model_dir).resolve().name
-    app = create_app(engine, name, root=model_dir, api_key=api_key)
+    app = create_app(serving, name, root=model_dir, api_key=api_key)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS)
     # uvicorn raises the signal that stopped it once more when it is done; a stop that was asked for is no
     # failure of this process, so by then nobody listens.
@@ -74,10 +79,25 @@ def run(
     try:
         asyncio.run(_serve(uvicorn.Server(config), listener, name))
     finally:
-        engine.close()
+        serving.close()
         listener.close()
         for sig, handler in before.items():
             signal.signal(sig, handler)
+
+
+def _load(kind: str, model_dir: str, *, tune: float | None, device: str, **options: Any) -> TransformersEngine:
+    """The engine of that kind, which runs."""
+    from serve.engines.onnx import OnnxEngine, is_exported
+    from serve.engines.transformers import TransformersEngine
+    from serve.measure.first_load import measure_unknown
+
+    if kind == "onnx" or (kind == "auto" and is_exported(Path(model_dir))):
+        made: TransformersEngine = OnnxEngine(model_dir, device=device, **options)
+    else:
+        made = TransformersEngine(model_dir, device=device, **options)
+        measure_unknown(Path(model_dir), device=device, seconds=tune, fused=False)
+    made.load()
+    return made
 
 
 def run_to_the_end(model_dir: str, **options: Any) -> None:
@@ -172,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stop-on-eof", action="store_true")
     for flag, kind in {
         "host": str, "port": int, "served-model-name": str, "max-model-len": int,
-        "max-num-seqs": int, "device": str, "dtype": str,
+        "max-num-seqs": int, "device": str, "dtype": str, "engine": str,
     }.items():  # fmt: skip
         parser.add_argument(f"--{flag}", type=kind, default=argparse.SUPPRESS)
     options = vars(parser.parse_args(argv))

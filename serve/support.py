@@ -24,6 +24,7 @@ FORMATS = {
     "bitmask": "2:4, packed by compressed-tensors before 0.15 (sparse-24-bitmask)",
     "zeros": "a dense checkpoint whose linears are 2:4",
     "dense": "any other checkpoint",
+    "graph": "an ONNX graph that `halve export` made",
 }
 """How a checkpoint may hold its linears."""
 
@@ -52,7 +53,7 @@ class Engine:
 
     Attributes:
         status: whether this version of halve has an adapter for it.
-        kernels: which of `KERNELS` it multiplies by, for each format that it reads; ``torch``: by torch's dense product.
+        kernels: which of `KERNELS` it multiplies by, for each format that it reads; another name: by the dense product of that library.
         oldest, newest: versions that the adapter is written for; None: what halve's own dependencies say.
     """
 
@@ -98,7 +99,7 @@ ENGINES = {
         oldest=(0, 24),
         newest=(0, 33),
     ),
-    "onnx": Engine("not built", {}),
+    "onnx": Engine("works", {"graph": ("onnxruntime",)}, dtypes=("float32", "float16")),
     "tensorrt": Engine("not built", {}),
 }
 
@@ -126,7 +127,7 @@ def matrix() -> Iterator[Row]:
         used = dict.fromkeys(kernel for kernels in engine.kernels.values() for kernel in kernels)
         for kernel in used:
             formats = tuple(form for form, kernels in engine.kernels.items() if kernel in kernels)
-            if kernel == "torch":
+            if kernel not in KERNELS:
                 yield Row(name, "any", "any", formats, engine.dtypes, kernel, _needs(engine, None))
                 continue
             how = KERNELS[kernel]

@@ -12,15 +12,18 @@ from compress.errors import UsageError, did_you_mean
 from serve.commands.shared import Device, refuse_extra
 from serve.engines.access import KEY_VARIABLE
 
-ENGINES = ("auto", "transformers", "vllm")
-NOT_BUILT = ("onnx", "tensorrt")
+ENGINES = ("auto", "transformers", "vllm", "onnx")
+NOT_BUILT = ("tensorrt",)
 
 
 def serve(
     context: typer.Context,
     directory: Directory,
     engine: Annotated[
-        str, typer.Option(help=f"what runs the model: {', '.join(ENGINES)}; auto is transformers")
+        str,
+        typer.Option(
+            help=f"what runs the model: {', '.join(ENGINES)}; auto is onnx for what `halve export` made, else transformers"
+        ),
     ] = "auto",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = 8000,
@@ -57,7 +60,9 @@ def serve(
     if api_key is None:  # an empty variable is for the parser as good as none, and for us a mistake
         api_key = os.environ.get(KEY_VARIABLE)
     if engine in NOT_BUILT:
-        raise UsageError(f"--engine {engine} is not built yet; --engine transformers or vllm serves this checkpoint")
+        raise UsageError(
+            f"--engine {engine} is not built yet; --engine transformers or vllm serves this checkpoint, and TensorRT reads what `halve export` makes"
+        )
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine!r} is not known{did_you_mean(engine, ENGINES)}")
     shared: dict[str, Any] = {
@@ -78,5 +83,5 @@ def serve(
     refuse_extra(context)
     from serve.server import run_to_the_end
 
-    shared |= {"max_num_seqs": 16 if max_num_seqs is None else max_num_seqs, "device": device}
+    shared |= {"max_num_seqs": 16 if max_num_seqs is None else max_num_seqs, "device": device, "engine": engine}
     run_to_the_end(str(directory), tune=tune, **shared)

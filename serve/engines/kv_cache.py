@@ -71,6 +71,12 @@ class BatchLayer(CacheLayerMixin):
         assert self.values is not None
         return self.keys, self.values
 
+    def in_use(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all columns before ``end``, [rows, heads, longest, head_dim]."""
+        rows, columns = self.owner.rows, slice(self.owner.start, self.owner.end)
+        keys, values = self._tensors()
+        return keys[:rows, :, columns], values[:rows, :, columns]
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,13 +64,10 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
     require_language_model(path, "serve")
     place, why_place = choose_device(device)
     config = load_config(path).get_text_config()
-    _check_layers(config, directory)
+    check_layers(config, directory)
     stored, is_packed = _stored_dtype(path)
     kind, why_kind = choose_dtype(dtype, stored, place, is_packed=is_packed)
-    tokenizer = load_tokenizer(path)
-    # Drops a truncation or padding that tokenizer.json may ask for. Done here because to change a
-    # tokenizer while another thread decodes with it fails; from now on it is only read.
-    tokenizer("", verbose=False)
+    tokenizer = read_tokenizer(path)
     model = load_model(path, device=place, dtype=kind)
     if getattr(model, "_is_stateful", False):  # of a family whose configuration does not list its layers
         raise SourceError(
@@ -80,7 +77,17 @@ def load_checkpoint(directory: str, device: str, dtype: str) -> tuple[PreTrained
     return model, tokenizer, [f"device {place}: {why_place}", f"dtype {str(kind)[6:]}: {why_kind}"]
 
 
-def _check_layers(config: object, directory: str) -> None:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, which from now on is only read."""
+    tokenizer = load_tokenizer(path)
+    # Drops a truncation or padding that tokenizer.json may ask for. Done here because to change a
+    # tokenizer while another thread decodes with it fails.
+    tokenizer("", verbose=False)
+    return tokenizer
+
+
+def check_layers(config: object, directory: str) -> None:
+    """Raises SourceError for layers whose state a batch cannot hold."""
     odd = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if odd:
         raise SourceError(

@@ -24,9 +24,11 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from compress.errors import UsageError
 from serve.engines import loading
@@ -85,14 +87,11 @@ class TransformersEngine:
 
     def load(self) -> None:
         """Reads the model, chooses the limits and starts the thread. Raises a `HalveError`."""
-        self.model, self.tokenizer, notes = loading.load_checkpoint(
-            self._model_dir, self._device_wish, self._dtype_wish
-        )
+        self.model, self.tokenizer, notes = self._read()
         self._pieces = TokenPieces(self.tokenizer)
         config = self.model.config.get_text_config()
         self._device = self.model.device
         self._one_row_of_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.vocab_size = _rows(self.model.get_input_embeddings())
         generation = self.model.generation_config or GenerationConfig()
         self._eos_ids = _ids(generation.eos_token_id) | _ids(self.tokenizer.eos_token_id)
         self.default_sampling: Mapping[str, float]
@@ -102,8 +101,7 @@ class TransformersEngine:
         self.max_model_len, why = loading.choose_context(config, self.tokenizer, self._wished_len)
         self._budget = self._size_budget()
         self._cache = BatchCache(self._max_num_seqs, self._budget)
-        self._weight_bytes = weight_bytes(self.model)
-        self._backends = backends(self.model, {"prefill": PREFILL_TOKENS, "decode": 1})
+        self._describe()
         notes.append(f"max_model_len {self.max_model_len}: {why}")
         notes.append(
             f"key/value cache up to {self._budget * self._bytes_per_token / 2**20:,.0f} MiB, which is "
@@ -113,6 +111,16 @@ class TransformersEngine:
             log.info(note)
         self._thread = threading.Thread(target=self._run, name="halve-engine", daemon=True)
         self._thread.start()
+
+    def _read(self) -> tuple[Any, Tokenizer, list[str]]:
+        """The model, its tokenizer, and one line for each choice that was made."""
+        return loading.load_checkpoint(self._model_dir, self._device_wish, self._dtype_wish)
+
+    def _describe(self) -> None:
+        """Notes what is reported of the model."""
+        self.vocab_size = _rows(self.model.get_input_embeddings())
+        self._weight_bytes = weight_bytes(self.model)
+        self._backends = backends(self.model, {"prefill": PREFILL_TOKENS, "decode": 1})
 
     @torch.inference_mode()
     def _size_budget(self) -> int:

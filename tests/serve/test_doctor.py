@@ -101,10 +101,11 @@ def test_engines(halve: Halve, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: check["works"] for name, check in engines.items()} == {
         "transformers": True,
         "vllm": False,
-        "onnx": False,
+        "onnx": True,
         "tensorrt": False,
     }
-    assert engines["onnx"]["detail"] == "not in this version"
+    assert engines["tensorrt"]["detail"] == "not in this version"
+    assert "CPU; serves what `halve export` makes" in engines["onnx"]["detail"]
     assert engines["vllm"]["detail"] == "not installed"
     assert "pip install -e '.[vllm]'" in engines["vllm"]["remedy"]
 

@@ -79,7 +79,7 @@ def test_other_machines_without_a_key_are_warned_of(caplog):
 
 
 def test_engines_that_are_not_there(halve, model_dir):
-    for engine, words in (("onnx", "not built"), ("tensorrt", "not built"), ("vlm", "did you mean 'vllm'")):
+    for engine, words in (("onnx", "`halve export"), ("tensorrt", "not built"), ("vlm", "did you mean 'vllm'")):
         called = halve("serve", model_dir, "--engine", engine)
         assert (called.code, words in called.message) == (2, True)
 

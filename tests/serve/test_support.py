@@ -107,8 +107,8 @@ def test_doctor_shows_the_table(halve: Halve, alter, monkeypatch: pytest.MonkeyP
     def rows(engine: str) -> list[dict[str, Any]]:
         return [row for row in halve("doctor", "--json").document["matrix"] if row["engine"] == engine]
 
-    [onnx] = rows("onnx")
-    assert (onnx["status"], onnx["here"], onnx["why_not"]) == ("not built", False, "not built")
+    [tensorrt] = rows("tensorrt")
+    assert (tensorrt["status"], tensorrt["here"], tensorrt["why_not"]) == ("not built", False, "not built")
     [on_gpu] = [row for row in rows("transformers") if row["kernel"] == "cuda"]
     assert (on_gpu["status"], on_gpu["formats"], on_gpu["dtypes"]) == (
         "needs compute capability 8.0", ["packed"], ["bfloat16", "float16", "int8", "float8_e4m3fn"],
@@ -116,15 +116,15 @@ def test_doctor_shows_the_table(halve: Halve, alter, monkeypatch: pytest.MonkeyP
     assert on_gpu["here"] is torch.cuda.is_available()
     [plain] = [row for row in rows("transformers") if row["kernel"] == "plain"]
     assert (plain["status"], plain["here"], plain["why_not"]) == ("works", True, None)
-    alter(support.ENGINES, "onnx", status="works", kernels={"packed": ("plain",)}, oldest=(2, 0), newest=(3, 1))
+    alter(support.ENGINES, "tensorrt", status="works", kernels={"packed": ("plain",)}, oldest=(2, 0), newest=(3, 1))
     alter(support.KERNELS, "plain", dtypes=("float32",))
-    [onnx] = rows("onnx")
-    assert (onnx["dtypes"], onnx["status"]) == (["float32"], "needs version 2.0 to 3.1")
-    assert (onnx["here"], onnx["why_not"]) == (False, "no engine onnx")
+    [tensorrt] = rows("tensorrt")
+    assert (tensorrt["dtypes"], tensorrt["status"]) == (["float32"], "needs version 2.0 to 3.1")
+    assert (tensorrt["here"], tensorrt["why_not"]) == (False, "no engine tensorrt")
     shown = halve("doctor").stdout
     assert "what runs where" in shown
     assert "packed" in shown
-    assert "no engine onnx" in shown
+    assert "no engine tensorrt" in shown
 
 
 def test_doctor_lists_every_engine_and_kernel_of_the_table(halve: Halve) -> None:
@@ -146,7 +146,7 @@ def test_the_table_agrees_with_what_is_built() -> None:
     last = list(support.KERNELS.values())[-1]
     assert (last.device, set(last.dtypes), last.first_capability) == (None, set(VALUE_DTYPES), None)
     used = {kernel for engine in support.ENGINES.values() for kernels in engine.kernels.values() for kernel in kernels}
-    assert used == {*support.KERNELS, "torch"}
+    assert used == {*support.KERNELS, "torch", "onnxruntime"}
     assert {form for engine in support.ENGINES.values() for form in engine.kernels} == set(support.FORMATS)
 
 

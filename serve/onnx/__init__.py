@@ -1,0 +1,1 @@
+"""2:4 models as ONNX graphs: `export` makes one, `graph` looks at it, `model` runs it in ONNX Runtime."""
