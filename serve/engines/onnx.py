@@ -15,6 +15,8 @@ from serve.onnx.model import OnnxModel, is_exported, read_record
 
 WHY = "2:4 weights are multiplied with their zeros: ONNX Runtime by itself has no sparse kernels"
 
+WHY_PACKED = "halve's operator multiplies packed weights within ONNX Runtime"
+
 
 class OnnxEngine(TransformersEngine):
     """Serves a directory of `halve export`. See `base.Engine` for the contract."""
@@ -32,7 +34,8 @@ class OnnxEngine(TransformersEngine):
         if device.type == "cuda" and self._device_wish == "auto" and not _has_cuda():
             device, why = choose_device("cpu")[0], "this ONNX Runtime is built without CUDA"
         self._layers = int(record["layers"]["sparse"])
-        model = OnnxModel(path, device)
+        self._is_packed = record["weights"] == "packed"
+        model = OnnxModel(path, device, is_packed=self._is_packed)
         if self._dtype_wish not in ("auto", str(model.dtype).removeprefix("torch.")):
             raise UsageError(
                 f"--dtype {self._dtype_wish}: the graph computes in {model.dtype}; `halve export --dtype {self._dtype_wish}` makes another"
@@ -45,7 +48,8 @@ class OnnxEngine(TransformersEngine):
     def _describe(self) -> None:
         self.vocab_size = self.model.vocab_size
         self._weight_bytes = self.model.weight_bytes
-        how = {"backend": "onnxruntime", "reason": WHY, "layers": self._layers}
+        backend, reason = ("cpu", WHY_PACKED) if self._is_packed else ("onnxruntime", WHY)
+        how = {"backend": backend, "reason": reason, "layers": self._layers}
         self._backends = [{"phase": phase, **how} for phase in ("prefill", "decode") if self._layers]
 
 

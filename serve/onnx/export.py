@@ -13,7 +13,7 @@ import shutil
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,13 +26,16 @@ from transformers.quantizers.base import HfQuantizer
 from compress import artefact, packed
 from compress.architecture import shape_of
 from compress.attention import TORCH, set_attention
+from compress.convert import can_pack
 from compress.errors import CheckError, HalveError, OutputError, SourceError, UsageError, one_line
 from compress.extras import how_to_install
 from compress.files import explain_os_error, file_digest, seal, sibling, write_text
+from compress.packed import PackedWeight
 from compress.quiet import quiet_transformers
 from compress.sources import read_config
 from compress.version import version
 from serve.engines.kv_cache import keys_and_values
+from serve.kernels.cpu import library
 from serve.linear import Sparse24Conv1D, Sparse24Linear
 from serve.loading import read_model, require_language_model
 from serve.onnx import graph
@@ -42,16 +45,22 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 ALLOWED = {"float32": 1e-3, "float16": 0.05}
 """How far logits may be from torch's in float32, as a share of their size."""
 
+ALLOWED_ROUNDED = 0.3
+"""The same where each layer rounds its inputs to 8 bits, which the model in float32 that is compared with does not."""
+WEIGHTS = ("zeros", "packed")
+
 _ROWS, _LENGTH, _STEPS = 2, 12, 2
 """What the check runs: prompts, of which one is padded, and tokens after them."""
 
 
-def export_onnx(source: Path, out: Path, dtype: str = "float32") -> dict[str, Any]:
+def export_onnx(source: Path, out: Path, dtype: str = "float32", weights: str = "zeros") -> dict[str, Any]:
     """Writes a directory with ``model.onnx``, its data, the tokenizer and ``export.json``, what was made of what.
 
     Args:
         source: a checkpoint, packed or dense.
         dtype: of weights and arithmetic: float32, or float16 for GPUs.
+        weights: ``zeros``: dense ones, for anything that runs ONNX; ``packed``: 2:4 layers are an operator of halve's, which multiplies packed
+            weights within ONNX Runtime on processors, with x rounded to the dtype of the checkpoint.
 
     Returns:
         What ``export.json`` says.
@@ -66,12 +75,27 @@ def export_onnx(source: Path, out: Path, dtype: str = "float32") -> dict[str, An
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is there already and is not empty; choose another --out, or remove it")
     require_language_model(source, "export")
-    model = expanded(read_model(source))
+    if weights not in WEIGHTS:
+        raise UsageError(f"--weights {weights!r} is not one of {', '.join(WEIGHTS)}")
+    if weights == "packed" and dtype != "float32":
+        raise UsageError(
+            f"--weights packed is for processors, where the rest of the graph computes in float32, not {dtype}"
+        )
+    if weights == "packed" and library.load() is None:
+        raise UsageError(f"--weights packed needs halve's kernels: {library.status()}")
+    read = read_model(source)
+    kept = packed_layers(read) if weights == "packed" else {}
+    computes_in = read.dtype
+    model = expanded(read)
     layers = linears(model)
     partial = sibling(out, f".{uuid.uuid4().hex[:8]}.exporting")
     try:
         partial.mkdir(parents=True)
-        _write_graph(model, partial / GRAPH_NAME, DTYPES[dtype], str(source))
+        sparse = [(_dense(model, name), weight) for name, weight in kept.items()]
+        _write_graph(model, partial / GRAPH_NAME, DTYPES[dtype], str(source), sparse, computes_in)
+        allowed = ALLOWED[dtype]
+        if sparse:
+            allowed = ALLOWED_ROUNDED if any(weight.quantizes_x for _, weight in sparse) else ALLOWED["float16"]
         artefact.copy_companions(source, partial)
         config = read_config(source)
         config.pop("quantization_config", None)
@@ -80,8 +104,9 @@ def export_onnx(source: Path, out: Path, dtype: str = "float32") -> dict[str, An
             "halve": version(),
             "source_sha256": seal(source),
             "dtype": dtype,
+            "weights": weights,
             "layers": _require_zeros(partial / GRAPH_NAME, layers),
-            "error": _require_model(partial, model, dtype),
+            "error": _require_model(partial, model, dtype, weights == "packed", allowed),
             "files": {
                 path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
                 for path in sorted(partial.glob(f"{GRAPH_NAME}*"))
@@ -130,7 +155,33 @@ def linears(model: nn.Module) -> Counter[tuple[int, int]]:
     return found
 
 
-def _write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, source: str) -> None:
+def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
+    """The packed weights of a model as it was read, by name of module; those that are dense with zeros are packed."""
+    found: dict[str, PackedWeight] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Sparse24Linear):
+            found[name] = module.packed
+        elif isinstance(module, nn.Linear | Conv1D):
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            if can_pack(weight):
+                found[name] = packed.pack(weight.detach().contiguous(), name)
+    return found
+
+
+def _dense(model: nn.Module, name: str) -> Tensor:
+    """The weight [N, K] of a module."""
+    module: Any = model.get_submodule(name)
+    return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+
+
+def _write_graph(
+    model: PreTrainedModel,
+    path: Path,
+    dtype: torch.dtype,
+    source: str,
+    sparse: Sequence[tuple[Tensor, PackedWeight]],
+    io: torch.dtype,
+) -> None:
     with _quiet():
         from transformers.exporters.configs import OnnxConfig
         from transformers.exporters.exporter_onnx import OnnxExporter
@@ -143,6 +194,8 @@ def _write_graph(model: PreTrainedModel, path: Path, dtype: torch.dtype, source:
                 cast(PreTrainedModel, nn.Module.to(model, dtype)), inputs, OnnxConfig(dynamic=True)
             )
             graph.name_all(program.model.graph)
+            if sparse:
+                graph.pack_products(program.model, sparse, io)
             graph.forget_traces(program.model.graph)
             program.save(path, external_data=True)
     except (OSError, HalveError):
@@ -195,9 +248,9 @@ def _require_zeros(path: Path, layers: Counter[tuple[int, int]]) -> dict[str, in
 
 
 @torch.inference_mode()
-def _require_model(directory: Path, model: PreTrainedModel, dtype: str) -> float:
+def _require_model(directory: Path, model: PreTrainedModel, dtype: str, is_packed: bool, allowed: float) -> float:
     """How far the graph's logits are from the model's, as a share of their size. Raises CheckError: too far."""
-    made = OnnxModel(directory)
+    made = OnnxModel(directory, is_packed=is_packed)
     ids = _tokens(model, _ROWS, _LENGTH + _STEPS)
     padding = 3
     mask = torch.ones_like(ids)
@@ -213,9 +266,9 @@ def _require_model(directory: Path, model: PreTrainedModel, dtype: str) -> float
         found.append(torch.cat(logits, 1)[mask.bool()])
     ours, theirs = found
     error = float((ours - theirs).norm() / ours.norm())
-    if not error <= ALLOWED[dtype]:
+    if not error <= allowed:
         raise CheckError(
-            f"the graph's logits are {error:.2g} of their size off torch's, and {ALLOWED[dtype]} is allowed; "
+            f"the graph's logits are {error:.2g} of their size off torch's, and {allowed} is allowed; "
             + (
                 "float16 may be too narrow for this model: --dtype float32"
                 if dtype == "float16"
@@ -226,12 +279,12 @@ def _require_model(directory: Path, model: PreTrainedModel, dtype: str) -> float
 
 
 def _require_libraries() -> None:
-    for library in ("onnx", "onnxscript", "onnxruntime"):
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
         try:
             with _quiet():  # onnxscript has torch warn of what it calls
-                __import__(library)
+                __import__(needed)
         except ImportError:
-            raise UsageError(f"{library} is not installed: {how_to_install('onnx')}") from None
+            raise UsageError(f"{needed} is not installed: {how_to_install('onnx')}") from None
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from compress.errors import CorruptCheckpointError, SourceError, UsageError, one
 from compress.extras import how_to_install
 from compress.files import file_digest
 from serve.engines.kv_cache import BatchCache, keys_and_values
+from serve.kernels.cpu import library
 from serve.onnx import graph
 
 GRAPH_NAME = "model.onnx"
@@ -42,8 +43,11 @@ class OnnxModel(nn.Module):
         provider: ONNX Runtime's name of what multiplies.
     """
 
-    def __init__(self, directory: Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, directory: Path, device: torch.device | str = "cpu", *, is_packed: bool = False) -> None:
         """
+        Args:
+            is_packed: whether the graph has halve's operator.
+
         Raises:
             SourceError: there is no graph, or it is none of halve's;
             UsageError: ONNX Runtime is not installed, or cannot use the device.
@@ -52,7 +56,7 @@ class OnnxModel(nn.Module):
         self.device = torch.device(device)
         self.config = load_config(directory)
         self.generation_config = _generation(directory)
-        self._session = _session(directory / GRAPH_NAME, self.device)
+        self._session = _session(directory / GRAPH_NAME, self.device, is_packed)
         self.provider: str = self._session.get_providers()[0]
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = {value.name: value for value in self._session.get_outputs()}
@@ -175,7 +179,7 @@ def _generation(directory: Path) -> GenerationConfig:
         return GenerationConfig()
 
 
-def _session(path: Path, device: torch.device) -> Any:
+def _session(path: Path, device: torch.device, is_packed: bool) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -188,8 +192,28 @@ def _session(path: Path, device: torch.device) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
+    if is_packed:
+        _register(options, device)
     provider = (wanted, {"device_id": device.index or 0}) if device.type == "cuda" else wanted
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # its errors have no common class
         raise SourceError(f"ONNX Runtime cannot read {path}: {one_line(error)}") from None
+
+
+def _register(options: Any, device: torch.device) -> None:
+    """Tells a session of halve's operator."""
+    found = library.find()
+    if device.type != "cpu":
+        raise UsageError(
+            "the graph has packed weights, which are for processors; export it with --weights zeros, or use --device cpu"
+        )
+    if found.library is None:
+        raise UsageError(
+            f"the graph has packed weights, and halve's kernels are not there: {found.problem}; {found.remedy}"
+        )
+    found.library.halve_onnx_set_threads(torch.get_num_threads())
+    try:
+        options.register_custom_ops_library(str(found.path))
+    except Exception as error:  # its errors have no common class
+        raise UsageError(f"ONNX Runtime does not take halve's operator: {one_line(error)}") from None

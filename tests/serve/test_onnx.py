@@ -6,9 +6,12 @@ import builtins
 import json
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -16,10 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from compress.convert import unpack_checkpoint
 from compress.errors import CheckError, CorruptCheckpointError, HalveError, OutputError, SourceError, UsageError
+from compress.packed import LARGEST, PATTERN, PackedWeight, pack, quantize, quantize_rows, unpack
 from serve.engines.kv_cache import BatchCache
 from serve.engines.onnx import OnnxEngine
 from serve.engines.transformers import TransformersEngine
+from serve.kernels.cpu import library
 from serve.loading import load_model, read_model
 from serve.onnx import export, graph
 from serve.onnx.export import export_onnx
@@ -31,6 +37,7 @@ from tests.serve.helpers import collect, greedy, metrics, tokens_of
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 onnx_ir = pytest.importorskip("onnx_ir", reason="the extra onnx is not installed")
+needs_kernels = pytest.mark.skipif(library.load() is None, reason="the CPU kernels are not built")
 FAMILIES = ("llama", "gpt2", "gemma2")
 """Rotary positions, learned ones and Conv1D, caps and sliding windows. All of `tiny_models` are in the slow test."""
 PROMPTS = ["the cat", "all the men and the dog ran to the river " * 3, "x", "and the river " * 5]
@@ -324,6 +331,169 @@ def test_the_command(halve: Halve, pair: Any, tmp_path: Path) -> None:
     assert (called.code, "no model directory" in called.stderr) == (2, True)
 
 
+def session(weight: PackedWeight, in_dtype: torch.dtype, threads: int = 2, **changes: int) -> Any:
+    """A graph of one operator, that rounds x to a dtype; ``changes``: of its attributes."""
+    n, k = weight.shape
+    parts = {name: value.numpy() for name, value in graph._parts(weight).items()}
+    numbers = {
+        "n": n, "k": k, "dtype": graph.CODES[weight.values.dtype], "io": graph.CODES[in_dtype],
+        "quantizes_x": int(weight.quantizes_x), **changes,
+    }  # fmt: skip
+    node = onnx.helper.make_node("Sparse24Linear", ["x", *parts], ["y"], domain="ai.halve", **numbers)
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * 2 + [width])
+        for name, width in (("x", None), ("y", n))
+    )
+    constants = [onnx.numpy_helper.from_array(value, name) for name, value in parts.items()]
+    made = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", [x], [y], constants),
+        opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("ai.halve", 1)],
+        ir_version=10,
+    )
+    return opened(made.SerializeToString(), threads)
+
+
+def opened(raw: bytes, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    found = library.find()
+    assert found.library is not None
+    found.library.halve_onnx_set_threads(threads)
+    options.register_custom_ops_library(str(found.path))
+    return onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+
+
+def some_weight(n: int, k: int, values: torch.dtype, quantizes_x: bool = False) -> PackedWeight:
+    generator = torch.Generator().manual_seed(n * k)
+    dense = torch.randn(n, k, generator=generator) * PATTERN.mask(torch.rand(n, k, generator=generator))
+    if values in LARGEST:
+        return replace(quantize(pack(dense), values), quantizes_x=quantizes_x)
+    return pack(dense.to(values))
+
+
+KINDS = [
+    (torch.float32, torch.float32, False), (torch.bfloat16, torch.bfloat16, False), (torch.float16, torch.float16, False),
+    *((values, io, rounds) for values in LARGEST for io in (torch.float32, torch.bfloat16) for rounds in (False, True)),
+]  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize(("values", "io", "rounds"), KINDS)
+def test_the_operator_multiplies(values: torch.dtype, io: torch.dtype, rounds: bool) -> None:
+    """Against float64, any number of rows in any shape; the same on every run and for any number of threads."""
+    for n, k in ((16, 8), (33, 72), (256, 320)):
+        weight = some_weight(n, k, values, rounds)
+        sessions = [session(weight, io, threads) for threads in (1, 2, 3)]
+        dense = unpack(weight, torch.float64) if weight.scale is None else unpack(weight, torch.float32)
+        for shape in ((1, 1), (1, 5), (3, 7), (2, 40), (1, 128), (0, 4)):
+            x = torch.randn(*shape, k, generator=torch.Generator().manual_seed(k)).to(io)
+            exact = x.double()
+            if rounds:
+                rounded, scales = quantize_rows(x, values)
+                exact = rounded.double() * scales.double()
+            expected = exact @ dense.double().T
+            found = [torch.from_numpy(one.run(None, {"x": x.float().numpy()})[0]) for one in sessions]
+            assert found[0].shape == (*shape, n)
+            size = exact.abs() @ dense.double().T.abs()
+            step = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[io]
+            assert bool(((found[0].double() - expected).abs() <= step * (size + expected.abs()) + 1e-6).all())
+            assert all(torch.equal(found[0], other) for other in found[1:])
+            assert torch.equal(found[0].to(io).float(), found[0])
+
+
+@needs_kernels
+def test_two_threads_may_run_one_session() -> None:
+    weight = some_weight(512, 1024, torch.bfloat16)
+    made = session(weight, torch.bfloat16)
+    inputs = [np.random.default_rng(i).standard_normal((1, 1 + 9 * i, 1024), dtype=np.float32) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: made.run(None, {"x": x})[0], inputs * 4))
+    alone = [session(weight, torch.bfloat16).run(None, {"x": x})[0] for x in inputs]
+    assert all(np.array_equal(one, alone[i % 8]) for i, one in enumerate(found))
+
+
+@needs_kernels
+def test_what_the_operator_refuses() -> None:
+    """With a reason, and without a crash."""
+    weight = some_weight(32, 64, torch.bfloat16)
+    x = np.ones((1, 2, 64), np.float32)
+    scaled = some_weight(32, 64, torch.int8)
+    for changes in ({"n": 0}, {"k": 60}, {"dtype": 9}, {"io": 2}, {"io": -1}, {"quantizes_x": 1}, {"n": 1 << 40}):
+        with pytest.raises(Exception, match="its attributes are of no packed weight"):
+            session(weight, torch.bfloat16, **changes)
+    for one, changes in (
+        (weight, {"n": 64}),
+        (weight, {"k": 72}),
+        (weight, {"dtype": 3}),
+        (scaled, {"dtype": 4, "n": 16}),
+    ):
+        with pytest.raises(Exception, match=r"values, mask and scales are not those of a weight"):
+            session(one, torch.bfloat16, **changes).run(None, {"x": x})
+    with pytest.raises(Exception, match=r"x is not \[.., k\]"):
+        session(weight, torch.bfloat16).run(None, {"x": np.ones((1, 2, 56), np.float32)})
+    broken = replace(weight, mask=weight.mask.clone())
+    broken.mask[3, 2] = 0x37
+    with pytest.raises(Exception, match="two bits in every group of four"):
+        session(broken, torch.bfloat16).run(None, {"x": x})
+
+
+@needs_kernels
+@pytest.mark.parametrize(("family", "dtype", "how"), [
+    ("llama", torch.bfloat16, {}), ("gpt2", torch.float16, {}), ("qwen2", torch.float32, {}),
+    ("llama", torch.bfloat16, {"value_dtype": "int8", "activation_dtype": "int8"}),
+    ("gemma2", torch.bfloat16, {"value_dtype": "float8_e4m3fn"}),
+])  # fmt: skip
+def test_packed_weights_in_a_graph(family: str, dtype: torch.dtype, how: dict[str, str], tmp_path: Path) -> None:
+    """The bytes of the checkpoint, one operator for each 2:4 layer, and what halve's own engine says; also of a checkpoint with zeros."""
+    source = tiny_models.build(family, tmp_path / "source", layers=2, dtype=dtype)
+    settings = {"metric": "magnitude", "reconstruction": "none", "ignore": ("*.1.mlp.*",)}
+    packed = compress(source, tmp_path / "packed", **settings, **how).directory
+    record = export_onnx(packed, tmp_path / "graph", weights="packed")
+    tensors = load_file(packed / "model.safetensors")
+    kept = {name.removesuffix(".weight_packed"): w for name, w in tensors.items() if name.endswith(".weight_packed")}
+    made = onnx.load(tmp_path / "graph" / "model.onnx")
+    operators = [node for node in made.graph.node if node.op_type == "Sparse24Linear"]
+    assert record["layers"]["sparse"] == len(operators) == len(kept) > 0
+    found = [onnx.numpy_helper.to_array(one).tobytes() for one in made.graph.initializer]
+    for name, values in kept.items():
+        assert values.view(torch.uint8).numpy().tobytes() in found
+        assert tensors[f"{name}.weight_mask"].numpy().tobytes() in found
+    model, exported = load_model(packed), OnnxModel(tmp_path / "graph", is_packed=True)
+    ids = torch.randint(0, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected, got = run(model, ids, DynamicCache()).float(), run(exported, ids, DynamicCache())
+    # (a value near the middle between two steps of 8 bits may fall to either side)
+    allowed = 0.1 if how.get("activation_dtype") else 0.05 if dtype == torch.bfloat16 else 0.01
+    assert float((got - expected).norm() / expected.norm()) < allowed
+    if not how:
+        unpack_checkpoint(packed, tmp_path / "zeros")
+        again = export_onnx(tmp_path / "zeros", tmp_path / "again", weights="packed")
+        assert again["layers"] == record["layers"]
+        assert (tmp_path / "again/model.onnx.data").stat().st_size == (
+            tmp_path / "graph/model.onnx.data"
+        ).stat().st_size
+    if family == "llama" and not how:
+        with BackgroundServer(str(tmp_path / "graph"), device="cpu", engine="onnx") as server:
+            text = httpx.get(server.base_url.removesuffix("/v1") + "/metrics").text
+        assert 'backend="cpu"' in text
+        assert "halve's operator multiplies packed weights" in text
+
+
+def test_packed_weights_need_the_kernels(pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _ = pair("llama")
+    with pytest.raises(UsageError, match="not float16"):
+        export_onnx(packed, tmp_path / "graph", "float16", "packed")
+    with pytest.raises(UsageError, match="--weights 'some' is not one of zeros, packed"):
+        export_onnx(packed, tmp_path / "graph", weights="some")
+    monkeypatch.setenv("HALVE_CPU_LIBRARY", str(tmp_path / "absent.so"))
+    with pytest.raises(UsageError, match=r"needs halve's kernels: .*absent.so, which is no file"):
+        export_onnx(packed, tmp_path / "graph", weights="packed")
+    with pytest.raises(UsageError, match=r"halve's kernels are not there: .*absent.so"):
+        OnnxModel(pair("llama")[1], is_packed=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "opt", "gpt2", "gpt_neox", "phi3"]
@@ -333,3 +503,4 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     packed = compress(source, tmp_path / "packed", metric="magnitude", reconstruction="none").directory
     assert export_onnx(packed, tmp_path / "graph")["error"] < 1e-5
     assert export_onnx(packed, tmp_path / "half", "float16")["layers"]["sparse"] >= 12
+    assert export_onnx(packed, tmp_path / "operators", weights="packed")["layers"]["sparse"] >= 12

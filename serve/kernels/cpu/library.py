@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """What the exported functions take and mean; the library says which version it was built as (``src/abi.cpp``)."""
 
 _REBUILD = "`python -m serve.kernels.cpu.build`"
