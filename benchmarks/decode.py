@@ -35,6 +35,12 @@ OURS = {
     "transformers, torch.compile": ("compile", "dense"),
     "transformers, torch.compile, freezing": ("freeze", "dense"),
 }
+ONNX = {
+    "ONNX Runtime, 2:4 by halve's operator": ("onnx", "onnx-packed"),
+    "ONNX Runtime, the same, int8, activations too": ("onnx", "onnx-int8-both"),
+    "ONNX Runtime, zeros": ("onnx", "onnx-zeros"),
+}
+"""Only where they are named by ``--sides``: `python -m benchmarks.llama_shape --onnx` makes their graphs."""
 GGUFS = ("BF16", "Q8_0", "Q4_0")
 OF = "halve, 2:4"
 
@@ -85,7 +91,8 @@ def commands(directory: Path, llama: Path | None, threads: int, prompt: int, out
             "--output",
             str(output),
         ]
-        for name, (kind, form) in OURS.items()
+        for name, (kind, form) in (OURS | ONNX).items()
+        if name in OURS or (directory / form).is_dir()
     }
     if llama is not None:
         script = [str(llama), "-I", "benchmarks/llama_cpp_side.py", "bench"]
@@ -103,8 +110,9 @@ def weights_bytes(directory: Path, name: str) -> int:
     """Of the file or files that a side reads."""
     if name.startswith("llama.cpp"):
         return (directory / f"{name.rpartition(' ')[2]}.gguf").stat().st_size
-    form = OURS[name][1]
-    return sum(file.stat().st_size for file in (directory / form).glob("*.safetensors"))
+    form = (OURS | ONNX)[name][1]
+    files = "model.onnx*" if name in ONNX else "*.safetensors"
+    return sum(file.stat().st_size for file in (directory / form).glob(files))
 
 
 def run(
@@ -114,7 +122,7 @@ def run(
     every: dict[str, Side] = {}
     try:
         for name, command in commands(directory, llama, threads, prompt, output).items():
-            if sides is not None and name not in sides:
+            if name in ONNX if sides is None else name not in sides:
                 continue
             every[name] = Side(command, threads)
             print(f"{threads} threads: {name} is ready", file=sys.stderr, flush=True)
@@ -195,7 +203,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.prompt, arguments.output, arguments.rounds = 8, 4, 2
-    known = [*OURS, *(f"llama.cpp, {kind}" for kind in GGUFS)]
+    known = [*OURS, *ONNX, *(f"llama.cpp, {kind}" for kind in GGUFS)]
     if arguments.sides and (OF not in arguments.sides or not set(arguments.sides) <= set(known)):
         parser.error(f"--sides takes {OF!r} and any of: {', '.join(known)}")
     directory = arguments.model.resolve()

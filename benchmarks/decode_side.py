@@ -1,9 +1,9 @@
 """One side of `benchmarks.decode`: a model in a process of its own, which generates once for every line that it reads.
 
-    python -m benchmarks.decode_side halve|eager|compile|freeze DIR --threads 2 [--prompt 128] [--output 128]
+    python -m benchmarks.decode_side halve|onnx|eager|compile|freeze DIR --threads 2 [--prompt 128] [--output 128]
 
 It prints a line when it is ready, and then for every ``go`` on standard input one JSON line with the seconds of the prefill
-and of each decoded token. ``halve`` is what `halve bench` and the endpoint run; ``eager`` is transformers as it is;
+and of each decoded token. ``halve`` is what `halve bench` and the endpoint run; ``onnx`` what they run of a graph that `halve export` made; ``eager`` is transformers as it is;
 ``compile`` is transformers with a static cache and ``torch.compile`` of the model's forward pass, the way its documentation
 shows; ``freeze`` is that with inductor's freezing, which packs dense weights beforehand.
 """
@@ -31,6 +31,10 @@ def load(kind: str, directory: Path) -> Any:
         from serve.loading import load_model
 
         return load_model(directory)
+    if kind == "onnx":
+        from serve.onnx.model import OnnxModel, read_record
+
+        return OnnxModel(directory, is_packed=read_record(directory)["weights"] == "packed")
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval().requires_grad_(False)
@@ -47,7 +51,7 @@ def generator(kind: str, model: Any, prompt: int, output: int) -> Callable[[Tens
     def generate(ids: Tensor) -> dict[str, Any]:
         if static is not None:
             static.reset()
-        cache = static if static is not None else DynamicCache(config=model.config)
+        cache = static if static is not None else DynamicCache(config=None if kind == "onnx" else model.config)
         started = time.perf_counter()
         result = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = result.logits[:, -1:].argmax(dim=-1)
@@ -67,7 +71,7 @@ def generator(kind: str, model: Any, prompt: int, output: int) -> Callable[[Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["halve", "eager", "compile", "freeze"])
+    parser.add_argument("kind", choices=["halve", "onnx", "eager", "compile", "freeze"])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--prompt", type=int, default=128)

@@ -1,6 +1,6 @@
 """A model of Llama-3.2-1B's shape with random weights, in every form that is compared: halve's, and llama.cpp's.
 
-    python -m benchmarks.llama_shape [--llama-python ENV/bin/python] [--layers 16] [--out runs/llama-shape]
+    python -m benchmarks.llama_shape [--llama-python ENV/bin/python] [--onnx] [--layers 16] [--out runs/llama-shape]
 
 benchmarks/llama_cpp_side.py says how ENV is made; without one, halve's forms alone are made. In the directory OUT:
 
@@ -8,6 +8,7 @@ benchmarks/llama_cpp_side.py says how ENV is made; without one, halve's forms al
     sparse/      its 2:4 twin by magnitude, packed: what `halve compress --metric magnitude --reconstruction none` keeps
     int8/        the same with kept values in int8, as `halve pack --value-dtype int8` makes it of sparse/
     int8-both/   int8/ with activations in int8, too: --activation-dtype int8
+    onnx-...     with --onnx: graphs of sparse/ and int8-both/ with halve's operator, and of sparse/ with zeros; 9 GB
     BF16.gguf    the very weights of dense/
     Q8_0.gguf    made of BF16.gguf by llama.cpp's own quantizer with its defaults, so that token_embd, which is the
     Q4_0.gguf    output matrix as well, is Q8_0 in the first and Q6_K in the second, as llama-quantize does
@@ -38,11 +39,18 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 
 from compress.convert import pack_checkpoint
 from compress.packed import PATTERN
+from serve.onnx.export import export_onnx
 from tests import tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = ROOT / "benchmarks" / "llama_cpp_side.py"
 GGUFS = ("BF16", "Q8_0", "Q4_0")
+GRAPHS = (
+    ("onnx-packed", "sparse", "packed"),
+    ("onnx-int8-both", "int8-both", "packed"),
+    ("onnx-zeros", "sparse", "zeros"),
+)
+"""Name, of what, with which weights."""
 STANDARD_DEVIATION = 0.02
 CHECKED_TOKENS = 512
 """Long enough that the scaling of the positions, which changes the slow angles only, is seen."""
@@ -220,12 +228,19 @@ def check(directory: Path, python: Path, threads: int) -> dict[str, Any]:
 
 
 def build(
-    directory: Path, python: Path | None, *, layers: int = 16, vocabulary: int = 128256, threads: int = 1
+    directory: Path,
+    python: Path | None,
+    *,
+    layers: int = 16,
+    vocabulary: int = 128256,
+    threads: int = 1,
+    onnx: bool = False,
 ) -> Path:
     """Makes what of the directory is missing, and returns it.
 
     Args:
         python: of the environment with llama-cpp-python; None: without its files.
+        onnx: whether the graphs are made, too.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = shape(layers, vocabulary)
@@ -241,6 +256,9 @@ def build(
         pack_checkpoint(sparse, directory / "int8", "int8")
     if not (directory / "int8-both" / "config.json").exists():
         pack_checkpoint(directory / "int8", directory / "int8-both", activation_dtype="int8")
+    for form, source, weights in GRAPHS if onnx else ():
+        if not (directory / form).exists():
+            export_onnx(directory / source, directory / form, weights=weights)
     if python is None:
         return directory
     for kind in GGUFS:
@@ -262,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-python", type=Path, help="the Python that has llama-cpp-python")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "llama-shape")
+    parser.add_argument("--onnx", action="store_true", help="make the graphs, too")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -274,6 +293,7 @@ def main() -> None:
         layers=arguments.layers,
         vocabulary=arguments.vocabulary,
         threads=arguments.threads,
+        onnx=arguments.onnx,
     )
     for file in sorted(path for path in directory.rglob("*") if path.suffix in (".safetensors", ".gguf")):
         print(f"{file.stat().st_size / 1e6:10.1f} MB  {file.relative_to(directory)}")
