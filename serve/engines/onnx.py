@@ -30,11 +30,13 @@ class OnnxEngine(TransformersEngine):
                 f"{self._model_dir!r} is no ONNX graph; `halve export {self._model_dir} --out DIR` makes one of a checkpoint"
             )
         record = read_record(path)
+        self._layers, self._is_packed = int(record["layers"]["sparse"]), record["weights"] == "packed"
         device, why = choose_device(self._device_wish)
-        if device.type == "cuda" and self._device_wish == "auto" and not _has_cuda():
-            device, why = choose_device("cpu")[0], "this ONNX Runtime is built without CUDA"
-        self._layers = int(record["layers"]["sparse"])
-        self._is_packed = record["weights"] == "packed"
+        if device.type == "cuda" and self._device_wish == "auto" and (self._is_packed or not _has_cuda()):
+            reason = (
+                "packed weights are for processors" if self._is_packed else "this ONNX Runtime is built without CUDA"
+            )
+            device, why = choose_device("cpu")[0], reason
         model = OnnxModel(path, device, is_packed=self._is_packed)
         if self._dtype_wish not in ("auto", str(model.dtype).removeprefix("torch.")):
             raise UsageError(

@@ -18,7 +18,7 @@ from compress.errors import CorruptCheckpointError, SourceError, UsageError, one
 from compress.extras import how_to_install
 from compress.files import file_digest
 from serve.engines.kv_cache import BatchCache, keys_and_values
-from serve.kernels.cpu import library
+from serve.kernels.cpu import backend, library
 from serve.onnx import graph
 
 GRAPH_NAME = "model.onnx"
@@ -212,7 +212,7 @@ def _register(options: Any, device: torch.device) -> None:
         raise UsageError(
             f"the graph has packed weights, and halve's kernels are not there: {found.problem}; {found.remedy}"
         )
-    found.library.halve_onnx_set_threads(torch.get_num_threads())
+    found.library.halve_onnx_configure(torch.get_num_threads(), backend.path_number())
     try:
         options.register_custom_ops_library(str(found.path))
     except Exception as error:  # its errors have no common class

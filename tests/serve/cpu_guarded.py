@@ -84,7 +84,7 @@ def check(
     quantizes_x: bool = False,
 ) -> None:
     """Prepare, restore, expand and linear; ``stored``: the dtype of the values, where it is another one than that of x."""
-    lib, which, io = backend.functions(), backend._path_number(), backend._CODES[dtype]
+    lib, which, io = backend.functions(), backend.path_number(), backend._CODES[dtype]
     code = backend._CODES[stored or dtype]
     packed = random_weight(n, k, dtype) if stored is None else random_scaled(n, k, stored)
     packed = replace(packed, quantizes_x=quantizes_x)
@@ -139,7 +139,7 @@ def check(
 
 
 def check_dense(dtype: torch.dtype, m: int, n: int, k: int, at_end: bool, fault: str | None = None) -> None:
-    lib, which, code = backend.functions(), backend._path_number(), backend._CODES[dtype]
+    lib, which, code = backend.functions(), backend.path_number(), backend._CODES[dtype]
     weight, x, bias = normal(n, k, dtype=dtype), normal(m, k, dtype=dtype, seed=1), normal(n, dtype=dtype)
     wanted = backend.dense_linear(x, weight, bias)
     matrix, inputs, added = guarded(weight, at_end), guarded(x, at_end), guarded(bias, at_end)
@@ -159,7 +159,7 @@ def check_dense(dtype: torch.dtype, m: int, n: int, k: int, at_end: bool, fault:
 
 def check_attention(queries: int, keys: int, depth: int, value_depth: int, causal: bool, at_end: bool) -> None:
     """The forward and the backward pass."""
-    lib, which = attention.functions(), backend._path_number()
+    lib, which = attention.functions(), backend.path_number()
     sizes = ((2, queries, depth), (1, keys, depth), (1, keys, value_depth))
     q, k, v = (normal(1, *size, dtype=torch.bfloat16, seed=i).requires_grad_() for i, size in enumerate(sizes))
     wanted = attention.DifferentiableAttention.apply(q, k, v, 0.2, causal)

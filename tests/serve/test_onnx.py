@@ -331,7 +331,7 @@ def test_the_command(halve: Halve, pair: Any, tmp_path: Path) -> None:
     assert (called.code, "no model directory" in called.stderr) == (2, True)
 
 
-def session(weight: PackedWeight, in_dtype: torch.dtype, threads: int = 2, **changes: int) -> Any:
+def session(weight: PackedWeight, in_dtype: torch.dtype, threads: int = 2, path: int = -1, **changes: int) -> Any:
     """A graph of one operator, that rounds x to a dtype; ``changes``: of its attributes."""
     n, k = weight.shape
     parts = {name: value.numpy() for name, value in graph._parts(weight).items()}
@@ -350,10 +350,10 @@ def session(weight: PackedWeight, in_dtype: torch.dtype, threads: int = 2, **cha
         opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("ai.halve", 1)],
         ir_version=10,
     )
-    return opened(made.SerializeToString(), threads)
+    return opened(made.SerializeToString(), threads, path)
 
 
-def opened(raw: bytes, threads: int) -> Any:
+def opened(raw: bytes, threads: int, path: int = -1) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -361,7 +361,7 @@ def opened(raw: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     found = library.find()
     assert found.library is not None
-    found.library.halve_onnx_set_threads(threads)
+    found.library.halve_onnx_configure(threads, path)
     options.register_custom_ops_library(str(found.path))
     return onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
 
@@ -402,6 +402,20 @@ def test_the_operator_multiplies(values: torch.dtype, io: torch.dtype, rounds: b
             assert bool(((found[0].double() - expected).abs() <= step * (size + expected.abs()) + 1e-6).all())
             assert all(torch.equal(found[0], other) for other in found[1:])
             assert torch.equal(found[0].to(io).float(), found[0])
+
+
+@needs_kernels
+def test_every_path_multiplies() -> None:
+    """What ``HALVE_CPU_PATH`` chooses holds here, too."""
+    weight, x = some_weight(48, 72, torch.bfloat16), torch.randn(1, 9, 72).bfloat16()
+    exact = x.double() @ unpack(weight).double().T
+    numbers = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
+    found = []
+    for name in library.paths():
+        made = session(weight, torch.bfloat16, path=numbers[name])
+        found.append(torch.from_numpy(made.run(None, {"x": x.float().numpy()})[0]))
+        assert torch.allclose(found[-1].double(), exact, rtol=1e-2, atol=1e-2), name
+    assert found
 
 
 @needs_kernels

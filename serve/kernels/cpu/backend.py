@@ -88,7 +88,7 @@ def _wish(name: str | None) -> None:
         os.environ.pop("HALVE_CPU_PATH", None)
     else:
         os.environ["HALVE_CPU_PATH"] = name
-    for cached in (path, _path_number, _linear):
+    for cached in (path, path_number, _linear):
         cached.cache_clear()
 
 
@@ -105,7 +105,7 @@ def few_rows(dtype: torch.dtype) -> int:
     Args:
         dtype: of the values; if they are scaled, of x in bfloat16.
     """
-    return functions().halve_sparse24_few_rows(_path_number(), _CODES[dtype], _FLOATS.get(dtype, 0))
+    return functions().halve_sparse24_few_rows(path_number(), _CODES[dtype], _FLOATS.get(dtype, 0))
 
 
 def reason(dtype: torch.dtype, rows: int) -> str:
@@ -312,7 +312,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     m = x.numel() // k
     y = x.new_empty((*shape[:-1], n))
     refusal = functions().halve_dense_linear(
-        *(_path_number(), code, weight.data_ptr(), n, k, weight.stride(0), x.data_ptr(), m, k),
+        *(path_number(), code, weight.data_ptr(), n, k, weight.stride(0), x.data_ptr(), m, k),
         *(None if bias is None else bias.data_ptr(), y.data_ptr(), n, torch.get_num_threads()),
     )
     if refusal:
@@ -352,7 +352,7 @@ def _is_bytes(stream: Tensor) -> bool:
 def _linear() -> tuple[Any, Callable[..., int], int]:
     """What a multiplication needs every time, looked up once."""
     lib = functions()
-    return lib.halve_sparse24_linear, lru_cache(maxsize=4096)(lib.halve_sparse24_scratch_bytes), _path_number()
+    return lib.halve_sparse24_linear, lru_cache(maxsize=4096)(lib.halve_sparse24_scratch_bytes), path_number()
 
 
 def _check(refusal: int) -> None:
@@ -361,7 +361,8 @@ def _check(refusal: int) -> None:
 
 
 @cache
-def _path_number() -> int:
+def path_number() -> int:
+    """That of the path, as the library counts them."""
     chosen = path()
     assert chosen is not None, "asked only where `why_not` gives no reason"
     return PATHS.index(chosen)

@@ -60,7 +60,7 @@ Status failure(Api api, const std::string& why) {
   return reinterpret_cast<Status (*)(int, const char*)>(api[kCreateStatus])(1, ("ai.halve.Sparse24Linear: " + why).c_str());
 }
 
-std::atomic<int> wanted_threads{0};
+std::atomic<int> wanted_threads{0}, wanted_path{-1};
 
 int threads_of() {
   const int wanted = wanted_threads.load(std::memory_order_relaxed);
@@ -208,7 +208,8 @@ Status compute(void* self, void* context) {
   if (!op.problem.empty()) return failure(api, op.problem);
 
   // x and y in `io`, and what the kernel needs, one behind the other.
-  const int path = best_path(), threads = threads_of();
+  const int wanted = wanted_path.load(std::memory_order_relaxed);
+  const int path = wanted < 0 ? best_path() : wanted, threads = threads_of();
   const bool casts = io != kFloat32;
   const int64_t x_bytes = casts ? ceil_div(m * k * value_bytes(io), 64) * 64 : 0;
   const int64_t y_bytes = casts ? ceil_div(m * n * value_bytes(io), 64) * 64 : 0;
@@ -290,8 +291,11 @@ struct CustomOp {
 
 using namespace halve;
 
-// How many of ONNX Runtime's threads a product is cut for; 0: as many as there are processors.
-HALVE_EXPORT void halve_onnx_set_threads(int threads) { wanted_threads.store(threads); }
+// How many of ONNX Runtime's threads a product is cut for (0: as many as there are processors), and by which path (-1: the best).
+HALVE_EXPORT void halve_onnx_configure(int threads, int path) {
+  wanted_threads.store(threads);
+  wanted_path.store(path);
+}
 
 // What ONNX Runtime calls where a session is told of this library.
 HALVE_EXPORT void* RegisterCustomOps(void* options, const ApiBase* base) {
