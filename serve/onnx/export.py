@@ -67,24 +67,15 @@ def export_onnx(source: Path, out: Path, dtype: str = "float32", weights: str = 
 
     Raises:
         SourceError: it is no language model, or the exporter cannot make a graph of it; CheckError: the graph is not the model, or lost
-            zeros; UsageError: a library is missing; OutputError: the directory is there already.
+            zeros, or there are none to pack; UsageError: a library is missing; OutputError: the directory is there already.
     """
     _require_libraries()
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} is there already and is not empty; choose another --out, or remove it")
+    _require_choices(out, dtype, weights)
     require_language_model(source, "export")
-    if weights not in WEIGHTS:
-        raise UsageError(f"--weights {weights!r} is not one of {', '.join(WEIGHTS)}")
-    if weights == "packed" and dtype != "float32":
-        raise UsageError(
-            f"--weights packed is for processors, where the rest of the graph computes in float32, not {dtype}"
-        )
-    if weights == "packed" and library.load() is None:
-        raise UsageError(f"--weights packed needs halve's kernels: {library.status()}")
     read = read_model(source)
     kept = packed_layers(read) if weights == "packed" else {}
+    if weights == "packed" and not kept:
+        raise CheckError(f"no layer of {source} is 2:4; `halve compress` makes one that is")
     computes_in = read.dtype
     model = expanded(read)
     layers = linears(model)
@@ -119,6 +110,21 @@ def export_onnx(source: Path, out: Path, dtype: str = "float32", weights: str = 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return record
+
+
+def _require_choices(out: Path, dtype: str, weights: str) -> None:
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise UsageError(f"--weights {weights!r} is not one of {', '.join(WEIGHTS)}")
+    if weights == "packed" and dtype != "float32":
+        raise UsageError(
+            f"--weights packed is for processors, where the rest of the graph computes in float32, not {dtype}"
+        )
+    if weights == "packed" and library.load() is None:
+        raise UsageError(f"--weights packed needs halve's kernels: {library.status()}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} is there already and is not empty; choose another --out, or remove it")
 
 
 def expanded(model: PreTrainedModel) -> PreTrainedModel:

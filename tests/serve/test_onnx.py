@@ -501,6 +501,9 @@ def test_packed_weights_need_the_kernels(pair: Any, tmp_path: Path, monkeypatch:
         export_onnx(packed, tmp_path / "graph", "float16", "packed")
     with pytest.raises(UsageError, match="--weights 'some' is not one of zeros, packed"):
         export_onnx(packed, tmp_path / "graph", weights="some")
+    if library.load() is not None:
+        with pytest.raises(CheckError, match=r"no layer of .* is 2:4"):
+            export_onnx(packed.parent / "source", tmp_path / "graph", weights="packed")
     monkeypatch.setenv("HALVE_CPU_LIBRARY", str(tmp_path / "absent.so"))
     with pytest.raises(UsageError, match=r"needs halve's kernels: .*absent.so, which is no file"):
         export_onnx(packed, tmp_path / "graph", weights="packed")
