@@ -17,6 +17,7 @@ from compress.architecture import load_config
 from compress.errors import CorruptCheckpointError, SourceError, UsageError, one_line
 from compress.extras import how_to_install
 from compress.files import file_digest
+from compress.own_code import NEVER
 from serve.engines.kv_cache import BatchCache, keys_and_values
 from serve.kernels.cpu import backend, library
 from serve.onnx import graph
@@ -174,7 +175,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 def _generation(directory: Path) -> GenerationConfig:
     try:
-        return GenerationConfig.from_pretrained(directory)
+        return GenerationConfig.from_pretrained(directory, **NEVER)
     except OSError:  # there is none
         return GenerationConfig()
 

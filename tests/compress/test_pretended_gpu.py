@@ -34,11 +34,12 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_tensor_is_where_it_belongs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = build_with_text("llama", tmp_path, dtype=torch.bfloat16)
+    layers = 2 if name in ("best", "distill") else 1
+    source = build_with_text("llama", tmp_path, layers=layers, dtype=torch.bfloat16)
     with pretended(monkeypatch) as gpu:
         done = compress(source, tmp_path / "gpu", device="cuda", **RUNS[name])
-    assert sum(gpu.ran.values()) > 1000, "it ran elsewhere"
-    assert len(verify(done.directory).sparse) >= 10  # (of 14; `allocate` leaves some dense)
+    assert sum(gpu.ran.values()) > 500, "it ran elsewhere"
+    assert len(verify(done.directory).sparse) >= 4 * layers  # (of 7; `allocate` leaves some dense)
 
 
 def test_masks_are_those_of_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
